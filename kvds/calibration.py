@@ -1,0 +1,91 @@
+"""Before step 1: the aligner's statistics and start from a few batches, and the weight of the KV loss from one.
+
+Both see the training data in training order and touch neither weights of the student nor any state that training reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import deepspeed
+import torch
+from torch import nn
+
+from kvds.align.fitting import AlignmentMoments
+from kvds.data.batches import TokenBatch
+from kvds.distillation import LossWeights, StepInput
+from kvds.engine import all_reduce_sum, discard_gradients, gradient_norm
+from kvds.errors import InputError
+from kvds.kv import KVCapture, Selection
+from kvds.models import backbone
+from kvds.teacher import Teacher
+
+
+@torch.no_grad()
+def calibrate_aligner(
+    aligner: nn.Module,
+    student: nn.Module,
+    teacher: Teacher,
+    batches: Iterable[TokenBatch],
+    select: Callable[[TokenBatch], Selection],
+    *,
+    rope: str,
+) -> None:
+    """Fill the aligner's statistics and its closed-form start, the same on all ranks; before the engine is built.
+
+    Args:
+        aligner: Not yet sharded.
+        student: On its device; sharded by ZeRO-3 or whole. Its parameters are gathered for these forwards only.
+        teacher: The fixed side.
+        batches: This rank's calibration batches; equally many on every rank.
+        select: The positions of a batch that count.
+        rope: ``"pre"`` or ``"post"``.
+    """
+    moments = AlignmentMoments(aligner)
+    was_training = student.training
+    student.eval()
+    sharded = [p for p in student.parameters() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        for batch in batches:
+            with KVCapture(backbone(student), rope=rope) as capture:
+                backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            states = teacher(batch).states
+            if states is None:
+                raise RuntimeError("calibration needs a teacher that captures keys and values")
+            moments.update(capture.states, states, select(batch))
+    student.train(was_training)
+    moments.reduce(all_reduce_sum)
+    moments.apply()
+
+
+def calibrate_kv_weight(engine: deepspeed.DeepSpeedEngine, steps: list[StepInput], share: float, task_weight: float) -> float:
+    """The weight at which the KV loss's gradient on the student has ``share`` times the norm of the task's.
+
+    ``weight = share · task_weight · ‖∇_student CE‖ / ‖∇_student KV‖``, over the micro-batches of one global step, on any
+    number of ranks. No optimizer step is taken and no gradient stays.
+
+    Raises:
+        InputError: one of the two losses sends the student no gradient, so that no weight has the meaning asked for.
+    """
+    module = engine.module
+    parameters = [p for p in module.student.parameters() if p.requires_grad]
+    norms = {}
+    was_training = engine.training
+    engine.eval()  # no dropout: the ratio is that of the two losses, not of two masks
+    for name, weights in (("task", LossWeights(task=1.0)), ("kv", LossWeights(task=0.0, kv=1.0))):
+        for position, step in enumerate(steps):
+            engine.set_gradient_accumulation_boundary(position == len(steps) - 1)
+            loss, _ = engine(step=replace(step, weights=weights, watch=False))
+            engine.backward(loss)
+        norms[name] = gradient_norm(engine, parameters)
+        discard_gradients(engine)
+    engine.set_gradient_accumulation_boundary(None)
+    engine.train(was_training)
+    if not norms["kv"] > 0 or not norms["task"] > 0:
+        silent = "KV" if not norms["kv"] > 0 else "task"
+        raise InputError(
+            f"kv_weight=auto:{share}: the {silent} loss sends the student no gradient on the first batch "
+            f"({norms[silent.lower()]:.3g}); expected a finite positive norm (give a number: --kv_weight 1.0)"
+        )
+    return share * task_weight * norms["task"] / norms["kv"]

@@ -1,0 +1,198 @@
+"""What a run leaves on disk: DeepSpeed checkpoints to resume from, a plain student, and ``map_aligner.pt``."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from kvds.align import aligner_config_dict, aligner_from_config_dict
+from kvds.errors import InputError
+
+CHECKPOINTS = "checkpoints"
+ALIGNER_FILE = "map_aligner.pt"
+STUDENT_FOLDER = "student"
+_TAG = re.compile(r"step-(\d{6,})")
+
+
+def step_tag(step: int) -> str:
+    """The name of the checkpoint after ``step`` optimizer steps."""
+    return f"step-{step:06d}"
+
+
+def latest_step(run_dir: Path) -> int | None:
+    """The step that ``checkpoints/latest`` names, or None where no checkpoint was ever completed.
+
+    Raises:
+        InputError: the file names something that is not a checkpoint of this folder.
+    """
+    latest = run_dir / CHECKPOINTS / "latest"
+    if not latest.is_file():
+        return None
+    tag = latest.read_text().strip()
+    match = _TAG.fullmatch(tag)
+    if match is None or not (latest.parent / tag).is_dir():
+        raise InputError(
+            f"{latest}: names {tag[:80]!r}; expected a folder step-NNNNNN beside it (write the name of an older checkpoint there, or --resume never)"
+        )
+    return int(match.group(1))
+
+
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int, state: dict[str, Any]) -> None:
+    """Save engine, optimizer and schedule with ``state`` (plain values) under ``checkpoints/step-NNNNNN``; all ranks call it."""
+    engine.save_checkpoint(str(run_dir / CHECKPOINTS), tag=step_tag(step), client_state={"kvds": {**state, "step": step}})
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int) -> dict[str, Any]:
+    """Restore the engine from ``checkpoints/step-NNNNNN`` and return the ``state`` that was saved with it; all ranks call it."""
+    world = saved_world_size(run_dir, step)
+    if world != torch.distributed.get_world_size():
+        raise InputError(
+            f"--resume: {step_tag(step)} in {run_dir} was saved by {world} ranks; expected the same number, "
+            f"got {torch.distributed.get_world_size()} (start {world} ranks, or --resume never with another --output_dir)"
+        )
+    path, client = engine.load_checkpoint(str(run_dir / CHECKPOINTS), tag=step_tag(step))
+    if path is None:
+        raise InputError(f"{run_dir / CHECKPOINTS / step_tag(step)}: DeepSpeed could not load it; expected a whole checkpoint")
+    return client["kvds"]
+
+
+def saved_world_size(run_dir: Path, step: int) -> int:
+    """How many ranks wrote the optimizer shards of a checkpoint."""
+    return len(list((run_dir / CHECKPOINTS / step_tag(step)).glob("*_optim_states.pt")))
+
+
+def gather_parameters(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Whole CPU copies of a module's parameters and persistent buffers, one name per shared tensor; all ranks call it.
+
+    Args:
+        module: Part of the engine's module; its parameters may be sharded by ZeRO-3.
+        keep: Whether this rank wants the copies (the others only take part in gathering).
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if keep:
+                state[name] = parameter.detach().cpu().clone()
+    if keep:
+        transient = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, child in module.named_modules()
+            for name in child._non_persistent_buffers_set
+        }
+        state |= {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name not in transient}
+    return state
+
+
+def plain_student(config: PreTrainedConfig, state: dict[str, Tensor]) -> nn.Module:
+    """A transformers model of its own with the gathered weights: for evaluation, generation and export."""
+    dtype = next(iter(state.values())).dtype
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    tied = set(getattr(model, "_tied_weights_keys", None) or {}) if config.get_text_config().tie_word_embeddings else set()
+    if unexpected or set(missing) - tied:
+        raise RuntimeError(f"gathered weights do not fit the student: missing {sorted(set(missing) - tied)[:3]}, unexpected {unexpected[:3]}")
+    return model.eval()
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put a finished folder or file in the place of an older one."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(new, target)
+
+
+def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)  # type: ignore[operator]
+    tokenizer.save_pretrained(unfinished)
+    _replace(unfinished, folder)
+
+
+def save_aligner(config: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
+    """Write ``map_aligner.pt``: state dict and configuration, loadable with ``weights_only=True``."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    torch.save({"config": config, "state_dict": state}, unfinished)
+    _replace(unfinished, path)
+
+
+def load_aligner(path: str | Path) -> nn.Module:
+    """The aligner of a ``map_aligner.pt``, on the CPU.
+
+    Raises:
+        InputError: no such file, or not one that kvds wrote.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a map_aligner.pt of a finished run with an alignment")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        aligner = aligner_from_config_dict(content["config"])
+        aligner.load_state_dict(content["state_dict"])
+    except Exception as error:  # a damaged file can fail anywhere in torch's reader
+        raise InputError(f"{path}: not an aligner that kvds saved ({' '.join(str(error).split())[:160]})") from error
+    return aligner
+
+
+def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path) -> Path:
+    """Turn a DeepSpeed checkpoint of a run into a plain ``student/`` and ``map_aligner.pt`` under ``output``; one process.
+
+    Args:
+        run_dir: The run's ``--output_dir``.
+        step: Which checkpoint; None = the latest.
+        output: Folder to write.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        InputError: no such run or checkpoint.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from transformers import AutoTokenizer
+
+    run_dir, output = Path(run_dir), Path(output)
+    step = latest_step(run_dir) if step is None else step
+    folder = run_dir / CHECKPOINTS
+    if step is None or not (folder / step_tag(step)).is_dir():
+        found = sorted(p.name for p in folder.glob("step-*")) if folder.is_dir() else []
+        raise InputError(f"{run_dir}: no checkpoint {'' if step is None else step_tag(step)}; expected one of {found or 'a run with checkpoints'}")
+    plan = folder / "model"
+    if not (plan / "config.json").is_file():
+        raise InputError(f"{plan}: the student's config.json is missing; expected the folder that training writes beside checkpoints")
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_tag(step))
+    config = AutoConfig.from_pretrained(plan)
+    dtype = config.dtype or torch.float32
+    student = {k.removeprefix("student."): v.to(dtype) for k, v in state.items() if k.startswith("student.")}
+    output.mkdir(parents=True, exist_ok=True)
+    save_student(plain_student(config, _without_tied_copies(config, student)), AutoTokenizer.from_pretrained(plan), output / STUDENT_FOLDER)
+    aligner_config = plan / "aligner.pt"
+    if aligner_config.is_file():
+        aligner = {k.removeprefix("aligner."): v for k, v in state.items() if k.startswith("aligner.")}
+        save_aligner(torch.load(aligner_config, weights_only=True), aligner, output / ALIGNER_FILE)
+    return output
+
+
+def _without_tied_copies(config: PreTrainedConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    tied = config.get_text_config().tie_word_embeddings
+    return {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
+
+
+def save_architecture(run_dir: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, aligner: Any) -> None:
+    """Write beside the checkpoints what turning one into a plain model takes: configuration, tokenizer, aligner configuration."""
+    folder = run_dir / CHECKPOINTS / "model"
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if aligner is not None:
+        torch.save(aligner_config_dict(aligner), folder / "aligner.pt")

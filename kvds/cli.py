@@ -1,0 +1,80 @@
+"""``kvds COMMAND …``: what is done with runs and models outside of training (which ``launch/distill.py`` starts)."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from kvds.errors import InputError
+
+# Command → what it does. Its module under kvds.commands is imported only when it is asked for.
+COMMANDS = {
+    "eval": ("evaluate", "cross entropy and exact match of a model on held-out rows"),
+    "export": ("export", "turn a checkpoint of a run into a plain student and its map_aligner.pt"),
+    "profile": ("profile", "what an aligner is made of and what it has learned"),
+    "report": ("report", "table and loss curves of one or more runs"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help lists all flags)")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    head, foot = "usage: kvds COMMAND [--flag value …]", "kvds COMMAND --help lists a command's flags."
+    return "\n".join([head, "", *lines, "", foot])
+
+
+def _run(module_name: str, name: str, flags: Sequence[str]) -> int:
+    """Import, parse and run one command."""
+    module = importlib.import_module(f"kvds.commands.{module_name}")
+    parser = _Parser(prog=f"kvds {name}", description=module.__doc__, allow_abbrev=False)
+    module.add_arguments(parser)
+    arguments, unknown = parser.parse_known_args(list(flags))
+    if unknown:
+        flag = next((token for token in unknown if token.startswith("-")), unknown[0])
+        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        near = difflib.get_close_matches(flag.split("=")[0], known, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        kind = "unknown flag" if flag.startswith("-") else "unexpected argument"
+        parser.error(f"{kind} {flag}{hint}")
+    return module.run(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit status: 0, or 2 where the user's input is at fault."""
+    flags = list(sys.argv[1:] if argv is None else argv)
+    if not flags or flags[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if flags else 2
+    if flags[0] == "--version":
+        from kvds import __version__
+
+        print(f"kvds {__version__}")
+        return 0
+    logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+    logging.getLogger("kvds").setLevel(logging.INFO)
+    try:
+        name = flags[0]
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+            raise InputError(f"unknown command {' '.join(name.split())[:100]}; {hint} (kvds --help)")
+        return _run(COMMANDS[name][0], name, flags[1:])
+    except InputError as error:
+        print(f"kvds: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

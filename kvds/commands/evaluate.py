@@ -1,0 +1,138 @@
+"""Judge a model on held-out rows: cross entropy and perplexity of rationale and answer, exact match of the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvds.errors import InputError
+from kvds.settings import DataSettings
+
+if TYPE_CHECKING:
+    from kvds.data.example import Example
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags; those that training has, too, have its defaults."""
+    data = DataSettings()
+    parser.add_argument("--model", type=Path, metavar="DIR", required=True, help="the model (RUN_DIR/student)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer; unset: the model's")
+    parser.add_argument(
+        "--datasets", nargs="+", metavar="NAME", default=list(data.datasets),
+        help="gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl (default: synthetic)",
+    )  # fmt: skip
+    parser.add_argument("--data_dir", metavar="DIR", help="folder with the publishers' files; unset: hub names")
+    parser.add_argument(
+        "--subset_size", type=int, default=data.eval_subset_size, metavar="N",
+        help="the first N held-out rows of each corpus, 0: all (default: %(default)s, as in training)",
+    )  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows at once (default: %(default)s)")
+    numbers = {
+        "max_new_tokens": "tokens generated per row",
+        "max_length": "tokens per row; longer rows are left out",
+        "synthetic_problems": "size of the built-in training corpus",
+    }
+    for name, text in numbers.items():
+        text += " (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=int, default=getattr(data, name), metavar="N", help=text)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for eval.json and predictions.jsonl")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, print a table, and write the files if asked to."""
+    for name in ("batch_size", "max_new_tokens", "max_length", "synthetic_problems"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} {getattr(arguments, name)}: expected at least 1")
+    if arguments.subset_size < 0:
+        raise InputError(f"--subset_size {arguments.subset_size}: expected at least 1, or 0 for every row")
+    for flag in ("model", "tokenizer"):
+        folder = getattr(arguments, flag)
+        if folder is not None and not folder.is_dir():
+            raise InputError(
+                f"--{flag} {folder}: no such folder; expected what save_pretrained writes (RUN_DIR/student)"
+            )
+    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
+        raise InputError(f"--output {arguments.output}: is a file; expected a folder")
+
+    import torch
+
+    from kvds.data.reasoning import load_mixture
+    from kvds.evaluate import evaluate_model
+
+    mixture = load_mixture(
+        arguments.datasets, "eval", data_dir=arguments.data_dir, synthetic_problems=arguments.synthetic_problems
+    )
+    examples = _first_per_corpus(mixture.examples, arguments.subset_size)
+    model, tokenizer = _load(arguments.model, arguments.tokenizer or arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    output = arguments.output
+    results = evaluate_model(
+        model, tokenizer, examples, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
+        max_length=arguments.max_length, predictions_path=None if output is None else output / "predictions.jsonl",
+    )  # fmt: skip
+    print(_table(results))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print("written:", output / "eval.json", output / "predictions.jsonl")
+    return 0
+
+
+def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    except Exception as error:  # a damaged folder can fail anywhere in its readers
+        raise _unloadable("tokenizer", tokenizer_folder, error) from error
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_folder, local_files_only=True, dtype="auto", output_loading_info=True
+        )
+    except Exception as error:
+        raise _unloadable("model", model_folder, error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(
+            f"--model {model_folder}: {len(missing)} weights are missing (first: {missing[0]}); expected a whole model"
+        )
+    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if rows <= largest:
+        raise InputError(
+            f"--tokenizer {tokenizer_folder}: has token id {largest}, the model {rows} rows; expected the "
+            f"tokenizer that the model was trained with"
+        )
+    return model, tokenizer
+
+
+def _unloadable(flag: str, folder: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"--{flag} {folder}: holds no loadable {flag} ({reason}); expected what save_pretrained writes")
+
+
+def _first_per_corpus(examples: Sequence[Example], count: int) -> list[Example]:
+    taken: Counter[str] = Counter()
+    chosen = []
+    for example in examples:
+        taken[example.corpus] += 1
+        if not count or taken[example.corpus] <= count:
+            chosen.append(example)
+    return chosen
+
+
+def _table(results: dict[str, dict[str, float]]) -> str:
+    width = max(6, *map(len, results))
+    lines = [f"{'corpus':<{width}}  {'cross entropy':>13}  {'perplexity':>10}  {'exact match %':>13}  {'rows':>6}"]
+    for corpus, values in results.items():
+        lines.append(
+            f"{corpus:<{width}}  {values['cross_entropy']:>13.4f}  {values['perplexity']:>10.3f}  "
+            f"{100 * values['exact_match']:>13.1f}  {values['samples']:>6.0f}"
+        )
+    return "\n".join(lines)

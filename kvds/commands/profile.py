@@ -1,0 +1,89 @@
+"""What an aligner is made of and what it has learned: parameters per mode, shapes, layer mixing, heat maps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kvds.errors import InputError
+from kvds.settings import AlignmentSettings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--run", type=Path, metavar="DIR", help="output folder of a run: the aligner that it trained")
+    pair = parser.add_argument_group("instead of a run: the aligner of a pair of models, as it starts")
+    for side in ("teacher", "student"):
+        name, changes = f"--{side}_name", f"--{side}_config_overrides"
+        pair.add_argument(name, metavar="NAME", help=f"folder or hub name of the {side}; only its config.json is read")
+        pair.add_argument(changes, metavar="KEY=VALUE,…", default="", help=f"changes of the {side}'s config.json")
+    pair.add_argument("--alignment_mode", choices=("flat", "structured"), default="structured", help="(structured)")
+    pair.add_argument("--map_proj_share_dim", action="store_true", help="one dimension map for all layers and heads")
+    pair.add_argument("--map_proj_init_uniform", action="store_true", help="mixing weights start uniform")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for aligner.png; unset: the run's, else none")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the description and draw the heat maps."""
+    names = [f"--{side}_name" for side in ("teacher", "student") if getattr(arguments, f"{side}_name") is not None]
+    if (arguments.run is None) == (not names):
+        raise InputError("expected --run DIR, or --teacher_name and --student_name" + (", not both" if names else ""))
+    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
+        raise InputError(f"--output {arguments.output}: is a file; expected a folder")
+    aligner = _of_pair(arguments) if arguments.run is None else _of_run(arguments.run)
+
+    from kvds.align.diagnostics import describe_aligner, parameter_counts, save_heatmaps
+
+    counts = parameter_counts(aligner.student_shape, aligner.teacher_shape, aligner.settings)
+    print(format_profile(describe_aligner(aligner), counts))
+    output = arguments.output or arguments.run
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        print("written:", save_heatmaps(aligner, output / "aligner.png"))
+    return 0
+
+
+def _of_run(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise InputError(f"--run {folder}: no such folder; expected the --output_dir of a run")
+    from kvds.checkpoint import ALIGNER_FILE, load_aligner
+
+    return load_aligner(folder / ALIGNER_FILE)
+
+
+def _of_pair(arguments: argparse.Namespace) -> Any:
+    from kvds.align import build_aligner
+    from kvds.models import kv_shape, load_config
+
+    shapes = {}
+    for side in ("student", "teacher"):
+        name = getattr(arguments, f"{side}_name")
+        if name is None:
+            raise InputError(f"--{side}_name is missing; expected a folder or a hub name")
+        shapes[side] = kv_shape(load_config(name, getattr(arguments, f"{side}_config_overrides"), flag=side))
+    chosen = {key: getattr(arguments, key) for key in ("alignment_mode", "map_proj_share_dim", "map_proj_init_uniform")}
+    return build_aligner(shapes["student"], shapes["teacher"], AlignmentSettings(**chosen))
+
+
+def format_profile(description: dict[str, Any], counts: dict[str, int]) -> str:
+    """The description of :func:`kvds.align.diagnostics.describe_aligner` and the counts per mode as text."""
+    head = f"alignment {description['alignment_mode']}, {description['direction']}"
+    lines = [f"{head}, {description['parameters']:,} parameters"]
+    for side in ("student", "teacher"):
+        shape = description[side]
+        heads = f"{shape['num_key_value_heads']} KV heads of {shape['head_dim']}"
+        lines.append(f"{side}: {shape['num_hidden_layers']} layers, {heads}")
+    width = max(map(len, counts))
+    lines += ["", "learned parameters for this pair, by alignment:"]
+    lines += [f"  {mode:<{width}}  {count:>14,}" for mode, count in counts.items()]
+    for name, part in description["parts"].items():
+        lines += ["", f"{name}:"]
+        lines += [f"  {parameter} {list(shape)}" for parameter, shape in part["parameters"].items()]
+        if part["layer_pairs"] is not None:
+            lines.append("  layers paired (student, teacher): " + " ".join(f"{s}-{t}" for s, t in part["layer_pairs"]))
+            continue
+        mixes = zip(part["layer_mix_argmax"], part["layer_mix_entropy"], strict=True)
+        lines.append("  row of the layer mix: strongest source, entropy (nats)")
+        lines += [f"  {row:>4}: {source:>4}  {entropy:.3f}" for row, (source, entropy) in enumerate(mixes)]
+    return "\n".join(lines)

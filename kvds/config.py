@@ -1,0 +1,446 @@
+"""Run configuration: a recipe file and flags become one checked, frozen object. Knows no model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from kvds.config_values import near_miss, number, one_line, parse_overrides, split_dataset_weight
+from kvds.deepspeed_config import load_deepspeed_config
+from kvds.errors import InputError
+from kvds.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
+
+__all__ = [
+    "AlignmentSettings",
+    "RunConfig",
+    "load_recipe",
+    "parse_overrides",
+    "parse_run_config",
+    "split_dataset_weight",
+]
+
+SECTIONS = (ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings)
+
+# A resumed run must be the same run: these may change between attempts.
+_FREE_ON_RESUME = {
+    "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
+    "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
+    "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
+}  # fmt: skip
+
+_AT_LEAST_ONE = ("max_length", "max_new_tokens", "calibration_batches", "synthetic_problems", "batch_size",
+                 "gradient_accumulation_steps", "epochs", "logging_steps", "layer_groups", "head_groups")  # fmt: skip
+_AT_LEAST_ZERO = (
+    "eval_subset_size",
+    "save_steps",
+    "eval_steps",
+    "seed",
+    "task_weight",
+    "logit_kd_weight",
+    "weight_decay",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings):
+    """All settings of a run. Construction checks each on its own and all together.
+
+    Raises:
+        InputError: naming the value, what was expected and the remedy.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        self._check_numbers()
+        self._check_alignment()
+        self._check_files()
+
+    def _check_numbers(self) -> None:
+        for name in _AT_LEAST_ONE:
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number, at least 1")
+        for name in _AT_LEAST_ZERO:
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a finite number, at least 0")
+        for name in ("subset_size", "max_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, f"at least 1 (or leave --{name} away)")
+        for name in ("lr", "aligner_lr", "logit_kd_temperature"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "a number above 0, such as 5e-5")
+        _require(
+            self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, one to read and one to predict"
+        )
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share from 0 to below 1")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm >= 0,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "at least 0 (0: never clip)",
+        )
+        _require(bool(self.datasets), "datasets", "", "at least one corpus, such as --datasets gsm8k")
+        names = [split_dataset_weight(spec)[0] for spec in self.datasets]
+        for name in names:
+            _require(names.count(name) == 1, "datasets", name, f"each corpus once (to weigh it: {name}:2)")
+
+    def _check_alignment(self) -> None:
+        _require_weight(self.kv_weight)
+        budget = self.kv_budget
+        if isinstance(budget, float):
+            _require(0 < budget <= 1, "kv_budget", budget, "a fraction in (0, 1], or a whole number of tokens")
+        elif budget is not None:
+            _require(
+                budget >= 1, "kv_budget", budget, "at least 1 token, or a fraction in (0, 1] (or --kv_method full)"
+            )
+        if self.kv_method == "full":
+            _require(budget is None, "kv_budget", budget, "no budget with --kv_method full (or --kv_method right_crop)")
+        else:
+            _require(
+                budget is not None,
+                "kv_budget",
+                budget,
+                f"a number of tokens or a fraction with --kv_method {self.kv_method}",
+            )
+        frozen_random = self.alignment_mode != "none" and self.aligner_update == "frozen" and self.map_start == "random"
+        _require(
+            not frozen_random,
+            "aligner_update",
+            "frozen",
+            "--map_start pca, procrustes or ridge: a frozen random map has no meaning",
+        )
+        if self.alignment_mode == "flat":
+            for name in ("layer_groups", "head_groups"):
+                _require(
+                    getattr(self, name) == 1,
+                    name,
+                    getattr(self, name),
+                    "1 with --alignment_mode flat (groups are structured's)",
+                )
+        silent = self.task_weight == 0 and not self.uses_teacher
+        _require(
+            not silent,
+            "task_weight",
+            0,
+            "some loss to train on (--task_weight 1, or an alignment with --kv_weight above 0)",
+        )
+        auto_without_task = self.task_weight == 0 and self.uses_kv and self.kv_weight_share is not None
+        _require(
+            not auto_without_task,
+            "kv_weight",
+            self.kv_weight,
+            "a number when --task_weight is 0: there is no task gradient to take a share of",
+        )
+
+    def _check_files(self) -> None:
+        if self.data_dir is not None and not os.path.isdir(self.data_dir):
+            raise InputError(
+                f"data_dir={self.data_dir}: no such folder; expected the folder that holds gsm8k/, svamp/, …"
+            )
+        if not self.output_dir:
+            raise InputError("output_dir is empty; expected a folder to write the run to (--output_dir outputs/NAME)")
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise InputError(f"output_dir={self.output_dir}: is a file; expected a folder")
+        if self.uses_teacher and self.teacher is None:
+            raise InputError(
+                "--teacher_name is missing; expected a folder or a hub name (or --model_name, or --alignment_mode none)"
+            )
+        if self.student is None:
+            raise InputError(
+                "--student_name is missing; expected a folder or a hub name (or --model_name for both models)"
+            )
+        for name in ("teacher_config_overrides", "student_config_overrides"):
+            parse_overrides(getattr(self, name), flag=name)
+        uri = self.tracking_uri
+        folder = uri is not None and uri != "databricks" and ("://" not in uri or uri.startswith("file:"))
+        remedy = "sqlite:///FILE.db or http(s)://SERVER, as MLflow writes to no folder (unset: OUTPUT_DIR/mlflow.db)"
+        _require(not folder, "tracking_uri", uri, remedy)
+
+    def check_paths(self) -> None:
+        """Look at the local files that the run will read, before anything is loaded.
+
+        Construction does not: a saved configuration must be readable on another machine.
+
+        Raises:
+            InputError: one is missing, or the DeepSpeed configuration cannot work.
+        """
+        load_deepspeed_config(self.deepspeed_config)
+        for name in ("model_name", "teacher_name", "student_name", "tokenizer_name"):
+            value = getattr(self, name)
+            # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
+            if value and (value[0] in "./~" or value.count("/") > 1):
+                _require(os.path.isdir(value), name, value, "an existing folder with a config.json (or a hub name)")
+        for spec in self.datasets:
+            file = Path(split_dataset_weight(spec)[0])
+            if file.suffix in (".json", ".jsonl"):
+                found = any(os.path.isfile(folder / file) for folder in (Path(), Path(self.data_dir or ".")))
+                _require(found, "datasets", spec, "an existing JSONL file (rows with prompt, rationale, answer)")
+        if self.resume not in ("auto", "never"):
+            _require(
+                os.path.isdir(self.resume), "resume", self.resume, "auto, never or the folder of a run (--resume auto)"
+            )
+
+    @property
+    def teacher(self) -> str | None:
+        """Folder or hub name of the teacher."""
+        return self.teacher_name or self.model_name
+
+    @property
+    def student(self) -> str | None:
+        """Folder or hub name of the student."""
+        return self.student_name or self.model_name
+
+    @property
+    def kv_weight_value(self) -> float | None:
+        """The weight given as a number, or None where it is calibrated."""
+        return None if isinstance(self.kv_weight, str) else float(self.kv_weight)
+
+    @property
+    def kv_weight_share(self) -> float | None:
+        """The share of ``auto:SHARE``, or None where a number was given."""
+        return float(self.kv_weight.split(":")[1]) if isinstance(self.kv_weight, str) else None
+
+    @property
+    def uses_kv(self) -> bool:
+        """Whether keys and values are matched at all."""
+        return self.alignment_mode != "none" and self.kv_weight_value != 0
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a loss reads the teacher."""
+        return self.uses_kv or self.logit_kd_weight > 0
+
+    @property
+    def warnings(self) -> list[str]:
+        """Settings that are allowed and known to be harmful."""
+        joint = self.uses_kv and self.direction == "teacher_to_student" and self.aligner_update == "trained"
+        if not joint:
+            return []
+        return [
+            "--direction teacher_to_student with a trained map collapses: the KV loss falls while the student's keys "
+            "and values shrink to nothing; expected --direction student_to_teacher, or --aligner_update frozen "
+            "--map_start pca"
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a recipe holds them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved configuration as a recipe that reproduces the run."""
+        unfinished = Path(f"{path}.unfinished")
+        unfinished.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        os.replace(unfinished, path)
+
+    def check_resumable(self, saved: str | Path) -> None:
+        """Compare with the configuration that a checkpoint was trained under.
+
+        Raises:
+            InputError: a setting differs that would make it another run.
+        """
+        if not os.path.isfile(saved):
+            raise InputError(
+                f"{saved}: missing beside the checkpoints; expected the run's config.yaml (or --resume never)"
+            )
+        before = load_recipe(saved)
+        for name in _hints():
+            value = getattr(self, name)
+            if name not in _FREE_ON_RESUME and name in before and before[name] != value:
+                raise InputError(
+                    f"--{name} {value}: the checkpoint in {self.output_dir} was trained with {before[name]}; expected "
+                    f"the same value to go on (or --resume never, or another --output_dir)"
+                )
+
+
+def _require(holds: bool, name: str, value: Any, expected: str, place: str = "") -> None:
+    if not holds:
+        shown = "true" if value is True else "false" if value is False else "none" if value is None else one_line(value)
+        remedy = "" if "(" in expected or "--" in expected else f" ({_way_back(name)})"
+        raise InputError(f"{place}{name}={shown}: expected {expected}{remedy}")
+
+
+def _way_back(name: str) -> str:
+    [default] = [field.default for field in dataclasses.fields(RunConfig) if field.name == name]
+    if default is dataclasses.MISSING:
+        return f"for example --{name} outputs/NAME"
+    text = " ".join(default) if isinstance(default, tuple) else "none" if default is None else str(default)
+    return f"the default is --{name} {text or repr(text)}"
+
+
+def _require_weight(value: str | float) -> None:
+    if isinstance(value, str):
+        head, _, share = value.partition(":")
+        value_of_share = number(share)
+        holds = head == "auto" and isinstance(value_of_share, int | float) and 0 < value_of_share < math.inf
+    else:
+        holds = math.isfinite(value) and value >= 0
+    _require(holds, "kv_weight", value, "a number of at least 0, or auto:SHARE such as auto:2.0")
+
+
+_KIND_NAMES = {
+    int: "a whole number", float: "a number", str: "a text, in a recipe quoted", bool: "true or false",
+    tuple: "a list of texts", types.NoneType: "nothing",
+}  # fmt: skip
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(RunConfig)
+
+
+def _check_type(field: dataclasses.Field[Any], value: Any, place: str = "") -> None:
+    hint = _hints()[field.name]
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in allowed)
+    widened = (*kinds, int) if float in kinds else kinds
+    wrong_bool = isinstance(value, bool) and bool not in kinds
+    names = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+    _require(isinstance(value, widened) and not wrong_bool, field.name, value, names, place)
+    if isinstance(value, int | float):
+        _require(abs(value) < 2**63, field.name, value, "a finite number", place)
+    texts = value if isinstance(value, tuple) else (value,) if isinstance(value, str) and value else ()
+    readable = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
+    _require(readable, field.name, value, "visible text on one line", place)
+    choices = field.metadata.get("choices")
+    if choices and value is not None:
+        _require(value in choices, field.name, value, f"one of {', '.join(choices)}{near_miss(value, choices)}", place)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build one mapping; raises on duplicate keys."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe file's settings, keys checked.
+
+    Raises:
+        InputError: no such file, not YAML, not a mapping, or a key that is no setting.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise InputError(
+            f"--config {path}: {error.strerror}; expected a recipe file such as launch/recipes/quickstart.yaml"
+        ) from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"--config {path}: not YAML ({' '.join(str(error).split())[:200]}); expected lines of `key: value`"
+        ) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(
+            f"--config {path}: holds a {type(content).__name__}; expected a mapping, lines of `key: value`"
+        )
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    for key, value in content.items():
+        if key not in known:
+            raise InputError(
+                f"--config {path}: unknown key {one_line(key)}{near_miss(key, sorted(known))} "
+                f"(expected one of the flags of --help)"
+            )
+        if isinstance(value, list):
+            content[key] = tuple(value)
+        elif key == "datasets" and isinstance(value, str):
+            content[key] = (value,)
+    for key, value in content.items():
+        hint = _hints()[key]
+        # YAML reads 5e-5 as text: the flag parser's notion of a number holds here, too.
+        if isinstance(value, str) and hint in (float, float | None, int | float | None, str | float):
+            content[key] = number(value)
+    for field in dataclasses.fields(RunConfig):
+        if field.name in content:
+            _check_type(field, content[field.name], place=f"{path}: ")
+    return content
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{one_line(message)} (--help lists all flags)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="distill.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__)
+    parser.add_argument("--config", help="recipe file that sets any of the flags below; flags override it")
+    # What launchers pass on: the rank is read from the environment instead.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    hints = _hints()
+    for section in SECTIONS:
+        group = parser.add_argument_group(str(section.__doc__).strip().rstrip("."))
+        for field in dataclasses.fields(section):
+            hint, choices = hints[field.name], field.metadata["choices"]
+            default = "" if field.default is dataclasses.MISSING else f" (default: {field.default})"
+            options: dict[str, Any] = {"help": (field.metadata["help"] + default).replace("%", "%%")}
+            if hint is bool:
+                options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+                group.add_argument(
+                    f"--no_{field.name}", dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS
+                )
+            elif field.name == "datasets":
+                options |= {"nargs": "+", "metavar": "NAME"}
+            else:
+                options["metavar"] = "|".join(choices) if choices else field.name.upper()
+            group.add_argument(f"--{field.name}", **options)
+    return parser
+
+
+def _from_text(name: str, text: Any) -> Any:
+    hint = _hints()[name]
+    if name == "datasets":
+        return tuple(text)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"--{name} {one_line(text)}: expected true or false (--{name} or --no_{name})")
+        return text.lower() == "true"
+    if text.lower() == "none" and types.NoneType in typing.get_args(hint):
+        return None
+    if hint in (str, str | None):
+        return text
+    return number(text)
+
+
+def parse_run_config(argv: Sequence[str]) -> RunConfig:
+    """Recipe and flags, flags winning, as one checked configuration.
+
+    Raises:
+        InputError: an unknown flag or key, a value of the wrong kind or out of range.
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        known = sorted(field.name for field in dataclasses.fields(RunConfig))
+        flag = next((token for token in unknown if token.startswith("-")), unknown[0])
+        name = flag.lstrip("-").split("=")[0]
+        kind = "unknown flag" if flag.startswith("-") else "unexpected argument"
+        raise InputError(
+            f"{kind} {one_line(flag)}{near_miss(name, known)} (expected --flag value; --help lists all flags)"
+        )
+    values = vars(given)
+    values.pop("local_rank", None)
+    values.pop("deepspeed", None)
+    recipe = values.pop("config", None)
+    settings = load_recipe(recipe) if recipe is not None else {}
+    settings |= {name: _from_text(name, text) for name, text in values.items()}
+    if "output_dir" not in settings:
+        raise InputError("--output_dir is missing; expected a folder to write the run to (--output_dir outputs/NAME)")
+    cfg = RunConfig(**settings)
+    cfg.check_paths()
+    return cfg

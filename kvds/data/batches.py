@@ -1,0 +1,223 @@
+"""From rows to token batches: every token knows its segment, every global step its exact counts.
+
+The samples of optimizer step n are a pure function of seed and n: the same on any number of ranks, and resuming is asking
+for a later n.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kvds.data.example import Example, answer_text, prompt_text, rationale_text
+from kvds.losses import IGNORED_LABEL
+
+
+class Segment(IntEnum):
+    """What a token belongs to."""
+
+    PAD = 0
+    PROMPT = 1
+    RATIONALE = 2
+    ANSWER = 3
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One row as tokens.
+
+    Attributes:
+        input_ids: Token ids.
+        segment_ids: Their :class:`Segment`, as many.
+        example: Position of the row in the list that was encoded.
+    """
+
+    input_ids: tuple[int, ...]
+    segment_ids: tuple[int, ...]
+    example: int
+
+    @property
+    def label_count(self) -> int:
+        """Tokens that the task loss counts: rationale and answer, never the first of a row (nothing predicts it)."""
+        return sum(segment >= Segment.RATIONALE for segment in self.segment_ids[1:])
+
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """Rows as tokens, without those over the length.
+
+    Attributes:
+        samples: The rows that fit.
+        too_long: How many did not.
+    """
+
+    samples: list[EncodedSample]
+    too_long: int
+
+
+def _segments(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the prompts alone, exactly those that training puts before the completion."""
+    start = [tokenizer.bos_token_id] if _has_start(tokenizer) else []
+    return [start + ids for ids in _segments([prompt_text(example) for example in examples], tokenizer)]
+
+
+def _has_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts a begin-of-text token in front (Llama's does, GPT-2's and Qwen2's do not)."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedCorpus:
+    """Tokenise ``prompt⏎ | rationale⏎ | #### answer<end>``, each segment on its own, so that no token straddles two.
+
+    Args:
+        examples: Rows.
+        tokenizer: With an end-of-text token.
+        max_length: Tokens; rows with more are left out and counted, never cut (a cut row would teach a wrong answer).
+    """
+    prompts = prompt_ids(examples, tokenizer)
+    rationales = _segments([rationale_text(example) for example in examples], tokenizer)
+    answers = _segments([answer_text(example) for example in examples], tokenizer)
+    end = tokenizer.eos_token_id
+    samples = []
+    for position, (prompt, rationale, answer) in enumerate(zip(prompts, rationales, answers, strict=True)):
+        ids = (*prompt, *rationale, *answer, end)
+        if len(ids) <= max_length:
+            segments = (Segment.PROMPT,) * len(prompt) + (Segment.RATIONALE,) * len(rationale) + (Segment.ANSWER,) * (len(answer) + 1)
+            samples.append(EncodedSample(ids, tuple(map(int, segments)), position))
+    return EncodedCorpus(samples, len(examples) - len(samples))
+
+
+@dataclass
+class TokenBatch:
+    """A micro-batch, padded on the right.
+
+    Attributes:
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]`` int64, 1 = real token.
+        labels: ``[B, T]`` int64, unshifted, -100 where not counted: rationale, answer and end token count.
+        segment_ids: ``[B, T]`` int64, see :class:`Segment`.
+        sample_ids: ``[B]`` int64, position of each row in the loader's samples; -1 = a row of padding.
+        label_normalizer: Tokens that the task loss counts in the whole global step, per rank and micro-batch.
+        position_normalizer: Positions whose keys and values count in the whole global step, per rank and micro-batch.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    segment_ids: Tensor
+    sample_ids: Tensor
+    label_normalizer: float
+    position_normalizer: float
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same with its tensors on ``device``."""
+        tensors = (self.input_ids, self.attention_mask, self.labels, self.segment_ids, self.sample_ids)
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return TokenBatch(*moved, self.label_normalizer, self.position_normalizer)
+
+
+def collate(
+    rows: Sequence[EncodedSample | None], sample_ids: Sequence[int], pad_token_id: int, label_normalizer: float, position_normalizer: float
+) -> TokenBatch:
+    """Pad rows to the longest; None makes a row of padding, which counts nowhere."""
+    tokens = max((len(row.input_ids) for row in rows if row is not None), default=1)
+    shape = (len(rows), tokens)
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask, segment_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    # An attention row without any key gives NaN: an empty row keeps one token to look at.
+    attention_mask[:, 0] = 1
+    for position, row in enumerate(rows):
+        if row is not None:
+            length = len(row.input_ids)
+            input_ids[position, :length] = torch.tensor(row.input_ids)
+            segment_ids[position, :length] = torch.tensor(row.segment_ids)
+            attention_mask[position, :length] = 1
+    labels = torch.where(segment_ids >= Segment.RATIONALE, input_ids, IGNORED_LABEL)
+    return TokenBatch(
+        input_ids, attention_mask, labels, segment_ids, torch.tensor(list(sample_ids)), label_normalizer, position_normalizer
+    )
+
+
+class BatchLoader:
+    """This rank's micro-batches of each optimizer step.
+
+    A global step takes the next ``batch_size · gradient_accumulation_steps · world_size`` samples of its epoch's order and
+    deals them out. The last step of an epoch is filled with rows of padding, so that all ranks run equally many forwards.
+
+    Args:
+        samples: All encoded rows.
+        batch_size: Rows per rank and micro-batch.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        rank: This rank.
+        world_size: Number of ranks.
+        seed: Of the order, which differs from epoch to epoch.
+        pad_token_id: Fills up rows.
+        position_count: Real length of a row → positions whose keys and values count.
+        shuffle: False keeps the order of ``samples``.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[EncodedSample],
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        pad_token_id: int,
+        position_count: Callable[[int], int],
+        shuffle: bool = True,
+    ) -> None:
+        self._samples, self._batch_size, self._accumulation = samples, batch_size, gradient_accumulation_steps
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._shuffle, self._pad = seed, shuffle, pad_token_id
+        self._labels = [sample.label_count for sample in samples]
+        self._positions = [position_count(len(sample.input_ids)) for sample in samples]
+        self._global_batch = batch_size * gradient_accumulation_steps * world_size
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the samples."""
+        return -(-len(self._samples) // self._global_batch)
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            order = list(range(len(self._samples)))
+            if self._shuffle:
+                random.Random(self._seed * 1_000_003 + epoch).shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def sample_ids(self, step: int) -> list[int]:
+        """The samples of global step ``step``, over all ranks, in order; -1 fills up the last of an epoch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        ids = self._epoch_order(epoch)[position * self._global_batch : (position + 1) * self._global_batch]
+        return ids + [-1] * (self._global_batch - len(ids))
+
+    def step(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of 0-based optimizer step ``step``, on the CPU."""
+        ids = self.sample_ids(step)
+        shares = self._world_size * self._accumulation
+        real = [i for i in ids if i >= 0]
+        # At least one token, so that a step of rows without any divides by no zero.
+        labels = max(1, sum(self._labels[i] for i in real)) / shares
+        positions = max(1, sum(self._positions[i] for i in real)) / shares
+        batches = []
+        for micro in range(self._accumulation):
+            begin = (micro * self._world_size + self._rank) * self._batch_size
+            mine = ids[begin : begin + self._batch_size]
+            rows = [self._samples[i] if i >= 0 else None for i in mine]
+            batches.append(collate(rows, mine, self._pad, labels, positions))
+        return batches

@@ -1,0 +1,208 @@
+"""The module that DeepSpeed wraps: student and aligner together, one forward to one scalar loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvds.align.diagnostics import effective_rank
+from kvds.data.batches import TokenBatch
+from kvds.kv import KVCapture, KVStates, Selection
+from kvds.losses import Head, LabelledPositions, head_losses
+from kvds.models import backbone
+from kvds.teacher import TeacherOutput
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the loss parts; a part of weight 0 is not computed into the loss."""
+
+    task: float = 1.0
+    kv: float = 0.0
+    logit_kd: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One micro-batch with all that the student's forward needs. Tensors on the device of the student.
+
+    Attributes:
+        batch: Token ids, masks and the normalizers that make a sum over this rank's share of the global mean.
+        labelled: Positions of ``batch`` whose next token counts.
+        selection: Positions whose keys and values count; None without alignment.
+        teacher: The teacher's output for this batch; None where nothing reads it.
+        teacher_head: Its language-model head, for logit distillation.
+        weights: Factors of the loss parts.
+        watch: Also measure the student's KV and the gradient that the KV loss sends back (logging steps).
+    """
+
+    batch: TokenBatch
+    labelled: LabelledPositions
+    selection: Selection | None
+    teacher: TeacherOutput | None
+    teacher_head: Head | None
+    weights: LossWeights
+    watch: bool = False
+
+
+class GradientWatch:
+    """Compares what the KV loss sends back at the captured keys and values with what the task loss sends there.
+
+    ``ratio = ‖∂ kv_weight·kv / ∂(K,V)‖ / ‖∂ rest / ∂(K,V)‖``, over all layers, without a second backward pass: hooks see
+    the KV loss's own share on the tensors handed to the aligner, and all that arrives on the projections' outputs.
+    """
+
+    def __init__(self) -> None:
+        self._kv_squares: list[Tensor] = []
+        self._rest_squares: list[Tensor] = []
+
+    def attach(self, capture: KVCapture) -> None:
+        """Hang hooks on what ``capture`` took; call between forward and backward."""
+        heads = [*capture.key_heads, *capture.states.values]
+        outputs = [*capture.key_outputs, *capture.value_outputs]
+        for head, (output, columns) in zip(heads, outputs, strict=True):
+            self._watch(head, output, columns)
+
+    def _watch(self, heads: Tensor, output: Tensor, columns: slice) -> None:
+        # The view of the heads has a gradient of its own: the KV loss's alone. The projection's output sums both.
+        received: list[Tensor] = []
+
+        def on_kv(gradient: Tensor) -> None:
+            received.append(gradient.transpose(1, 2).flatten(2).float())
+            self._kv_squares.append(received[-1].square().sum())
+
+        def on_total(gradient: Tensor) -> None:
+            rest = gradient.flatten(2)[..., columns].float()
+            self._rest_squares.append((rest - received.pop() if received else rest).square().sum())
+
+        heads.register_hook(on_kv)
+        output.register_hook(on_total)
+
+    def ratio(self) -> Tensor | None:
+        """The ratio of the backward pass just run, or None where no KV gradient arrived."""
+        if not self._kv_squares or not self._rest_squares:
+            return None
+        return (torch.stack(self._kv_squares).sum() / torch.stack(self._rest_squares).sum().clamp_min(1e-38)).sqrt()
+
+
+class DistillationModule(nn.Module):
+    """Student and aligner behind one forward that returns the loss of a micro-batch.
+
+    ``loss = w_task · CE + w_kv · KV + w_kd · KD``, each part the micro-batch's sum over positions divided by the global
+    step's mean count (``TokenBatch.label_normalizer``, ``position_normalizer``): averaged over ranks and micro-batches, as
+    DeepSpeed does, it is the mean over the whole global batch, however it was split and padded.
+
+    Args:
+        student: A causal language model.
+        aligner: From :func:`kvds.align.build_aligner`; None without KV alignment.
+        rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
+        head_chunks: Chunks of positions at the language-model head, the same on every rank.
+        kd_temperature: Temperature of logit distillation.
+        kd_vocab_size: Entries of the vocabulary that carry tokens.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        aligner: nn.Module | None = None,
+        *,
+        rope: str = "pre",
+        head_chunks: int = 1,
+        kd_temperature: float = 1.0,
+        kd_vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.aligner = aligner
+        self._rope, self._head_chunks = rope, head_chunks
+        self._kd_temperature, self._kd_vocab_size = kd_temperature, kd_vocab_size
+        self.gradient_watch: GradientWatch | None = None
+
+    def forward(self, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the student once.
+
+        Returns:
+            The loss (fp32 scalar with a graph) and detached metrics, means in the sense above; keys as in ``metrics.jsonl``.
+        """
+        batch, weights = step.batch, step.weights
+        model = backbone(self.student)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        metrics: dict[str, Tensor] = {}
+        kv = None
+        self.gradient_watch = None
+        if self.aligner is None:
+            hidden = model(**inputs).last_hidden_state
+        else:
+            with KVCapture(model, rope=self._rope, require_grad=torch.is_grad_enabled()) as capture:
+                hidden = model(**inputs).last_hidden_state
+            states = capture.states
+            if step.watch:
+                metrics |= _state_metrics(states, step.selection)
+                if torch.is_grad_enabled():
+                    self.gradient_watch = GradientWatch()
+                    self.gradient_watch.attach(capture)
+            kv = self._kv_loss(states, step, metrics)
+
+        teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
+        task_sum, kd_sum = head_losses(
+            self.student.get_output_embeddings(),  # type: ignore[operator]
+            hidden,
+            step.labelled,
+            num_chunks=self._head_chunks,
+            teacher_head=step.teacher_head,
+            teacher_hidden=teacher_hidden,
+            temperature=self._kd_temperature,
+            vocab_size=self._kd_vocab_size,
+        )
+        task = task_sum / batch.label_normalizer
+        loss = task if weights.task == 1.0 else weights.task * task
+        metrics["loss/task"] = task.detach()
+        if kv is not None and weights.kv:
+            loss = loss + weights.kv * kv
+        if teacher_hidden is not None:
+            kd = kd_sum / batch.label_normalizer
+            loss = loss + weights.logit_kd * kd
+            metrics["loss/logit_kd"] = kd.detach()
+        metrics["loss/total"] = loss.detach()
+        return loss, metrics
+
+    def _kv_loss(self, states: KVStates, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
+        if self.aligner is None or step.teacher is None or step.teacher.states is None or step.selection is None:
+            raise RuntimeError("an aligner needs the teacher's keys and values and a selection of positions")
+        aligned = self.aligner(student=states, teacher=step.teacher.states, selection=step.selection)
+        # From the mean over this micro-batch to its share of the mean over the global step.
+        share = step.selection.mask.sum() / step.batch.position_normalizer
+        metrics["loss/kv"] = aligned.loss.detach() * share
+        for part, loss, layers in (
+            ("keys", aligned.key_loss, aligned.key_layers),
+            ("values", aligned.value_loss, aligned.value_layers),
+        ):
+            if loss is not None:
+                metrics[f"loss/kv_{part}"] = loss * share
+                if step.watch:
+                    metrics |= {f"loss/kv_{part}_layer_{i:02d}": layer * share for i, layer in enumerate(layers)}
+        return aligned.loss * share
+
+
+@torch.no_grad()
+def _state_metrics(states: KVStates, selection: Selection | None) -> dict[str, Tensor]:
+    """RMS norm and effective rank of the student's keys and values, means over layers, of the tokens selected."""
+    if selection is None:
+        return {}
+    metrics = {}
+    for name, layers in (("keys", states.keys), ("values", states.values)):
+        norms, ranks = [], []
+        for layer in layers:
+            rows = layer.detach().transpose(1, 2).flatten(2)  # [B, T, H·D]
+            if selection.index is not None:
+                rows = rows.gather(1, selection.index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+            kept = rows[selection.mask].float()  # [N, H·D]
+            if kept.shape[0] == 0:  # a micro-batch of padding alone, at the end of an epoch
+                return {}
+            norms.append(kept.square().sum(-1).mean().sqrt())
+            ranks.append(torch.as_tensor(effective_rank(kept)))
+        metrics[f"kv/norm_{name}"] = torch.stack(norms).mean()
+        metrics[f"kv/effective_rank_{name}"] = torch.stack(ranks).mean().to(metrics[f"kv/norm_{name}"])
+    return metrics

@@ -1,0 +1,114 @@
+"""The ZeRO engine around student and aligner: process group, optimizer, schedule, gradient norms."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+from torch import Tensor, nn
+from torch import distributed as dist
+from transformers import get_scheduler
+
+from kvds.config import RunConfig
+from kvds.distillation import DistillationModule
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init_distributed() -> torch.device:
+    """Join the process group that the launcher describes (alone where there is none) and return this rank's device."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def leave_distributed() -> None:
+    """Wait for all ranks and leave the process group, so that no rank ends while another still talks to it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: Tensor) -> None:
+    """Sum ``tensor`` over all ranks in place."""
+    dist.all_reduce(tensor)
+
+
+def all_reduce_max(tensor: Tensor) -> None:
+    """Take the maximum of ``tensor`` over all ranks in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def build_optimizer(module: DistillationModule, cfg: RunConfig, engine_config: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW or SGD over student and aligner in groups of their own (learning rate, weight decay on matrices of the student)."""
+    student = [p for p in module.student.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in student if _dimensions(p) >= 2], "weight_decay": cfg.weight_decay, "name": "student"},
+        {"params": [p for p in student if _dimensions(p) < 2], "weight_decay": 0.0, "name": "student_vectors"},
+    ]
+    if module.aligner is not None:
+        aligner = [p for p in module.aligner.parameters() if p.requires_grad]
+        lr = cfg.aligner_lr if cfg.aligner_lr is not None else cfg.lr
+        groups.append({"params": aligner, "weight_decay": 0.0, "lr": lr, "name": "aligner"})
+    groups = [group for group in groups if group["params"]]
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr)
+    offload = engine_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if offload != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=cfg.lr, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, fused=get_accelerator().device_name() == "cuda")
+
+
+def build_engine(
+    module: DistillationModule, cfg: RunConfig, engine_config: dict[str, Any], total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap ``module``. The learning-rate schedule is transformers' own, stepped by the engine once per optimizer step."""
+    optimizer = build_optimizer(module, cfg, engine_config)
+    warmup = round(cfg.warmup_ratio * total_steps)
+    scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config)[0]
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]) -> float:
+    """Euclidean norm of the gradient that the last backward pass left on ``parameters``, over all ranks.
+
+    Stage 3 keeps a shard of each gradient per rank; the stages below have the whole, averaged, on every rank.
+    """
+    sharded = engine.zero_optimization_stage() == 3
+    device = torch.device(get_accelerator().current_device_name())
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for parameter in parameters:
+        gradient = safe_get_local_grad(parameter) if sharded else safe_get_full_grad(parameter)
+        if gradient is not None:
+            total += gradient.double().square().sum()
+    if sharded:
+        dist.all_reduce(total)
+    return float(total.sqrt())
+
+
+def discard_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Forget the gradients of a backward pass that no step shall follow."""
+    engine.optimizer.zero_grad()
+    engine.optimizer.averaged_gradients = {}
+    engine.zero_grad()

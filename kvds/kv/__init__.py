@@ -1,0 +1,17 @@
+"""Keys and values of a model as data: shapes, capture, selection of positions, groups."""
+
+from kvds.kv.capture import KVCapture
+from kvds.kv.gather import gather_positions, group_slices
+from kvds.kv.select import Selection, select_tokens, selected_count
+from kvds.kv.states import KVShape, KVStates
+
+__all__ = [
+    "KVCapture",
+    "KVShape",
+    "KVStates",
+    "Selection",
+    "gather_positions",
+    "group_slices",
+    "select_tokens",
+    "selected_count",
+]

@@ -1,0 +1,200 @@
+"""Teacher and student from a hub name, a folder or a configuration alone, and the checks that they fit each other."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from kvds.config import RunConfig, parse_overrides
+from kvds.errors import InputError
+from kvds.kv import KVShape
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Overriding the left side makes the right side stale: it is dropped, so that the family's own default is computed anew.
+_DERIVED_KEYS = {"num_hidden_layers": ("layer_types",), "hidden_size": ("head_dim",), "num_attention_heads": ("head_dim",)}
+
+
+def _is_folder_name(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~"))
+
+
+def _from_hub(loader: Any, name: str, what: str, flag: str, **kwargs: Any) -> Any:
+    """``loader.from_pretrained`` with failures told in the user's terms. Remote code is never run."""
+    if _is_folder_name(name) and not Path(name).is_dir():
+        raise InputError(f"{flag}={name}: no such folder; expected a local folder with a {what}, or a hub name")
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:240]
+        if _is_folder_name(name):
+            raise InputError(
+                f"{flag}={name}: the folder holds no loadable {what} ({reason}); expected the files that "
+                f"save_pretrained writes"
+            ) from error
+        raise InputError(
+            f"{flag}={name}: the {what} could not be loaded from the hub or its local cache ({reason}); without internet, "
+            f"download it elsewhere (`hf download {name} --local-dir FOLDER`) and give the folder in place of the name"
+        ) from error
+
+
+def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfig:
+    """The architecture of ``name``, with ``overrides`` such as ``"num_hidden_layers=4,hidden_size=128"`` applied.
+
+    Raises:
+        InputError: nothing there, an unknown key, or a value of another type than the configuration's.
+    """
+    config = _from_hub(AutoConfig, name, "config.json", f"--{flag}_name")
+    changes = parse_overrides(overrides)
+    if not changes:
+        return config
+    values = config.to_dict()
+    known = set(values) | set(type(config).attribute_map)
+    for key, value in changes.items():
+        place = f"--{flag}_config_overrides {key}={value}"
+        if key not in known:
+            raise InputError(f"{place}: {config.model_type} has no such setting; expected one of its config.json keys")
+        current = getattr(config, key)
+        if current is not None and not isinstance(value, type(current)) and not (isinstance(current, float) and isinstance(value, int)):
+            raise InputError(f"{place}: expected {type(current).__name__} as in {name}, got {type(value).__name__}")
+        for stale in _DERIVED_KEYS.get(key, ()):
+            if stale not in changes:
+                values.pop(stale, None)
+    values.update({type(config).attribute_map.get(key, key): value for key, value in changes.items()})
+    try:
+        return type(config).from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--{flag}_config_overrides {overrides}: {' '.join(str(error).split())}") from error
+
+
+def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
+    """The one tokenizer of a run: ``--tokenizer_name``, else the teacher's, else the student's."""
+    if cfg.tokenizer_name is not None:
+        return _from_hub(AutoTokenizer, cfg.tokenizer_name, "tokenizer", "--tokenizer_name")
+    names = [name for name in ((cfg.teacher if cfg.uses_teacher else None), cfg.student) if name is not None]
+    for position, name in enumerate(dict.fromkeys(names)):
+        try:
+            return _from_hub(AutoTokenizer, name, "tokenizer", "--teacher_name" if position == 0 else "--student_name")
+        except InputError:
+            if position == len(set(names)) - 1:
+                raise InputError(
+                    f"--tokenizer_name is not given and {' and '.join(dict.fromkeys(names))} hold no tokenizer; "
+                    f"expected --tokenizer_name FOLDER"
+                ) from None
+    raise InputError("--model_name or --student_name is missing; expected a folder or a hub name")
+
+
+def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Positions correspond one to one only where both models read the same ids: refuse models that bring other vocabularies."""
+    for flag, name in (("--teacher_name", cfg.teacher if cfg.uses_teacher else None), ("--student_name", cfg.student)):
+        if name is None or not Path(name).is_dir() or not any(Path(name).glob("tokenizer*")):
+            continue
+        own = _from_hub(AutoTokenizer, name, "tokenizer", flag)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"{flag}={name}: its tokenizer ({len(own)} entries) differs from the run's ({len(tokenizer)} entries); "
+                f"expected teacher and student of one vocabulary, since keys and values are matched position by position"
+            )
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, flag: str) -> None:
+    """A model may pad its vocabulary, but must have a row for each token."""
+    rows, largest = int(config.vocab_size), max(tokenizer.get_vocab().values())
+    if rows <= largest:
+        raise InputError(
+            f"--{flag}_name: vocab_size {rows} has no row for token id {largest} of the tokenizer; expected vocab_size "
+            f"> {largest} (another --tokenizer_name, or --{flag}_config_overrides vocab_size={largest + 1} with --{flag}_init random)"
+        )
+
+
+def check_positions(config: PreTrainedConfig, max_length: int, *, flag: str) -> None:
+    """Refuse rows longer than the model has positions for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length={max_length}: the {flag} has {limit} positions; expected --max_length {limit} or less")
+
+
+def kv_shape(config: PreTrainedConfig) -> KVShape:
+    """Layer count, KV heads and head_dim as the configuration states them."""
+    return KVShape.from_config(config)
+
+
+@contextlib.contextmanager
+def _partitioned_loading(engine_config: dict[str, Any] | None) -> Iterator[None]:
+    """Within it, ``from_pretrained`` creates parameters sharded by ZeRO-3, so that no rank ever holds a whole model.
+
+    transformers finds the DeepSpeed configuration through a global weak reference: it must live for the load and be
+    gone before the next model, which may be placed otherwise.
+    """
+    if engine_config is None or engine_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    reference = HfDeepSpeedConfig(engine_config)
+    try:
+        yield
+    finally:
+        del reference
+        gc.collect()
+
+
+def load_model(
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    init: str,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    seed: int,
+    flag: str,
+    engine_config: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A causal language model in ``dtype``.
+
+    Args:
+        name: Folder or hub name (read only where ``init`` is ``"pretrained"``).
+        config: Its architecture, overrides applied.
+        init: ``"pretrained"`` or ``"random"`` (the same weights on every rank and for every world size, from ``seed``).
+        dtype: Of the parameters.
+        attn_implementation: ``"sdpa"`` or ``"eager"``.
+        seed: Of the random start.
+        flag: ``"teacher"`` or ``"student"``, for messages.
+        engine_config: The DeepSpeed configuration under which pretrained weights are loaded in shards (stage 3), or None.
+
+    Raises:
+        InputError: the weights are missing, or their shapes are not the configuration's.
+    """
+    if init == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    with _partitioned_loading(engine_config):
+        try:
+            model, info = _from_hub(
+                AutoModelForCausalLM, name, "model with weights", f"--{flag}_name",
+                config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise InputError(
+                f"--{flag}_name={name}: its weights do not have the shapes of its configuration "
+                f"({' '.join(str(error).split())[:200]}); expected matching files, or --{flag}_init random"
+            ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"--{flag}_name={name}: {len(missing)} weights are missing (first: {missing[0]}); expected a whole checkpoint, "
+            f"or --{flag}_init random"
+        )
+    return model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The transformer without its language-model head."""
+    return getattr(model, model.base_model_prefix)  # type: ignore[arg-type]

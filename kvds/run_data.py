@@ -1,0 +1,104 @@
+"""A run's rows: loaded, encoded, counted, and cut into the same global batches on every number of ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from kvds.config import RunConfig
+from kvds.data.batches import BatchLoader, EncodedCorpus, EncodedSample, encode_examples
+from kvds.data.example import Example
+from kvds.data.reasoning import Mixture, load_mixture
+from kvds.errors import InputError
+from kvds.kv import selected_count
+
+log = logging.getLogger("kvds")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Batches to train on and rows to judge by.
+
+    Attributes:
+        loader: This rank's training micro-batches, by optimizer step.
+        eval_examples: Held-out rows, at most ``eval_subset_size`` per corpus; empty when there is no evaluation.
+        eval_loader: The same rows as batches in fixed order; None when there are none.
+    """
+
+    loader: BatchLoader
+    eval_examples: list[Example]
+    eval_loader: BatchLoader | None
+
+
+def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int, world_size: int) -> RunData:
+    """Load and encode what ``cfg`` names.
+
+    Raises:
+        InputError: a malformed row (unless skipped), a missing corpus, or nothing usable left.
+    """
+
+    def batches(samples: Sequence[EncodedSample], *, accumulation: int, shuffle: bool) -> BatchLoader:
+        pad = tokenizer.pad_token_id
+        return BatchLoader(
+            samples,
+            batch_size=cfg.batch_size,
+            gradient_accumulation_steps=accumulation,
+            rank=rank,
+            world_size=world_size,
+            seed=cfg.seed,
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            position_count=lambda length: selected_count(
+                cfg.kv_method, cfg.kv_budget, length, mask_first_token=cfg.mask_first_token
+            ),
+            shuffle=shuffle,
+        )
+
+    mixture = _mixture(cfg, "train", cfg.subset_size)
+    corpus = encode_examples(mixture.examples, tokenizer, cfg.max_length)
+    _report(cfg, mixture, corpus)
+    examples = _first_per_corpus(_mixture(cfg, "eval", None).examples, cfg.eval_subset_size) if cfg.eval_subset_size else []
+    held_out = encode_examples(examples, tokenizer, cfg.max_length).samples if examples else []
+    return RunData(
+        loader=batches(corpus.samples, accumulation=cfg.gradient_accumulation_steps, shuffle=True),
+        eval_examples=examples,
+        eval_loader=batches(held_out, accumulation=1, shuffle=False) if held_out else None,
+    )
+
+
+def _mixture(cfg: RunConfig, split: str, subset_size: int | None) -> Mixture:
+    return load_mixture(
+        cfg.datasets,
+        split,
+        data_dir=cfg.data_dir,
+        subset_size=subset_size,
+        seed=cfg.seed,
+        on_bad_row=cfg.on_bad_row,
+        synthetic_problems=cfg.synthetic_problems,
+    )
+
+
+def _report(cfg: RunConfig, mixture: Mixture, corpus: EncodedCorpus) -> None:
+    log.info("data: %d rows to train on from %s", len(corpus.samples), " ".join(cfg.datasets))
+    if corpus.too_long:
+        log.warning("data: %d rows are longer than --max_length %d tokens and were left out", corpus.too_long, cfg.max_length)
+    for place, count in mixture.skipped.items():
+        if count:
+            log.warning("data: %d malformed rows of %s were skipped", count, place)
+    if not corpus.samples:
+        raise InputError(
+            f"--datasets {' '.join(cfg.datasets)}: no usable row is left ({corpus.too_long} longer than --max_length "
+            f"{cfg.max_length}); expected at least one (raise --max_length or check the data)"
+        )
+
+
+def _first_per_corpus(examples: list[Example], count: int) -> list[Example]:
+    taken: dict[str, int] = {}
+    chosen = []
+    for example in examples:
+        taken[example.corpus] = taken.get(example.corpus, 0) + 1
+        if taken[example.corpus] <= count:
+            chosen.append(example)
+    return chosen

@@ -1,0 +1,113 @@
+"""The sections of a run's configuration: each field with its default, its meaning and its unit."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+
+def setting(doc: str, default: Any = MISSING, *, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field whose text serves as documentation and as ``--help``."""
+    metadata = {"help": doc, "choices": choices}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Teacher and student."""
+
+    model_name: str | None = setting("folder or hub name of teacher and student both", None)
+    teacher_name: str | None = setting("folder or hub name of the teacher", None)
+    student_name: str | None = setting("folder or hub name of the student", None)
+    teacher_init: str = setting("weights of the teacher", "pretrained", choices=("pretrained", "random"))
+    student_init: str = setting("weights of the student", "pretrained", choices=("pretrained", "random"))
+    teacher_config_overrides: str = setting("changes of the teacher's config.json: key=value,key=value", "")
+    student_config_overrides: str = setting("changes of the student's config.json: key=value,key=value", "")
+    tokenizer_name: str | None = setting("folder or hub name; unset: the teacher's, else the student's", None)
+    attn_implementation: str = setting("attention of transformers", "sdpa", choices=("sdpa", "eager"))
+    gradient_checkpointing: bool = setting("recompute the student's layers in the backward pass", False)
+    teacher_placement: str = setting(
+        "whole on each rank, sharded by ZeRO-3, or sharded and offloaded to host memory", "replicated",
+        choices=("replicated", "zero3", "zero3_offload"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Rows to learn from and to judge by."""
+
+    datasets: tuple[str, ...] = setting("gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT", ("synthetic",))
+    data_dir: str | None = setting("folder with the publishers' files; unset: hub names through `datasets`", None)
+    subset_size: int | None = setting("training rows in all; unset: every row", None)
+    max_length: int = setting("tokens per row; longer rows are left out and counted", 512)
+    on_bad_row: str = setting("what a malformed row does", "error", choices=("error", "skip"))
+    eval_subset_size: int = setting("held-out rows per corpus; 0: no evaluation", 200)
+    max_new_tokens: int = setting("tokens generated per held-out row", 256)
+    synthetic_problems: int = setting("training problems of the built-in corpus", 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSettings:
+    """How keys and values are matched."""
+
+    alignment_mode: str = setting("map between student and teacher KV", "structured", choices=("flat", "structured", "none"))
+    map_proj_share_dim: bool = setting("structured: one dimension map for all layers and heads", False)
+    map_proj_init_uniform: bool = setting("structured: mixing weights start uniform, not near the diagonal", False)
+    layer_map: str | None = setting(
+        "which layers are matched; unset: learned for structured, endpoint for flat", None,
+        choices=("learned", "endpoint", "last_aligned"),
+    )  # fmt: skip
+    direction: str = setting(
+        "which side the map moves", "student_to_teacher", choices=("student_to_teacher", "teacher_to_student")
+    )
+    aligner_update: str = setting("whether the map learns", "trained", choices=("trained", "frozen"))
+    map_start: str = setting("start of the dimension maps", "random", choices=("random", "pca", "procrustes", "ridge"))
+    calibration_batches: int = setting("steps of batches that statistics and closed-form starts are fitted on", 4)
+    kv_method: str = setting("positions that count", "full", choices=("full", "right_crop"))
+    kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
+    kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
+    kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
+    kv_weight: str | float = setting("weight of the KV loss: a number, or auto:SHARE of the task's gradient", "auto:2.0")
+    kv_weight_schedule: str = setting("weight over the run: kept, or falling to 0", "constant", choices=("constant", "linear"))
+    kv_rope: str = setting("keys before or after rotary embedding", "pre", choices=("pre", "post"))
+    mask_first_token: bool = setting("leave out the first token, an attention sink", True)
+    layer_groups: int = setting("structured: groups of layers that draw only from each other", 1)
+    head_groups: int = setting("structured: groups of KV heads that draw only from each other", 1)
+    impl: str = setting("implementation of the projection", "auto", choices=("auto", "reference"))
+    task_weight: float = setting("weight of the task cross entropy", 1.0)
+    logit_kd_weight: float = setting("weight of logit distillation (forward KL)", 0.0)
+    logit_kd_temperature: float = setting("temperature of logit distillation", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSettings:
+    """Batches, steps, learning rate."""
+
+    batch_size: int = setting("rows per device and micro-batch", 8)
+    gradient_accumulation_steps: int = setting("micro-batches per optimizer step", 1)
+    epochs: int = setting("passes over the training rows", 3)
+    max_steps: int | None = setting("optimizer steps; overrides epochs", None)
+    lr: float = setting("peak learning rate", 5e-5)
+    aligner_lr: float | None = setting("peak learning rate of the map; unset: lr", None)
+    weight_decay: float = setting("AdamW's, on matrices of the student", 0.0)
+    optimizer: str = setting("optimizer", "adamw", choices=("adamw", "sgd"))
+    lr_scheduler_type: str = setting("schedule after warm-up", "linear", choices=("linear", "cosine", "constant"))
+    warmup_ratio: float = setting("share of the steps in which the learning rate rises", 0.0)
+    max_grad_norm: float | None = setting("clip the gradient to this norm, 0: never; unset: the DeepSpeed configuration's", None)
+    seed: int = setting("of data order, random weights and dropout", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where the run lives and what it records."""
+
+    output_dir: str = setting("folder of the run (required)")
+    deepspeed_config: str = setting("DeepSpeed configuration file", "ds_configs/zero3.json")
+    logging_steps: int = setting("steps between logged metrics", 10)
+    save_steps: int = setting("steps between checkpoints; 0: only at the end", 500)
+    eval_steps: int = setting("steps between evaluations; 0: only at the end", 0)
+    resume: str = setting("auto: go on from the output folder's last checkpoint; never; or that folder", "auto")
+    report_to: str = setting("tracker beside metrics.jsonl", "mlflow", choices=("mlflow", "none"))
+    tracking_uri: str | None = setting("MLflow tracking URI; unset: sqlite in the output folder", None)
+    experiment_name: str = setting("MLflow experiment", "kvds")
+    run_name: str | None = setting("MLflow run; unset: the output folder's name", None)

@@ -1,0 +1,416 @@
+"""The training run: data, models, calibration, the loop, what it logs and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from kvds.align import aligner_config_dict, build_aligner
+from kvds.calibration import calibrate_aligner, calibrate_kv_weight
+from kvds.checkpoint import (
+    ALIGNER_FILE,
+    STUDENT_FOLDER,
+    gather_parameters,
+    latest_step,
+    load_checkpoint,
+    plain_student,
+    save_aligner,
+    save_architecture,
+    save_checkpoint,
+    save_student,
+)
+from kvds.config import RunConfig
+from kvds.data.batches import TokenBatch
+from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
+from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.engine import all_reduce_sum, build_engine, init_distributed
+from kvds.errors import InputError
+from kvds.evaluate import evaluate_model
+from kvds.kv import Selection, select_tokens
+from kvds.losses import LabelledPositions, head_chunk_count
+from kvds.measure import IntervalMeter, PhaseTimer
+from kvds.models import (
+    TORCH_DTYPES,
+    check_positions,
+    check_same_tokenizer,
+    check_vocabulary,
+    kv_shape,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from kvds.run_data import load_run_data
+from kvds.teacher import Teacher
+from kvds.tracking import Tracker, collect_versions
+
+log = logging.getLogger("kvds")
+
+
+def train(cfg: RunConfig) -> Path:
+    """Run one distillation from data to exported student; every rank calls it. Joins the process group if none is there.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        InputError: before any model is loaded where the fault can be seen by then.
+    """
+    raw = load_deepspeed_config(cfg.deepspeed_config)
+    device = init_distributed()
+    _quiet_logs()
+    run = TrainingRun(cfg, raw, device)
+    try:
+        run.fit()
+        run.finish()
+    except BaseException:
+        run.close("FAILED")
+        raise
+    run.close("FINISHED")
+    return run.output_dir
+
+
+def _quiet_logs() -> None:
+    """Rank 0 speaks; DeepSpeed and transformers only when something is wrong."""
+    level = logging.INFO if dist.get_rank() == 0 else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S", force=True)
+    log.setLevel(level)
+    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    transformers_logging.disable_progress_bar()
+
+
+class TrainingRun:
+    """One run on one rank. Construction does all that can fail on bad input, cheapest first."""
+
+    def __init__(self, cfg: RunConfig, raw: dict[str, Any], device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.output_dir = Path(cfg.output_dir)
+        self.tracker: Tracker | None = None
+        self.engine_config = student_engine_config(raw, cfg, self.world_size)
+        for warning in cfg.warnings:
+            log.warning("%s", warning)
+        resume_step = self._resume_step()
+
+        self.tokenizer = load_tokenizer(cfg)
+        check_same_tokenizer(cfg, self.tokenizer)
+        student_config = self._model_config("student")
+        teacher_config = self._model_config("teacher") if cfg.uses_teacher else None
+        data = load_run_data(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
+        self.loader, self.eval_examples, self.eval_loader = data.loader, data.eval_examples, data.eval_loader
+        self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
+        dtype = TORCH_DTYPES[compute_dtype(raw)]
+
+        # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
+        aligner = None
+        if cfg.uses_kv and teacher_config is not None:
+            aligner = build_aligner(kv_shape(student_config), kv_shape(teacher_config), cfg)
+        self.teacher = self._build_teacher(teacher_config, dtype, raw) if teacher_config is not None else None
+        student = load_model(
+            cfg.student, student_config, init=cfg.student_init, dtype=dtype, attn_implementation=cfg.attn_implementation,
+            seed=cfg.seed, flag="student", engine_config=self.engine_config,
+        )  # fmt: skip
+        student.config.use_cache = False
+        if not any(hasattr(p, "ds_id") for p in student.parameters()):
+            student.to(device)
+        student.train()
+        if aligner is not None and self.teacher is not None:
+            aligner.to(device)
+            if resume_step is None:
+                batches = self._calibration_batches()
+                calibrate_aligner(aligner, student, self.teacher, batches, self.select, rope=cfg.kv_rope)
+        if cfg.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.rank == 0:
+            save_architecture(self.output_dir, student.config, self.tokenizer, aligner)
+        self.aligner_config = None if aligner is None else aligner_config_dict(aligner)
+        module = DistillationModule(
+            student,
+            aligner,
+            rope=cfg.kv_rope,
+            head_chunks=head_chunk_count(cfg.batch_size * cfg.max_length, student_config.vocab_size),
+            kd_temperature=cfg.logit_kd_temperature,
+            kd_vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
+        )
+        self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
+        self.step = 0
+        self.kv_weight = 0.0
+        self.start_norms: dict[str, float] = {}
+        run_id = None
+        if resume_step is not None:
+            state = load_checkpoint(self.engine, self.output_dir, resume_step)
+            self.step, self.kv_weight, self.start_norms = state["step"], state["kv_weight"], state["start_norms"]
+            run_id = state["mlflow_run_id"]
+            log.info("resumed from step %d of %d", self.step, self.total_steps)
+        elif cfg.uses_kv:
+            self.kv_weight = self._initial_kv_weight()
+        self._start_tracking(run_id, resume_step)
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    def _resume_step(self) -> int | None:
+        """Which checkpoint to go on from; makes the output folder and refuses one that holds another run."""
+        cfg, saved = self.cfg, self.output_dir / "config.yaml"
+        source = self.output_dir if cfg.resume in ("auto", "never") else Path(cfg.resume)
+        if source.resolve() != self.output_dir.resolve():
+            raise InputError(
+                f"--resume {cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir}; a copy of "
+                f"that folder can be resumed by naming it in --output_dir"
+            )
+        step = latest_step(self.output_dir) if cfg.resume != "never" else None
+        if cfg.resume not in ("auto", "never") and step is None:
+            raise InputError(f"--resume {cfg.resume}: no checkpoint there; expected a folder with checkpoints/latest, or --resume auto")
+        if step is not None:
+            cfg.check_resumable(saved)
+        dist.barrier()  # every rank has looked before rank 0 writes
+        if self.rank == 0:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            cfg.save(saved)
+        dist.barrier()
+        return step
+
+    def _model_config(self, flag: str) -> Any:
+        cfg = self.cfg
+        name, overrides = getattr(cfg, flag), getattr(cfg, f"{flag}_config_overrides")
+        if name is None:
+            raise InputError(f"--{flag}_name is missing; expected a folder or a hub name (or --model_name for both models)")
+        if overrides and getattr(cfg, f"{flag}_init") == "pretrained":
+            log.info("%s: configuration overrides on pretrained weights: their shapes must still fit", flag)
+        config = load_config(name, overrides, flag=flag)
+        kv_shape(config)
+        check_vocabulary(config, self.tokenizer, flag=flag)
+        check_positions(config, cfg.max_length, flag=flag)
+        return config
+
+    def _build_teacher(self, config: Any, dtype: torch.dtype, raw: dict[str, Any]) -> Teacher:
+        cfg = self.cfg
+        placed = None if cfg.teacher_placement == "replicated" else teacher_engine_config(raw, cfg, self.world_size)
+        model = load_model(
+            cfg.teacher, config, init=cfg.teacher_init, dtype=dtype, attn_implementation=cfg.attn_implementation,
+            seed=cfg.seed + 1, flag="teacher", engine_config=placed,
+        )  # fmt: skip
+        return Teacher(
+            model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
+            wants_states=cfg.uses_kv, wants_hidden=cfg.logit_kd_weight > 0,
+        )  # fmt: skip
+
+    def _calibration_batches(self) -> list[TokenBatch]:
+        steps = range(min(self.cfg.calibration_batches, self.loader.steps_per_epoch))
+        return [batch.to(self.device) for step in steps for batch in self.loader.step(step)]
+
+    def _initial_kv_weight(self) -> float:
+        cfg = self.cfg
+        if cfg.kv_weight_value is not None:
+            return cfg.kv_weight_value
+        steps = [self._step_input(batch, LossWeights(), watch=False) for batch in self.loader.step(0)]
+        weight = calibrate_kv_weight(self.engine, steps, cfg.kv_weight_share or 0.0, cfg.task_weight or 1.0)
+        log.info("kv_weight %s: calibrated to %.4g", cfg.kv_weight, weight)
+        return weight
+
+    def _start_tracking(self, run_id: str | None, resume_step: int | None) -> None:
+        cfg, module = self.cfg, self.engine.module
+        trained = {
+            "student": sum(getattr(p, "ds_numel", p.numel()) for p in module.student.parameters()),
+            "aligner": 0 if module.aligner is None else sum(getattr(p, "ds_numel", p.numel()) for p in module.aligner.parameters()),
+        }
+        log.info(
+            "mode %s | kv_method %s | kv_weight %.4g | student %s parameters, aligner %s | %d steps of %d rows on %d ranks",
+            cfg.alignment_mode if cfg.uses_kv else "none", cfg.kv_method, self.kv_weight,
+            f"{trained['student']:,}", f"{trained['aligner']:,}", self.total_steps,
+            cfg.batch_size * cfg.gradient_accumulation_steps * self.world_size, self.world_size,
+        )  # fmt: skip
+        if self.rank == 0:
+            tags = {**collect_versions(), "world_size": str(self.world_size), "kv_weight": f"{self.kv_weight:.6g}"}
+            params = {**cfg.to_dict(), "parameters_student": trained["student"], "parameters_aligner": trained["aligner"]}
+            self.tracker = Tracker(
+                self.output_dir, enabled=cfg.report_to == "mlflow", tracking_uri=cfg.tracking_uri,
+                experiment_name=cfg.experiment_name, run_name=cfg.run_name or self.output_dir.name,
+                params=params, tags=tags, run_id=run_id, resume_step=resume_step,
+            )  # fmt: skip
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def select(self, batch: TokenBatch) -> Selection:
+        """The positions of ``batch`` whose keys and values are matched."""
+        cfg = self.cfg
+        return select_tokens(
+            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=cfg.mask_first_token
+        )
+
+    def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool) -> StepInput:
+        labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
+        batch = batch.to(self.device)
+        teacher = self.teacher(batch) if self.teacher is not None else None
+        return StepInput(
+            batch=batch,
+            labelled=labelled,
+            selection=self.select(batch) if self.cfg.uses_kv else None,
+            teacher=teacher,
+            teacher_head=self.teacher.head if self.teacher is not None and self.cfg.logit_kd_weight else None,
+            weights=weights,
+            watch=watch,
+        )
+
+    def _weights(self, step: int) -> LossWeights:
+        cfg, kv = self.cfg, self.kv_weight
+        if cfg.kv_weight_schedule == "linear":
+            kv *= 1 - step / self.total_steps
+        return LossWeights(task=cfg.task_weight, kv=kv, logit_kd=cfg.logit_kd_weight)
+
+    def fit(self) -> None:
+        """Train from ``self.step`` to the last step."""
+        cfg = self.cfg
+        meter, timer = IntervalMeter(self.device), PhaseTimer(self.device)
+        self.engine.train()
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, desc=f"train {self.output_dir.name}", unit="step",
+            disable=self.rank != 0, mininterval=1.0,
+        )  # fmt: skip
+        while self.step < self.total_steps:
+            watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
+            weights = self._weights(self.step)
+            # Random states are a function of seed, step and rank: a resumed run draws the same dropout masks.
+            torch.manual_seed((cfg.seed * 1_000_003 + self.step) * 4099 + self.rank)
+            for batch in self.loader.step(self.step):
+                tokens = int(batch.attention_mask.sum()) if int(batch.sample_ids.max()) >= 0 else 0
+                with timer.phase("teacher"):
+                    inputs = self._step_input(batch, weights, watch=watch)
+                with timer.phase("forward"):
+                    loss, metrics = self.engine(step=inputs)
+                with timer.phase("backward"):
+                    self.engine.backward(loss)
+                with timer.phase("optimizer"):
+                    self.engine.step()
+                gradient_watch = self.engine.module.gradient_watch
+                ratio = gradient_watch.ratio() if gradient_watch is not None else None
+                meter.update(metrics if ratio is None else {**metrics, "kv/gradient_ratio": ratio}, tokens)
+            self.step += 1
+            bar.update()
+            if watch:
+                self._log(meter.read(timer.read()), weights, bar)
+            if self._due(cfg.eval_steps):
+                self._evaluate(self._plain_student())
+                self.engine.train()
+            if self._due(cfg.save_steps) or self.step == self.total_steps:
+                self._save()
+            if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
+                meter.restart()
+        bar.close()
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0 and self.step < self.total_steps
+
+    def _log(self, metrics: dict[str, float], weights: LossWeights, bar: tqdm) -> None:
+        metrics["lr"] = self.engine.get_lr()[0]
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            metrics["grad_norm"] = float(norm)
+        if self.cfg.uses_kv:
+            metrics["kv/weight"] = weights.kv
+            norms = {key: metrics[key] for key in ("kv/norm_keys", "kv/norm_values") if key in metrics}
+            if norms:
+                self.start_norms = self.start_norms or norms
+                ratios = [norms[key] / max(self.start_norms[key], 1e-30) for key in norms]
+                metrics["kv/norm_ratio"] = math.prod(ratios) ** (1 / len(ratios))
+        if self.tracker is not None:
+            self.tracker.log(self.step, metrics)
+        shown = {name: f"{metrics[key]:.4f}" for name, key in (("task", "loss/task"), ("kv", "loss/kv")) if key in metrics}
+        bar.set_postfix(shown, refresh=False)
+
+    def _save(self) -> None:
+        state = {
+            "kv_weight": self.kv_weight,
+            "start_norms": self.start_norms,
+            "mlflow_run_id": self.tracker.run_id if self.tracker is not None else None,
+        }
+        # Rank 0 alone tracks; the other ranks' states must not disagree with its file.
+        shared = [state]
+        dist.broadcast_object_list(shared, src=0)
+        save_checkpoint(self.engine, self.output_dir, self.step, shared[0])
+
+    # -- evaluation and export ------------------------------------------------------------------------------------
+
+    def _plain_student(self) -> torch.nn.Module:
+        """The student as a plain model on this rank, for generation: under ZeRO-3 no rank could generate alone."""
+        student = self.engine.module.student
+        return plain_student(student.config, gather_parameters(student, keep=True)).to(self.device)
+
+    def _evaluate(self, model: torch.nn.Module) -> dict[str, dict[str, float]]:
+        results = evaluate_model(
+            model, self.tokenizer, self.eval_examples, batch_size=4 * self.cfg.batch_size, max_new_tokens=self.cfg.max_new_tokens,
+            max_length=self.cfg.max_length, rank=self.rank, world_size=self.world_size, all_reduce=all_reduce_sum,
+            progress=self.rank == 0,
+        )  # fmt: skip
+        kv = self._held_out_kv_loss()
+        if kv:
+            results["all"] |= kv
+        if self.tracker is not None:
+            self.tracker.log(self.step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()})
+        return results
+
+    @torch.no_grad()
+    def _held_out_kv_loss(self) -> dict[str, float]:
+        """KV loss on the held-out rows through the engine, or nothing without alignment."""
+        if not self.cfg.uses_kv or self.eval_loader is None:
+            return {}
+        self.engine.eval()
+        sums: dict[str, torch.Tensor] = {}
+        for step in range(self.eval_loader.steps_per_epoch):
+            for batch in self.eval_loader.step(step):
+                inputs = self._step_input(batch, self._weights(0), watch=False)
+                metrics = self.engine(step=replace(inputs, teacher_head=None, weights=LossWeights(kv=1.0)))[1]
+                # Each step's value is a mean over its positions: weigh it by how many those are.
+                for key in ("loss/kv", "loss/kv_keys", "loss/kv_values"):
+                    if key in metrics:
+                        share = metrics[key] * batch.position_normalizer
+                        sums[key] = sums.get(key, torch.zeros_like(share)) + share
+                weight = torch.tensor(float(batch.position_normalizer), device=self.device)
+                sums["positions"] = sums.get("positions", torch.zeros_like(weight)) + weight
+        totals = torch.stack([sums[key] for key in sorted(sums)])
+        all_reduce_sum(totals)
+        values = dict(zip(sorted(sums), totals.tolist(), strict=True))
+        return {key.replace("loss/kv", "kv_loss"): v / values["positions"] for key, v in values.items() if key != "positions"}
+
+    def finish(self) -> None:
+        """Export the student and the aligner, evaluate on held-out rows and write ``eval.json``."""
+        model = self._plain_student()
+        aligner = self.engine.module.aligner
+        aligner_state = None if aligner is None else gather_parameters(aligner, keep=self.rank == 0)
+        if self.rank == 0:
+            save_student(model, self.tokenizer, self.output_dir / STUDENT_FOLDER)
+            if aligner_state is not None and self.aligner_config is not None:
+                save_aligner(self.aligner_config, aligner_state, self.output_dir / ALIGNER_FILE)
+        if self.eval_examples:
+            results = self._evaluate(model)
+            if self.rank == 0:
+                (self.output_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+                log.info("held-out: cross entropy %.4f, exact match %.1f %%", results["all"]["cross_entropy"], 100 * results["all"]["exact_match"])
+        if self.tracker is not None:
+            self._log_artifacts()
+        log.info("student, aligner and records are in %s", self.output_dir)
+
+    def _log_artifacts(self) -> None:
+        from kvds.experiment.report import write_report
+
+        assert self.tracker is not None
+        self.tracker.flush()
+        for path in [*write_report([self.output_dir], self.output_dir / "report"), self.output_dir / "config.yaml"]:
+            self.tracker.log_artifact(path)
+
+    def close(self, status: str) -> None:
+        """Say to the tracker how it ended."""
+        if self.tracker is not None:
+            self.tracker.finish(status)

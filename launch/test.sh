@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then linters, types and every test that needs no GPU.
+#   bash launch/test.sh [pytest arguments]       for example: bash launch/test.sh tests/test_config_flags.py -k budget
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+
+# One thread per process: ranks and tests share the cores. Offline: no test may depend on the hub.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+step() {
+  local begun=$SECONDS status=0
+  printf '== %s\n' "$*"
+  "$@" || status=$?
+  printf '== %s: %d s, exit code %d\n' "$1 ${2:-}" $((SECONDS - begun)) "$status"
+  return "$status"
+}
+
+failed=0
+step ruff check . || failed=1
+step ruff format --check . || failed=1
+step mypy || failed=1
+step python -m pytest --durations=15 "$@" || failed=1
+exit "$failed"

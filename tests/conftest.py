@@ -1,0 +1,19 @@
+"""Settings that hold for every test and for the processes that tests start."""
+
+import os
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Before torch is imported: one thread per process, no network, no warnings about forked tokenizers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Launched ranks run a file of another folder and must find this checkout, installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
+# Examples on a shared machine may be slow; the same ones in every run, so that a failure can be repeated.
+settings.register_profile("kvds", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvds")

@@ -1,0 +1,258 @@
+"""What the user can get wrong in flags, recipes and DeepSpeed files: one line with place, value, what to do."""
+
+import json
+import re
+
+import pytest
+
+from kvds.config import RunConfig, load_recipe, parse_overrides, parse_run_config
+from kvds.deepspeed_config import load_deepspeed_config, student_engine_config
+from kvds.errors import InputError
+
+GOOD = ["--model_name", "gpt2", "--output_dir", "outputs/x"]
+
+# flags → what the message must hold, in this order: place and value, then expectation or remedy.
+BAD_FLAGS = {
+    "--batch_sizes 4": ("unknown flag --batch_sizes", "batch_size", "--help"),
+    "--batch 4": ("unknown flag --batch", "--help"),  # no abbreviations
+    "--kv_budgett=3": ("unknown flag --kv_budgett", "did you mean kv_budget"),
+    "stray": ("unexpected argument stray", "--flag value"),
+    "--lr": ("--lr", "expected one argument", "--help"),
+    "--batch_size 0": ("batch_size=0", "at least 1", "--batch_size 8"),
+    "--batch_size 2.5": ("batch_size=2.5", "a whole number", "--batch_size 8"),
+    "--batch_size four": ("batch_size=four", "a whole number", "--batch_size 8"),
+    "--batch_size none": ("batch_size=none", "a whole number", "--batch_size 8"),
+    "--gradient_accumulation_steps -1": ("gradient_accumulation_steps=-1", "at least 1", "steps 1"),
+    "--epochs 0": ("epochs=0", "at least 1", "--epochs 3"),
+    "--max_steps 0": ("max_steps=0", "at least 1", "leave --max_steps away"),
+    "--lr 0": ("lr=0", "above 0", "--lr 5e-05"),
+    "--lr nan": ("lr=nan", "a finite number", "--lr 5e-05"),
+    "--lr inf": ("lr=inf", "a finite number", "--lr 5e-05"),
+    "--aligner_lr -0.1": ("aligner_lr=-0.1", "above 0", "--aligner_lr none"),
+    "--weight_decay -1": ("weight_decay=-1", "at least 0", "--weight_decay 0.0"),
+    "--warmup_ratio 1": ("warmup_ratio=1", "below 1", "--warmup_ratio 0.0"),
+    "--max_grad_norm -1": ("max_grad_norm=-1", "at least 0", "0: never clip"),
+    "--seed -3": ("seed=-3", "at least 0", "--seed 0"),
+    "--optimizer adam": ("optimizer=adam", "adamw", "sgd", "did you mean adamw"),
+    "--alignment_mode structure": ("alignment_mode=structure", "structured", "did you mean structured"),
+    "--direction student_to_student": ("direction=student_to_student", "student_to_teacher"),
+    "--layer_map first": ("layer_map=first", "learned, endpoint, last_aligned", "--layer_map none"),
+    "--kv_method rkv": ("kv_method=rkv", "full, right_crop", "--kv_method full"),
+    "--kv_method right_crop": ("kv_budget=none", "a number of tokens or a fraction", "right_crop"),
+    "--kv_method right_crop --kv_budget 0": ("kv_budget=0", "at least 1 token", "--kv_method full"),
+    "--kv_method right_crop --kv_budget 1.5": ("kv_budget=1.5", "(0, 1]", "whole number of tokens"),
+    "--kv_method right_crop --kv_budget -0.5": ("kv_budget=-0.5", "(0, 1]"),
+    "--kv_budget 64": ("kv_budget=64", "no budget with --kv_method full", "--kv_method right_crop"),
+    "--kv_weight auto": ("kv_weight=auto", "auto:SHARE", "auto:2.0"),
+    "--kv_weight auto:0": ("kv_weight=auto:0", "auto:SHARE", "auto:2.0"),
+    "--kv_weight auto:nan": ("kv_weight=auto:nan", "auto:SHARE", "auto:2.0"),
+    "--kv_weight -1": ("kv_weight=-1", "at least 0", "auto:2.0"),
+    "--kv_weight heavy": ("kv_weight=heavy", "at least 0", "auto:2.0"),
+    "--kv_parts vk": ("kv_parts=vk", "kv, k, v", "kv"),
+    "--calibration_batches 0": ("calibration_batches=0", "at least 1", "--calibration_batches 4"),
+    "--aligner_update frozen": ("aligner_update=frozen", "--map_start pca"),
+    "--alignment_mode flat --head_groups 2": ("head_groups=2", "1 with --alignment_mode flat"),
+    "--task_weight 0 --alignment_mode none": ("task_weight=0", "some loss", "--task_weight 1"),
+    "--task_weight 0": ("kv_weight=auto:2.0", "a number", "--task_weight is 0"),
+    "--task_weight -1": ("task_weight=-1", "at least 0", "--task_weight 1.0"),
+    "--logit_kd_temperature 0": ("logit_kd_temperature=0", "above 0", "temperature 1.0"),
+    "--max_length 1": ("max_length=1", "at least 2", "--max_length 512"),
+    "--subset_size 0": ("subset_size=0", "at least 1", "leave --subset_size away"),
+    "--eval_subset_size -1": ("eval_subset_size=-1", "at least 0", "--eval_subset_size 200"),
+    "--on_bad_row ignore": ("on_bad_row=ignore", "error, skip", "--on_bad_row error"),
+    "--datasets": ("--datasets", "expected at least one argument", "--help"),
+    "--datasets gsm8k:0": ("datasets=gsm8k:0", "weight above 0", "gsm8k:0.5"),
+    "--datasets gsm8k:much": ("datasets=gsm8k:much", "weight above 0", "gsm8k:0.5"),
+    "--datasets gsm8k:inf": ("datasets=gsm8k:inf", "weight above 0", "gsm8k:0.5"),
+    "--datasets svamp gsm8k svamp:2": ("datasets=svamp", "each corpus once", "svamp:2"),
+    "--datasets rows/missing.jsonl": ("datasets=rows/missing.jsonl", "an existing JSONL file", "prompt, rationale"),
+    "--data_dir nowhere": ("data_dir=nowhere", "no such folder", "gsm8k/"),
+    "--gradient_checkpointing maybe": ("--gradient_checkpointing maybe", "true or false", "--no_gradient"),
+    "--no_gradient_checkpointing true": ("unexpected argument true", "--help"),
+    "--teacher_placement zero2": ("teacher_placement=zero2", "replicated, zero3", "replicated"),
+    "--student_config_overrides n_layer": ("student_config_overrides=n_layer", "key=value", "num_hidden_layers=4"),
+    "--teacher_config_overrides n_layer=1,n_layer=2": (
+        "teacher_config_overrides=",
+        "n_layer stands there twice",
+        "once",
+    ),
+    "--student_config_overrides =4": ("student_config_overrides==4", "key=value", "num_hidden_layers=4"),
+    "--teacher_name ./nowhere": ("teacher_name=./nowhere", "existing folder", "hub name"),
+    "--student_name a/b/c": ("student_name=a/b/c", "existing folder", "hub name"),
+    "--tokenizer_name ../no/such": ("tokenizer_name=../no/such", "existing folder", "hub name"),
+    "--resume outputs/nowhere": ("resume=outputs/nowhere", "auto, never or the folder", "--resume auto"),
+    "--tracking_uri ./mlruns": ("tracking_uri=./mlruns", "sqlite:///FILE.db", "unset"),
+    "--tracking_uri file:///tmp/x": ("tracking_uri=file:///tmp/x", "sqlite:///FILE.db", "unset"),
+    "--report_to wandb": ("report_to=wandb", "mlflow, none", "--report_to mlflow"),
+    "--logging_steps 0": ("logging_steps=0", "at least 1", "--logging_steps 10"),
+    "--save_steps -1": ("save_steps=-1", "at least 0", "--save_steps 500"),
+    "--impl triton": ("impl=triton", "auto, reference", "--impl auto"),
+    "--deepspeed_config ds_configs/zero4.json": ("ds_configs/zero4.json", "No such file", "ds_configs/zero3.json"),
+    "--config nowhere.yaml": ("--config nowhere.yaml", "No such file", "launch/recipes"),
+    "--output_dir pyproject.toml": ("output_dir=pyproject.toml", "is a file", "expected a folder"),
+}
+
+
+def check(message: str, parts: tuple[str, ...]) -> None:
+    """One line that holds all parts and says what was expected."""
+    assert "\n" not in message
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_are_explained(flags, monkeypatch):
+    monkeypatch.chdir(re.sub(r"tests/[^/]*$", "", __file__))
+    with pytest.raises(InputError) as caught:
+        parse_run_config([*GOOD, *flags.split()])
+    check(str(caught.value), BAD_FLAGS[flags])
+    assert "expected" in str(caught.value) or "unknown flag" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("--model_name gpt2", ("--output_dir is missing", "--output_dir outputs/NAME")),
+        ("--output_dir x", ("--teacher_name is missing", "--model_name")),
+        ("--output_dir x --alignment_mode none", ("--student_name is missing", "--model_name for both")),
+        ("--output_dir x --student_name gpt2", ("--teacher_name is missing", "--alignment_mode none")),
+    ],
+)
+def test_what_is_missing_is_named(flags, parts):
+    with pytest.raises(InputError) as caught:
+        parse_run_config(flags.split())
+    check(str(caught.value), parts)
+
+
+BAD_RECIPES = {
+    "kv_budgett: 3": ("unknown key kv_budgett", "did you mean kv_budget", "--help"),
+    "1: 2": ("unknown key 1", "--help"),
+    "config: other.yaml": ("unknown key config", "--help"),
+    "batch_size: '8'": ("batch_size=8", "a whole number", "--batch_size 8"),
+    "batch_size: 8.0": ("batch_size=8.0", "a whole number", "--batch_size 8"),
+    "batch_size: true": ("batch_size=true", "a whole number", "--batch_size 8"),
+    "batch_size:": ("batch_size=none", "a whole number", "--batch_size 8"),
+    "lr: fast": ("lr=fast", "a number", "--lr 5e-05"),
+    "lr: .nan": ("lr=nan", "a finite number", "--lr 5e-05"),
+    "mask_first_token: 1": ("mask_first_token=1", "true or false"),
+    "run_name: 2024": ("run_name=2024", "a text, in a recipe quoted"),
+    "datasets: 3": ("datasets=3", "a list of texts"),
+    "datasets: [gsm8k, 3]": ("datasets=", "visible text", "--datasets synthetic"),
+    "datasets: {gsm8k: 0.5}": ("datasets=", "a list of texts", "--datasets synthetic"),
+    "datasets: []": ("datasets=", "at least one corpus", "--datasets gsm8k"),
+    "kv_parts: [k, v]": ("kv_parts=", "a text", "--kv_parts kv"),
+    "lr: 0.1\nlr: 0.2": ("key 'lr' stands there twice", "expected lines of `key: value`"),
+    "- lr": ("holds a list", "expected a mapping"),
+    "just words": ("holds a str", "expected a mapping"),
+    "lr: [": ("not YAML", "expected lines of `key: value`"),
+    "lr: !!python/object/apply:os.getcwd []": ("not YAML", "expected lines of `key: value`"),
+    "lr: 2024-13-45": ("not YAML", "expected lines of `key: value`"),
+}
+
+
+@pytest.mark.parametrize("text", BAD_RECIPES)
+def test_bad_recipes_are_explained_with_their_file(text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text + "\n")
+    with pytest.raises(InputError) as caught:
+        parse_run_config(["--config", str(recipe), *GOOD])
+    # What a recipe alone cannot show to be wrong (a range) is told by the setting's name.
+    place = () if "at least one corpus" in str(caught.value) else ("recipe.yaml",)
+    check(str(caught.value), (*place, *BAD_RECIPES[text]))
+
+
+def test_a_recipe_that_is_not_text_is_explained(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00lr\x80")
+    with pytest.raises(InputError, match="recipe.yaml: not YAML"):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(InputError, match="expected a recipe file"):
+        load_recipe(tmp_path)
+
+
+GOOD_DEEPSPEED = {"zero_optimization": {"stage": 3}}
+BAD_DEEPSPEED = [
+    (
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+        ('zero_optimization.reduce_bucket_size="auto"', "drops silently", "a number"),
+    ),
+    ({"train_batch_size": "auto", **GOOD_DEEPSPEED}, ('train_batch_size="auto"', "drops silently", "a number")),
+    ({"optimizer": {"type": "Adam"}, **GOOD_DEEPSPEED}, ("'optimizer'", "--optimizer, --lr", "without it")),
+    ({"scheduler": {"type": "WarmupLR"}, **GOOD_DEEPSPEED}, ("'scheduler'", "--lr_scheduler_type", "without it")),
+    ({"fp16": {"enabled": True}, **GOOD_DEEPSPEED}, ("fp16 is on", "bf16 or neither")),
+    ({"torch_autocast": {"enabled": True}, **GOOD_DEEPSPEED}, ("torch_autocast is on", "bf16 or neither")),
+    ({"pipeline": {"stages": 2}, **GOOD_DEEPSPEED}, ("has pipeline", "pipeline stages", "without it")),
+    ({"elasticity": {"enabled": True}, **GOOD_DEEPSPEED}, ("has elasticity", "without it")),
+    (
+        {"gradient_cliping": 1.0, **GOOD_DEEPSPEED},
+        ("unknown key gradient_cliping", "did you mean gradient_clipping", "rename"),
+    ),
+    ({"gradient_clipping": -1, **GOOD_DEEPSPEED}, ("gradient_clipping=-1", "a number of at least 0", "correct")),
+    ({"gradient_clipping": "1.0", **GOOD_DEEPSPEED}, ('gradient_clipping="1.0"', "a number of at least 0", "correct")),
+    ({"gradient_allreduce_op": "sum", **GOOD_DEEPSPEED}, ("gradient_allreduce_op", "no longer be means", "without")),
+    (
+        {"zero_optimization": {"stage": 3, "overlap_comms": True}},
+        ("unknown key zero_optimization.overlap_comms", "did you mean overlap_comm"),
+    ),
+    ({"zero_optimization": {"stage": 3, "overlap_comm": "yes"}}, ('overlap_comm="yes"', "true or false", "correct")),
+    (
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": 0.5}},
+        ("reduce_bucket_size=0.5", "a whole number", "correct"),
+    ),
+    ({"zero_optimization": {"stage": 4}}, ("zero_optimization.stage", "expected 3")),
+    ({"zero_optimization": {}}, ("zero_optimization.stage", "expected 3")),
+    ({"bf16": {"enabled": True}}, ("zero_optimization.stage", "expected 3")),
+    ({"zero_optimization": True}, ("zero_optimization=true", "a section", "correct")),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}},
+        ('offload_param.device="gpu"', "none, cpu or nvme"),
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        ("offload_param with stage 2", "stage 3"),
+    ),
+    ([], ("holds a list", "a JSON object")),
+]
+
+
+@pytest.mark.parametrize(("content", "parts"), BAD_DEEPSPEED, ids=lambda value: json.dumps(value)[:60])
+def test_bad_deepspeed_files_are_explained(content, parts, tmp_path):
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        load_deepspeed_config(file)
+    check(str(caught.value), ("bad.json", "expected", *parts))
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"zero_optimization": {"stage": 3,}}', "\x00", '{"a": ' * 100_000])
+def test_deepspeed_files_that_are_not_json_are_explained(text, tmp_path):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_deepspeed_config(tmp_path / "bad.json")
+    check(str(caught.value), ("bad.json", "not JSON", "expected an object"))
+
+
+def test_a_deepspeed_key_given_twice_is_refused(tmp_path):
+    (tmp_path / "bad.json").write_text('{"zero_optimization": {"stage": 3, "stage": 2}}')
+    with pytest.raises(InputError, match="stage stands there twice"):
+        load_deepspeed_config(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_batch_size", 64), ("train_micro_batch_size_per_gpu", 2), ("gradient_accumulation_steps", 3)],
+)
+def test_batch_arithmetic_of_file_and_flags_must_agree(key, value):
+    cfg = RunConfig(model_name="gpt2", output_dir="x", batch_size=4, gradient_accumulation_steps=2)
+    with pytest.raises(InputError) as caught:
+        student_engine_config({**GOOD_DEEPSPEED, key: value}, cfg, world_size=4)
+    expected = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}[key]
+    check(str(caught.value), (f"{key}={value}", f"= {expected}", "--", "same number", f"no {key} in the file"))
+
+
+def test_overrides_are_typed():
+    parsed = parse_overrides(" n_layer=4, rope_theta=1e4 ,tie_word_embeddings=false,hidden_act=silu,dropout=-0.5")
+    assert parsed == {
+        "n_layer": 4, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu", "dropout": -0.5,
+    }  # fmt: skip
+    assert [type(value) for value in parsed.values()] == [int, float, bool, str, float]
+    assert parse_overrides("") == {}

@@ -1,0 +1,216 @@
+"""Distributed training under ZeRO-3 gives the losses and weights of a plain loop in one process on the same global batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from kvds.align import build_aligner
+from kvds.align.fitting import AlignmentMoments
+from kvds.checkpoint import load_aligner
+from kvds.config import RunConfig, parse_run_config
+from kvds.data.tokenizer import train_problem_tokenizer
+from kvds.kv import KVCapture, KVShape, select_tokens
+from kvds.run_data import load_run_data
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STEPS = 5
+KV_WEIGHT = 0.7
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with a tokenizer, a teacher of 4 layers and a student of 3, with other head_dims."""
+    folder = tmp_path_factory.mktemp("models")
+    train_problem_tokenizer(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    for name, seed, layers, hidden, head_dim in (("teacher", 1, 4, 32, 16), ("student", 2, 3, 24, 8)):
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=len(tokenizer), num_hidden_layers=layers, hidden_size=hidden, intermediate_size=48, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    return folder
+
+
+def flags(models: Path, output: Path, **changes: object) -> list[str]:
+    """A small run: SGD without clipping, so that rounding stays rounding (Adam would turn it into steps of size lr)."""
+    values = {
+        "teacher_name": models / "teacher", "student_name": models / "student", "tokenizer_name": models / "tokenizer",
+        "datasets": "synthetic", "synthetic_problems": 64, "max_length": 64, "eval_subset_size": 0, "report_to": "none",
+        "alignment_mode": "structured", "kv_weight": KV_WEIGHT, "calibration_batches": 2, "batch_size": 4, "max_steps": STEPS,
+        "lr": 0.05, "optimizer": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "logging_steps": 1, "save_steps": 0,
+        "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
+    }  # fmt: skip
+    return [token for key, value in values.items() if value is not None for token in (f"--{key}", str(value))]
+
+
+RUNS: dict[str, dict[str, object]] = {
+    "structured": {},
+    "flat": {"alignment_mode": "flat"},
+    "sharded": {"deepspeed_config": None},  # every parameter sharded, none kept whole: set in the fixture
+    "zero2": {"deepspeed_config": None},
+    "teacher_zero3": {"teacher_placement": "zero3"},
+    "checkpointing": {"gradient_checkpointing": "true"},
+    "crop": {"kv_method": "right_crop", "kv_budget": 6},
+    "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 4},
+    "adamw": {"optimizer": "adamw", "lr": 0.001},
+    "logit_kd": {"logit_kd_weight": 0.5, "logit_kd_temperature": 2.0},
+    "logit_kd_teacher_zero3": {"logit_kd_weight": 0.5, "logit_kd_temperature": 2.0, "teacher_placement": "zero3"},
+    "no_kv_weight": {"kv_weight": 0},
+    "task_only": {"alignment_mode": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def distributed(models, tmp_path_factory) -> Path:
+    """All of ``RUNS`` on two ranks through the real launcher."""
+    folder = tmp_path_factory.mktemp("distributed")
+    raw = json.loads((REPOSITORY / "ds_configs/zero3_cpu.json").read_text())
+    sharded, zero2 = json.loads(json.dumps(raw)), json.loads(json.dumps(raw))
+    sharded["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1}
+    zero2["zero_optimization"] = {"stage": 2}
+    (folder / "sharded.json").write_text(json.dumps(sharded))
+    (folder / "zero2.json").write_text(json.dumps(zero2))
+    runs = {}
+    for name, changes in RUNS.items():
+        if "deepspeed_config" in changes:
+            changes = {**changes, "deepspeed_config": folder / f"{name}.json"}
+        runs[name] = flags(models, folder / name, **changes)
+    (folder / "runs.json").write_text(json.dumps(runs))
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", "0", "tests/ranked_runs.py", str(folder / "runs.json")]
+    command[command.index("--master_port") + 1] = str(20000 + os.getpid() % 20000)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return folder
+
+
+def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]], nn.Module, nn.Module | None]:
+    """The same training as a plain loop: full logits, Hugging Face's models, torch's SGD, whole global batches of 8."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "tokenizer")
+    loader = load_run_data(cfg, tokenizer, rank=0, world_size=1).loader
+    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher").eval()
+    student = AutoModelForCausalLM.from_pretrained(models / "student").train()
+    aligner = None
+
+    def states(model: nn.Module, batch, **kwargs):
+        with KVCapture(model, **kwargs) as capture:
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return capture.states, logits
+
+    def selection(batch):
+        return select_tokens(cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=True)
+
+    if cfg.uses_kv:
+        aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher.config), cfg)
+        moments = AlignmentMoments(aligner)
+        with torch.no_grad():
+            for step in range(cfg.calibration_batches):
+                for batch in loader.step(step):
+                    moments.update(states(student, batch)[0], states(teacher, batch)[0], selection(batch))
+        moments.apply()
+    trained = [*student.parameters(), *(aligner.parameters() if aligner is not None else ())]
+    optimizer = (torch.optim.SGD if cfg.optimizer == "sgd" else torch.optim.AdamW)(trained, lr=cfg.lr)
+    if cfg.optimizer == "adamw":
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+    records = []
+    for step in range(STEPS):
+        [batch] = loader.step(step)
+        student_states, logits = states(student, batch)
+        record = {}
+        loss = task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+        record["loss/task"] = task.item()
+        with torch.no_grad():
+            teacher_states, teacher_logits = states(teacher, batch)
+        if aligner is not None:
+            kv = aligner(student_states, teacher_states, selection(batch)).loss
+            loss = loss + KV_WEIGHT * kv
+            record["loss/kv"] = kv.item()
+        if cfg.logit_kd_weight:
+            keep, t = batch.labels[:, 1:] != -100, cfg.logit_kd_temperature
+            log_p = F.log_softmax(teacher_logits[:, :-1][keep] / t, -1)
+            log_q = F.log_softmax(logits[:, :-1][keep] / t, -1)
+            kd = t * t * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+            loss = loss + cfg.logit_kd_weight * kd
+            record["loss/logit_kd"] = kd.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        records.append(record)
+    return records, student, aligner
+
+
+def weights_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for _, p in sorted(model.named_parameters())])
+
+
+def relative_error(actual: nn.Module, expected: nn.Module) -> float:
+    a, e = weights_of(actual), weights_of(expected)
+    return float((a - e).norm() / e.norm())
+
+
+def logged(run: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "name", [n for n in RUNS if n not in ("no_kv_weight", "accumulated")]
+)
+def test_two_ranks_equal_a_plain_loop(name, models, distributed):
+    changes = {k: v for k, v in RUNS[name].items() if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing")}
+    cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, "batch_size": 8}))
+    records, student, aligner = plain_training(models, cfg)
+    losses_only = name == "adamw"
+    for key in records[0]:
+        tolerance = 1e-4 if losses_only else 1e-5
+        assert logged(distributed / name, key) == pytest.approx([r[key] for r in records], rel=tolerance), key
+    start = AutoModelForCausalLM.from_pretrained(models / "student")
+    assert relative_error(student, start) > 1e-3  # it did train
+    if losses_only:
+        return
+    saved = AutoModelForCausalLM.from_pretrained(distributed / name / "student")
+    assert relative_error(saved, student) < 1e-5
+    if aligner is not None:
+        assert relative_error(load_aligner(distributed / name / "map_aligner.pt"), aligner) < 1e-5
+
+
+@pytest.mark.multiprocess
+def test_accumulating_four_of_one_equals_one_of_four(distributed):
+    for key in ("loss/task", "loss/kv"):
+        assert logged(distributed / "accumulated", key) == pytest.approx(logged(distributed / "structured", key), rel=1e-5)
+    load = AutoModelForCausalLM.from_pretrained
+    assert relative_error(load(distributed / "accumulated/student"), load(distributed / "structured/student")) < 1e-5
+    accumulated, whole = (load_aligner(distributed / run / "map_aligner.pt") for run in ("accumulated", "structured"))
+    assert relative_error(accumulated, whole) < 1e-5
+
+
+@pytest.mark.multiprocess
+def test_kv_weight_zero_is_plain_fine_tuning_to_the_bit(distributed):
+    load = AutoModelForCausalLM.from_pretrained
+    zero, plain = (weights_of(load(distributed / run / "student")) for run in ("no_kv_weight", "task_only"))
+    assert torch.equal(zero, plain)
+
+
+@pytest.mark.multiprocess
+def test_checkpoint_holds_no_teacher_and_the_student_has_plain_names(distributed, models):
+    from safetensors import safe_open
+
+    with safe_open(distributed / "structured/student/model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert names == {n for n, _ in AutoModelForCausalLM.from_pretrained(models / "student").named_parameters()}
+    shard = next((distributed / "structured/checkpoints").glob(f"step-{STEPS:06d}/*model_states.pt"))
+    content = torch.load(shard, weights_only=False)
+    parameters = {name for group in content["param_shapes"] for name in group}
+    assert parameters and all(name.startswith(("student.", "aligner.")) for name in parameters)
