@@ -59,10 +59,13 @@ def calibrate_aligner(
     moments.apply()
 
 
-def calibrate_kv_weight(engine: deepspeed.DeepSpeedEngine, steps: list[StepInput], share: float, task_weight: float) -> float:
+def calibrate_kv_weight(
+    engine: deepspeed.DeepSpeedEngine, steps: list[StepInput], share: float, task_weight: float
+) -> float:
     """The weight at which the KV loss's gradient on the student has ``share`` times the norm of the task's.
 
-    ``weight = share · task_weight · ‖∇_student CE‖ / ‖∇_student KV‖``, over the micro-batches of one global step, on any
+    ``weight = share · task_weight · ‖∇_student CE‖ / ‖∇_student KV‖``, over the micro-batches of one global step, on
+    any
     number of ranks. No optimizer step is taken and no gradient stays.
 
     Raises:

@@ -40,27 +40,37 @@ def latest_step(run_dir: Path) -> int | None:
     match = _TAG.fullmatch(tag)
     if match is None or not (latest.parent / tag).is_dir():
         raise InputError(
-            f"{latest}: names {tag[:80]!r}; expected a folder step-NNNNNN beside it (write the name of an older checkpoint there, or --resume never)"
+            f"{latest}: names {tag[:80]!r}; expected a folder step-NNNNNN beside it (write the name of an older "
+            "checkpoint there, or --resume never)"
         )
     return int(match.group(1))
 
 
 def save_checkpoint(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int, state: dict[str, Any]) -> None:
-    """Save engine, optimizer and schedule with ``state`` (plain values) under ``checkpoints/step-NNNNNN``; all ranks call it."""
-    engine.save_checkpoint(str(run_dir / CHECKPOINTS), tag=step_tag(step), client_state={"kvds": {**state, "step": step}})
+    """Save engine, optimizer and schedule with ``state`` (plain values) under ``checkpoints/step-NNNNNN``; all ranks
+    call it.
+    """
+    engine.save_checkpoint(
+        str(run_dir / CHECKPOINTS), tag=step_tag(step), client_state={"kvds": {**state, "step": step}}
+    )
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int) -> dict[str, Any]:
-    """Restore the engine from ``checkpoints/step-NNNNNN`` and return the ``state`` that was saved with it; all ranks call it."""
+    """Restore the engine from ``checkpoints/step-NNNNNN`` and return the ``state`` that was saved with it; all ranks
+    call it.
+    """
     world = saved_world_size(run_dir, step)
     if world != torch.distributed.get_world_size():
         raise InputError(
             f"--resume: {step_tag(step)} in {run_dir} was saved by {world} ranks; expected the same number, "
-            f"got {torch.distributed.get_world_size()} (start {world} ranks, or --resume never with another --output_dir)"
+            f"got {torch.distributed.get_world_size()} (start {world} ranks, or --resume never with another "
+            "--output_dir)"
         )
     path, client = engine.load_checkpoint(str(run_dir / CHECKPOINTS), tag=step_tag(step))
     if path is None:
-        raise InputError(f"{run_dir / CHECKPOINTS / step_tag(step)}: DeepSpeed could not load it; expected a whole checkpoint")
+        raise InputError(
+            f"{run_dir / CHECKPOINTS / step_tag(step)}: DeepSpeed could not load it; expected a whole checkpoint"
+        )
     return client["kvds"]
 
 
@@ -98,9 +108,14 @@ def plain_student(config: PreTrainedConfig, state: dict[str, Tensor]) -> nn.Modu
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
-    tied = set(getattr(model, "_tied_weights_keys", None) or {}) if config.get_text_config().tie_word_embeddings else set()
+    tied = (
+        set(getattr(model, "_tied_weights_keys", None) or {}) if config.get_text_config().tie_word_embeddings else set()
+    )
     if unexpected or set(missing) - tied:
-        raise RuntimeError(f"gathered weights do not fit the student: missing {sorted(set(missing) - tied)[:3]}, unexpected {unexpected[:3]}")
+        raise RuntimeError(
+            f"gathered weights do not fit the student: missing {sorted(set(missing) - tied)[:3]}, unexpected "
+            f"{unexpected[:3]}"
+        )
     return model.eval()
 
 
@@ -146,7 +161,8 @@ def load_aligner(path: str | Path) -> nn.Module:
 
 
 def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path) -> Path:
-    """Turn a DeepSpeed checkpoint of a run into a plain ``student/`` and ``map_aligner.pt`` under ``output``; one process.
+    """Turn a DeepSpeed checkpoint of a run into a plain ``student/`` and ``map_aligner.pt`` under ``output``; one
+    process.
 
     Args:
         run_dir: The run's ``--output_dir``.
@@ -163,20 +179,29 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
     from transformers import AutoTokenizer
 
     run_dir, output = Path(run_dir), Path(output)
+    if not run_dir.is_dir():
+        raise InputError(f"--run {run_dir}: no such folder; expected the --output_dir of a run")
     step = latest_step(run_dir) if step is None else step
     folder = run_dir / CHECKPOINTS
     if step is None or not (folder / step_tag(step)).is_dir():
         found = sorted(p.name for p in folder.glob("step-*")) if folder.is_dir() else []
-        raise InputError(f"{run_dir}: no checkpoint {'' if step is None else step_tag(step)}; expected one of {found or 'a run with checkpoints'}")
+        wanted = "no checkpoint" if step is None else f"no checkpoint {step_tag(step)}"
+        raise InputError(f"--run {run_dir}: {wanted}; expected {', '.join(found) or 'a run that has saved one'}")
     plan = folder / "model"
     if not (plan / "config.json").is_file():
-        raise InputError(f"{plan}: the student's config.json is missing; expected the folder that training writes beside checkpoints")
+        raise InputError(
+            f"{plan}: the student's config.json is missing; expected the folder that training writes beside checkpoints"
+        )
     state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_tag(step))
     config = AutoConfig.from_pretrained(plan)
     dtype = config.dtype or torch.float32
     student = {k.removeprefix("student."): v.to(dtype) for k, v in state.items() if k.startswith("student.")}
     output.mkdir(parents=True, exist_ok=True)
-    save_student(plain_student(config, _without_tied_copies(config, student)), AutoTokenizer.from_pretrained(plan), output / STUDENT_FOLDER)
+    save_student(
+        plain_student(config, _without_tied_copies(config, student)),
+        AutoTokenizer.from_pretrained(plan),
+        output / STUDENT_FOLDER,
+    )
     aligner_config = plan / "aligner.pt"
     if aligner_config.is_file():
         aligner = {k.removeprefix("aligner."): v for k, v in state.items() if k.startswith("aligner.")}
@@ -189,8 +214,12 @@ def _without_tied_copies(config: PreTrainedConfig, state: dict[str, Tensor]) -> 
     return {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
 
 
-def save_architecture(run_dir: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, aligner: Any) -> None:
-    """Write beside the checkpoints what turning one into a plain model takes: configuration, tokenizer, aligner configuration."""
+def save_architecture(
+    run_dir: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, aligner: Any
+) -> None:
+    """Write beside the checkpoints what turning one into a plain model takes: configuration, tokenizer, aligner
+    configuration.
+    """
     folder = run_dir / CHECKPOINTS / "model"
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

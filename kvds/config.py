@@ -311,8 +311,8 @@ def _check_type(field: dataclasses.Field[Any], value: Any, place: str = "") -> N
     readable = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
     _require(readable, field.name, value, "visible text on one line", place)
     choices = field.metadata.get("choices")
-    if choices and value is not None:
-        _require(value in choices, field.name, value, f"one of {', '.join(choices)}{near_miss(value, choices)}", place)
+    if choices and value is not None and value not in choices:
+        _require(False, field.name, value, f"one of {', '.join(choices)}{near_miss(value, choices)}", place)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -340,9 +340,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
             f"--config {path}: {error.strerror}; expected a recipe file such as launch/recipes/quickstart.yaml"
         ) from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"--config {path}: not YAML ({' '.join(str(error).split())[:200]}); expected lines of `key: value`"
-        ) from error
+        raise InputError(f"--config {path}: not YAML ({one_line(error)}); expected lines of `key: value`") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

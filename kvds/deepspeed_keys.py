@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable
 from typing import Any
 
+from kvds.config_values import near_miss, one_line
 from kvds.errors import InputError
 
 
@@ -87,11 +87,9 @@ def check_keys(section: dict[str, Any], known: dict[str, str], *, place: str, pr
     """
     for key, value in section.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
             raise InputError(
-                f"{place}: unknown key {prefix}{key}{hint} (expected a key of DeepSpeed 0.19 that kvds knows; "
-                f"rename or remove it)"
+                f"{place}: unknown key {prefix}{one_line(key)}{near_miss(key, known)} "
+                f"(expected a key of DeepSpeed 0.19 that kvds knows; rename or remove it)"
             )
         if not _KINDS[known[key]](value):
             shown = json.dumps(value)[:80]

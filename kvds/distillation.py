@@ -50,7 +50,8 @@ class StepInput:
 class GradientWatch:
     """Compares what the KV loss sends back at the captured keys and values with what the task loss sends there.
 
-    ``ratio = ‖∂ kv_weight·kv / ∂(K,V)‖ / ‖∂ rest / ∂(K,V)‖``, over all layers, without a second backward pass: hooks see
+    ``ratio = ‖∂ kv_weight·kv / ∂(K,V)‖ / ‖∂ rest / ∂(K,V)‖``, over all layers, without a second backward pass: hooks
+    see
     the KV loss's own share on the tensors handed to the aligner, and all that arrives on the projections' outputs.
     """
 
@@ -91,7 +92,8 @@ class DistillationModule(nn.Module):
     """Student and aligner behind one forward that returns the loss of a micro-batch.
 
     ``loss = w_task · CE + w_kv · KV + w_kd · KD``, each part the micro-batch's sum over positions divided by the global
-    step's mean count (``TokenBatch.label_normalizer``, ``position_normalizer``): averaged over ranks and micro-batches, as
+    step's mean count (``TokenBatch.label_normalizer``, ``position_normalizer``): averaged over ranks and
+    micro-batches, as
     DeepSpeed does, it is the mean over the whole global batch, however it was split and padded.
 
     Args:
@@ -124,7 +126,8 @@ class DistillationModule(nn.Module):
         """Run the student once.
 
         Returns:
-            The loss (fp32 scalar with a graph) and detached metrics, means in the sense above; keys as in ``metrics.jsonl``.
+            The loss (fp32 scalar with a graph) and detached metrics, means in the sense above; keys as in
+            ``metrics.jsonl``.
         """
         batch, weights = step.batch, step.weights
         model = backbone(self.student)

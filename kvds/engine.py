@@ -28,7 +28,9 @@ def _free_port() -> int:
 def init_distributed() -> torch.device:
     """Join the process group that the launcher describes (alone where there is none) and return this rank's device."""
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
@@ -59,7 +61,9 @@ def _dimensions(parameter: nn.Parameter) -> int:
 
 
 def build_optimizer(module: DistillationModule, cfg: RunConfig, engine_config: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW or SGD over student and aligner in groups of their own (learning rate, weight decay on matrices of the student)."""
+    """AdamW or SGD over student and aligner in groups of their own (learning rate, weight decay on matrices of the
+    student).
+    """
     student = [p for p in module.student.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in student if _dimensions(p) >= 2], "weight_decay": cfg.weight_decay, "name": "student"},
@@ -83,7 +87,9 @@ def build_optimizer(module: DistillationModule, cfg: RunConfig, engine_config: d
 def build_engine(
     module: DistillationModule, cfg: RunConfig, engine_config: dict[str, Any], total_steps: int
 ) -> deepspeed.DeepSpeedEngine:
-    """Wrap ``module``. The learning-rate schedule is transformers' own, stepped by the engine once per optimizer step."""
+    """Wrap ``module``. The learning-rate schedule is transformers' own, stepped by the engine once per optimizer
+    step.
+    """
     optimizer = build_optimizer(module, cfg, engine_config)
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

@@ -47,7 +47,9 @@ class LabelledPositions:
 
 
 def head_chunk_count(max_tokens: int, vocab_size: int) -> int:
-    """How many chunks keep a chunk's logits within the limit when ``max_tokens`` positions all count (the same on every rank)."""
+    """How many chunks keep a chunk's logits within the limit when ``max_tokens`` positions all count (the same on
+    every rank).
+    """
     return max(1, -(-max_tokens * vocab_size // _CHUNK_ELEMENTS))
 
 

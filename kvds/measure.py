@@ -81,7 +81,8 @@ class IntervalMeter:
         self._tokens += tokens
 
     def read(self, phases: dict[str, float]) -> dict[str, float]:
-        """Means over interval and ranks, tokens per second over all ranks, phase seconds and memory as the slowest rank's.
+        """Means over interval and ranks, tokens per second over all ranks, phase seconds and memory as the slowest
+        rank's.
 
         A collective call: every rank makes it at the same step.
         """

@@ -20,7 +20,11 @@ from kvds.kv import KVShape
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Overriding the left side makes the right side stale: it is dropped, so that the family's own default is computed anew.
-_DERIVED_KEYS = {"num_hidden_layers": ("layer_types",), "hidden_size": ("head_dim",), "num_attention_heads": ("head_dim",)}
+_DERIVED_KEYS = {
+    "num_hidden_layers": ("layer_types",),
+    "hidden_size": ("head_dim",),
+    "num_attention_heads": ("head_dim",),
+}
 
 
 def _is_folder_name(name: str) -> bool:
@@ -41,7 +45,8 @@ def _from_hub(loader: Any, name: str, what: str, flag: str, **kwargs: Any) -> An
                 f"save_pretrained writes"
             ) from error
         raise InputError(
-            f"{flag}={name}: the {what} could not be loaded from the hub or its local cache ({reason}); without internet, "
+            f"{flag}={name}: the {what} could not be loaded from the hub or its local cache ({reason}); without "
+            "internet, "
             f"download it elsewhere (`hf download {name} --local-dir FOLDER`) and give the folder in place of the name"
         ) from error
 
@@ -63,7 +68,11 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
         if key not in known:
             raise InputError(f"{place}: {config.model_type} has no such setting; expected one of its config.json keys")
         current = getattr(config, key)
-        if current is not None and not isinstance(value, type(current)) and not (isinstance(current, float) and isinstance(value, int)):
+        if (
+            current is not None
+            and not isinstance(value, type(current))
+            and not (isinstance(current, float) and isinstance(value, int))
+        ):
             raise InputError(f"{place}: expected {type(current).__name__} as in {name}, got {type(value).__name__}")
         for stale in _DERIVED_KEYS.get(key, ()):
             if stale not in changes:
@@ -93,7 +102,9 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Positions correspond one to one only where both models read the same ids: refuse models that bring other vocabularies."""
+    """Positions correspond one to one only where both models read the same ids: refuse models that bring other
+    vocabularies.
+    """
     for flag, name in (("--teacher_name", cfg.teacher if cfg.uses_teacher else None), ("--student_name", cfg.student)):
         if name is None or not Path(name).is_dir() or not any(Path(name).glob("tokenizer*")):
             continue
@@ -101,7 +112,8 @@ def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
         if own.get_vocab() != tokenizer.get_vocab():
             raise InputError(
                 f"{flag}={name}: its tokenizer ({len(own)} entries) differs from the run's ({len(tokenizer)} entries); "
-                f"expected teacher and student of one vocabulary, since keys and values are matched position by position"
+                "expected teacher and student of one vocabulary, since keys and values are matched position by "
+                "position"
             )
 
 
@@ -111,7 +123,8 @@ def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBas
     if rows <= largest:
         raise InputError(
             f"--{flag}_name: vocab_size {rows} has no row for token id {largest} of the tokenizer; expected vocab_size "
-            f"> {largest} (another --tokenizer_name, or --{flag}_config_overrides vocab_size={largest + 1} with --{flag}_init random)"
+            f"> {largest} (another --tokenizer_name, or --{flag}_config_overrides vocab_size={largest + 1} with "
+            f"--{flag}_init random)"
         )
 
 
@@ -119,7 +132,9 @@ def check_positions(config: PreTrainedConfig, max_length: int, *, flag: str) -> 
     """Refuse rows longer than the model has positions for."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
-        raise InputError(f"max_length={max_length}: the {flag} has {limit} positions; expected --max_length {limit} or less")
+        raise InputError(
+            f"max_length={max_length}: the {flag} has {limit} positions; expected --max_length {limit} or less"
+        )
 
 
 def kv_shape(config: PreTrainedConfig) -> KVShape:
@@ -166,7 +181,8 @@ def load_model(
         attn_implementation: ``"sdpa"`` or ``"eager"``.
         seed: Of the random start.
         flag: ``"teacher"`` or ``"student"``, for messages.
-        engine_config: The DeepSpeed configuration under which pretrained weights are loaded in shards (stage 3), or None.
+        engine_config: The DeepSpeed configuration under which pretrained weights are loaded in shards (stage 3), or
+            None.
 
     Raises:
         InputError: the weights are missing, or their shapes are not the configuration's.
@@ -189,7 +205,8 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
-            f"--{flag}_name={name}: {len(missing)} weights are missing (first: {missing[0]}); expected a whole checkpoint, "
+            f"--{flag}_name={name}: {len(missing)} weights are missing (first: {missing[0]}); expected a whole "
+            "checkpoint, "
             f"or --{flag}_init random"
         )
     return model
@@ -197,4 +214,4 @@ def load_model(
 
 def backbone(model: nn.Module) -> nn.Module:
     """The transformer without its language-model head."""
-    return getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    return getattr(model, str(model.base_model_prefix))

@@ -59,8 +59,16 @@ def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: i
     mixture = _mixture(cfg, "train", cfg.subset_size)
     corpus = encode_examples(mixture.examples, tokenizer, cfg.max_length)
     _report(cfg, mixture, corpus)
-    examples = _first_per_corpus(_mixture(cfg, "eval", None).examples, cfg.eval_subset_size) if cfg.eval_subset_size else []
+    examples = (
+        _first_per_corpus(_mixture(cfg, "eval", None).examples, cfg.eval_subset_size) if cfg.eval_subset_size else []
+    )
     held_out = encode_examples(examples, tokenizer, cfg.max_length).samples if examples else []
+    if examples and not held_out:
+        raise InputError(
+            f"max_length={cfg.max_length}: none of the {len(examples)} held-out rows fits; expected a larger "
+            "--max_length "
+            f"(or --eval_subset_size 0: no evaluation)"
+        )
     return RunData(
         loader=batches(corpus.samples, accumulation=cfg.gradient_accumulation_steps, shuffle=True),
         eval_examples=examples,
@@ -83,7 +91,9 @@ def _mixture(cfg: RunConfig, split: str, subset_size: int | None) -> Mixture:
 def _report(cfg: RunConfig, mixture: Mixture, corpus: EncodedCorpus) -> None:
     log.info("data: %d rows to train on from %s", len(corpus.samples), " ".join(cfg.datasets))
     if corpus.too_long:
-        log.warning("data: %d rows are longer than --max_length %d tokens and were left out", corpus.too_long, cfg.max_length)
+        log.warning(
+            "data: %d rows are longer than --max_length %d tokens and were left out", corpus.too_long, cfg.max_length
+        )
     for place, count in mixture.skipped.items():
         if count:
             log.warning("data: %d malformed rows of %s were skipped", count, place)

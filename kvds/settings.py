@@ -36,7 +36,9 @@ class ModelSettings:
 class DataSettings:
     """Rows to learn from and to judge by."""
 
-    datasets: tuple[str, ...] = setting("gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT", ("synthetic",))
+    datasets: tuple[str, ...] = setting(
+        "gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT", ("synthetic",)
+    )
     data_dir: str | None = setting("folder with the publishers' files; unset: hub names through `datasets`", None)
     subset_size: int | None = setting("training rows in all; unset: every row", None)
     max_length: int = setting("tokens per row; longer rows are left out and counted", 512)
@@ -50,7 +52,9 @@ class DataSettings:
 class AlignmentSettings:
     """How keys and values are matched."""
 
-    alignment_mode: str = setting("map between student and teacher KV", "structured", choices=("flat", "structured", "none"))
+    alignment_mode: str = setting(
+        "map between student and teacher KV", "structured", choices=("flat", "structured", "none")
+    )
     map_proj_share_dim: bool = setting("structured: one dimension map for all layers and heads", False)
     map_proj_init_uniform: bool = setting("structured: mixing weights start uniform, not near the diagonal", False)
     layer_map: str | None = setting(
@@ -67,8 +71,12 @@ class AlignmentSettings:
     kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
     kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
-    kv_weight: str | float = setting("weight of the KV loss: a number, or auto:SHARE of the task's gradient", "auto:2.0")
-    kv_weight_schedule: str = setting("weight over the run: kept, or falling to 0", "constant", choices=("constant", "linear"))
+    kv_weight: str | float = setting(
+        "weight of the KV loss: a number, or auto:SHARE of the task's gradient", "auto:2.0"
+    )
+    kv_weight_schedule: str = setting(
+        "weight over the run: kept, or falling to 0", "constant", choices=("constant", "linear")
+    )
     kv_rope: str = setting("keys before or after rotary embedding", "pre", choices=("pre", "post"))
     mask_first_token: bool = setting("leave out the first token, an attention sink", True)
     layer_groups: int = setting("structured: groups of layers that draw only from each other", 1)
@@ -93,7 +101,9 @@ class OptimizationSettings:
     optimizer: str = setting("optimizer", "adamw", choices=("adamw", "sgd"))
     lr_scheduler_type: str = setting("schedule after warm-up", "linear", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = setting("share of the steps in which the learning rate rises", 0.0)
-    max_grad_norm: float | None = setting("clip the gradient to this norm, 0: never; unset: the DeepSpeed configuration's", None)
+    max_grad_norm: float | None = setting(
+        "clip the gradient to this norm, 0: never; unset: the DeepSpeed configuration's", None
+    )
     seed: int = setting("of data order, random weights and dropout", 0)
 
 

@@ -19,7 +19,8 @@ class TeacherOutput:
     """What one teacher forward leaves, without gradient.
 
     Attributes:
-        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]``; None where no alignment reads them.
+        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]``; None where no alignment reads
+            them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
     """
 
@@ -45,12 +46,14 @@ class _TeacherModule(nn.Module):
 class Teacher:
     """A frozen model whose keys and values are the target.
 
-    It is no ``nn.Module``, so that it can never become a child of the student's engine, its optimizer or its checkpoint.
+    It is no ``nn.Module``, so that it can never become a child of the student's engine, its optimizer or its
+    checkpoint.
 
     Args:
         model: A causal language model. Its parameters are frozen and it is put in evaluation mode.
         device: Where its batches run.
-        engine_config: A DeepSpeed inference configuration (``zero3`` and ``zero3_offload`` placement), or None: replicated.
+        engine_config: A DeepSpeed inference configuration (``zero3`` and ``zero3_offload`` placement), or None:
+            replicated.
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
         wants_states: Capture keys and values.
         wants_hidden: Return hidden states for logit distillation.

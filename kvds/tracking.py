@@ -174,7 +174,7 @@ class Tracker:
             self._writer.flush(seconds)
 
     def finish(self, status: str = "FINISHED") -> None:
-        """End the run as ``"FINISHED"``, ``"FAILED"`` or ``"KILLED"``, within ``finish_seconds``; a second call is void."""
+        """End the run as ``"FINISHED"``, ``"FAILED"`` or ``"KILLED"`` within ``finish_seconds``; once is enough."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -58,7 +58,8 @@ log = logging.getLogger("kvds")
 
 
 def train(cfg: RunConfig) -> Path:
-    """Run one distillation from data to exported student; every rank calls it. Joins the process group if none is there.
+    """Run one distillation from data to exported student; every rank calls it. Joins the process group if none is
+    there.
 
     Returns:
         The output folder.
@@ -114,13 +115,15 @@ class TrainingRun:
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
         dtype = TORCH_DTYPES[compute_dtype(raw)]
 
-        # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
+        # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without
+        # weights.
         aligner = None
         if cfg.uses_kv and teacher_config is not None:
             aligner = build_aligner(kv_shape(student_config), kv_shape(teacher_config), cfg)
         self.teacher = self._build_teacher(teacher_config, dtype, raw) if teacher_config is not None else None
-        student = load_model(
-            cfg.student, student_config, init=cfg.student_init, dtype=dtype, attn_implementation=cfg.attn_implementation,
+        student: Any = load_model(
+            cfg.student or "", student_config, init=cfg.student_init, dtype=dtype,
+            attn_implementation=cfg.attn_implementation,
             seed=cfg.seed, flag="student", engine_config=self.engine_config,
         )  # fmt: skip
         student.config.use_cache = False
@@ -167,12 +170,16 @@ class TrainingRun:
         source = self.output_dir if cfg.resume in ("auto", "never") else Path(cfg.resume)
         if source.resolve() != self.output_dir.resolve():
             raise InputError(
-                f"--resume {cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir}; a copy of "
+                f"--resume {cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir}; a copy "
+                "of "
                 f"that folder can be resumed by naming it in --output_dir"
             )
         step = latest_step(self.output_dir) if cfg.resume != "never" else None
         if cfg.resume not in ("auto", "never") and step is None:
-            raise InputError(f"--resume {cfg.resume}: no checkpoint there; expected a folder with checkpoints/latest, or --resume auto")
+            raise InputError(
+                f"--resume {cfg.resume}: no checkpoint there; expected a folder with checkpoints/latest, or --resume "
+                "auto"
+            )
         if step is not None:
             cfg.check_resumable(saved)
         dist.barrier()  # every rank has looked before rank 0 writes
@@ -186,7 +193,9 @@ class TrainingRun:
         cfg = self.cfg
         name, overrides = getattr(cfg, flag), getattr(cfg, f"{flag}_config_overrides")
         if name is None:
-            raise InputError(f"--{flag}_name is missing; expected a folder or a hub name (or --model_name for both models)")
+            raise InputError(
+                f"--{flag}_name is missing; expected a folder or a hub name (or --model_name for both models)"
+            )
         if overrides and getattr(cfg, f"{flag}_init") == "pretrained":
             log.info("%s: configuration overrides on pretrained weights: their shapes must still fit", flag)
         config = load_config(name, overrides, flag=flag)
@@ -199,7 +208,7 @@ class TrainingRun:
         cfg = self.cfg
         placed = None if cfg.teacher_placement == "replicated" else teacher_engine_config(raw, cfg, self.world_size)
         model = load_model(
-            cfg.teacher, config, init=cfg.teacher_init, dtype=dtype, attn_implementation=cfg.attn_implementation,
+            cfg.teacher or "", config, init=cfg.teacher_init, dtype=dtype, attn_implementation=cfg.attn_implementation,
             seed=cfg.seed + 1, flag="teacher", engine_config=placed,
         )  # fmt: skip
         return Teacher(
@@ -224,17 +233,24 @@ class TrainingRun:
         cfg, module = self.cfg, self.engine.module
         trained = {
             "student": sum(getattr(p, "ds_numel", p.numel()) for p in module.student.parameters()),
-            "aligner": 0 if module.aligner is None else sum(getattr(p, "ds_numel", p.numel()) for p in module.aligner.parameters()),
+            "aligner": 0
+            if module.aligner is None
+            else sum(getattr(p, "ds_numel", p.numel()) for p in module.aligner.parameters()),
         }
         log.info(
-            "mode %s | kv_method %s | kv_weight %.4g | student %s parameters, aligner %s | %d steps of %d rows on %d ranks",
+            "mode %s | kv_method %s | kv_weight %.4g | student %s parameters, aligner %s | %d steps of %d rows on %d "
+            "ranks",
             cfg.alignment_mode if cfg.uses_kv else "none", cfg.kv_method, self.kv_weight,
             f"{trained['student']:,}", f"{trained['aligner']:,}", self.total_steps,
             cfg.batch_size * cfg.gradient_accumulation_steps * self.world_size, self.world_size,
         )  # fmt: skip
         if self.rank == 0:
             tags = {**collect_versions(), "world_size": str(self.world_size), "kv_weight": f"{self.kv_weight:.6g}"}
-            params = {**cfg.to_dict(), "parameters_student": trained["student"], "parameters_aligner": trained["aligner"]}
+            params = {
+                **cfg.to_dict(),
+                "parameters_student": trained["student"],
+                "parameters_aligner": trained["aligner"],
+            }
             self.tracker = Tracker(
                 self.output_dir, enabled=cfg.report_to == "mlflow", tracking_uri=cfg.tracking_uri,
                 experiment_name=cfg.experiment_name, run_name=cfg.run_name or self.output_dir.name,
@@ -320,14 +336,16 @@ class TrainingRun:
             metrics["grad_norm"] = float(norm)
         if self.cfg.uses_kv:
             metrics["kv/weight"] = weights.kv
-            norms = {key: metrics[key] for key in ("kv/norm_keys", "kv/norm_values") if key in metrics}
+            norms: dict[str, float] = {k: metrics[k] for k in ("kv/norm_keys", "kv/norm_values") if k in metrics}
             if norms:
                 self.start_norms = self.start_norms or norms
                 ratios = [norms[key] / max(self.start_norms[key], 1e-30) for key in norms]
                 metrics["kv/norm_ratio"] = math.prod(ratios) ** (1 / len(ratios))
         if self.tracker is not None:
             self.tracker.log(self.step, metrics)
-        shown = {name: f"{metrics[key]:.4f}" for name, key in (("task", "loss/task"), ("kv", "loss/kv")) if key in metrics}
+        shown = {
+            name: f"{metrics[key]:.4f}" for name, key in (("task", "loss/task"), ("kv", "loss/kv")) if key in metrics
+        }
         bar.set_postfix(shown, refresh=False)
 
     def _save(self) -> None:
@@ -350,7 +368,8 @@ class TrainingRun:
 
     def _evaluate(self, model: torch.nn.Module) -> dict[str, dict[str, float]]:
         results = evaluate_model(
-            model, self.tokenizer, self.eval_examples, batch_size=4 * self.cfg.batch_size, max_new_tokens=self.cfg.max_new_tokens,
+            model, self.tokenizer, self.eval_examples, batch_size=4 * self.cfg.batch_size,
+            max_new_tokens=self.cfg.max_new_tokens,
             max_length=self.cfg.max_length, rank=self.rank, world_size=self.world_size, all_reduce=all_reduce_sum,
             progress=self.rank == 0,
         )  # fmt: skip
@@ -358,7 +377,9 @@ class TrainingRun:
         if kv:
             results["all"] |= kv
         if self.tracker is not None:
-            self.tracker.log(self.step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()})
+            self.tracker.log(
+                self.step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()}
+            )
         return results
 
     @torch.no_grad()
@@ -382,7 +403,11 @@ class TrainingRun:
         totals = torch.stack([sums[key] for key in sorted(sums)])
         all_reduce_sum(totals)
         values = dict(zip(sorted(sums), totals.tolist(), strict=True))
-        return {key.replace("loss/kv", "kv_loss"): v / values["positions"] for key, v in values.items() if key != "positions"}
+        return {
+            key.replace("loss/kv", "kv_loss"): v / values["positions"]
+            for key, v in values.items()
+            if key != "positions"
+        }
 
     def finish(self) -> None:
         """Export the student and the aligner, evaluate on held-out rows and write ``eval.json``."""
@@ -397,7 +422,11 @@ class TrainingRun:
             results = self._evaluate(model)
             if self.rank == 0:
                 (self.output_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
-                log.info("held-out: cross entropy %.4f, exact match %.1f %%", results["all"]["cross_entropy"], 100 * results["all"]["exact_match"])
+                log.info(
+                    "held-out: cross entropy %.4f, exact match %.1f %%",
+                    results["all"]["cross_entropy"],
+                    100 * results["all"]["exact_match"],
+                )
         if self.tracker is not None:
             self._log_artifacts()
         log.info("student, aligner and records are in %s", self.output_dir)

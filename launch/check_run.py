@@ -1,4 +1,6 @@
-"""Check what a run left: ``python launch/check_run.py RUN_DIR MODE LOG`` (used by smoke.sh); exits 1 naming what is wrong."""
+"""Check what a run left: ``python launch/check_run.py RUN_DIR MODE LOG`` (used by smoke.sh); exits 1 naming what is
+wrong.
+"""
 
 import json
 import math

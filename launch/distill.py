@@ -1,4 +1,5 @@
-"""Distil a student through a teacher's keys and values: ``deepspeed [launcher flags] launch/distill.py --flag value …``.
+"""Distil a student through a teacher's keys and values: ``deepspeed [launcher flags] launch/distill.py --flag value
+…``.
 
 ``--help`` lists every flag; ``--config launch/recipes/NAME.yaml`` sets any of them.
 """

@@ -1,4 +1,5 @@
-"""Runs several configurations one after the other on the ranks of one launch: ``deepspeed tests/ranked_runs.py RUNS.json``.
+"""Runs several configurations one after the other on the ranks of one launch: ``deepspeed tests/ranked_runs.py
+RUNS.json``.
 
 ``RUNS.json`` maps a run's name to its flags. One launch for many runs keeps the suite short.
 """

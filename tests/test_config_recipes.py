@@ -127,6 +127,7 @@ def valid_settings(draw: st.DrawFn) -> dict[str, object]:
     )
 
 
+@settings(max_examples=60)
 @given(valid_settings())
 @example(REQUIRED | {"run_name": "1e5", "experiment_name": "null"})
 @example(REQUIRED | {"run_name": "yes", "experiment_name": "0x1F"})
@@ -213,7 +214,7 @@ WORDS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(WORDS, max_size=6))
 def test_any_flags_give_a_configuration_or_an_input_error(words):
     if {"-h", "--help"} & set(words) or any(word.startswith("-h") for word in words):
@@ -234,7 +235,7 @@ YAML_VALUES = st.recursive(
 SETTING_NAMES = st.sampled_from([name.removeprefix("--") for name in FLAG_NAMES])
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     st.dictionaries(SETTING_NAMES | st.text(max_size=4), YAML_VALUES, max_size=4).map(yaml.safe_dump)
     | st.dictionaries(SETTING_NAMES, YAML_VALUES, max_size=4).map(lambda values: json.dumps(values, default=str))

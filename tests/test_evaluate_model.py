@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,7 +30,9 @@ def tokenizer(tmp_path_factory):
 def tiny(family: str, vocab_size: int, positions: int = 128) -> nn.Module:
     torch.manual_seed(0)
     if family == "gpt2":
-        config = GPT2Config(vocab_size=vocab_size, n_layer=2, n_embd=32, n_head=2, n_positions=positions, initializer_range=0.3)
+        config = GPT2Config(
+            vocab_size=vocab_size, n_layer=2, n_embd=32, n_head=2, n_positions=positions, initializer_range=0.3
+        )  # fmt: skip
     else:
         config = Qwen2Config(
             vocab_size=vocab_size, num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
@@ -43,7 +45,7 @@ def tiny(family: str, vocab_size: int, positions: int = 128) -> nn.Module:
 def examples() -> list[Example]:
     """Problems of several lengths, of two corpora."""
     problems = synthetic_examples("eval", problems=1, seed=0)[:13]
-    renamed = [Example(e.prompt, e.rationale, e.answer, "other" if i % 3 == 0 else e.corpus, e.place) for i, e in enumerate(problems)]
+    renamed = [replace(e, corpus="other") if i % 3 == 0 else e for i, e in enumerate(problems)]
     return [*renamed, Example("Lee has 6 8 balls . ?", "", "6 8", "other", "short:1")]
 
 
@@ -96,7 +98,7 @@ def test_generation_equals_one_row_without_padding_and_a_full_forward_per_token(
     assert [line["place"] for line in lines] == [example.place for example in examples]
     compared = 0
     for sample, line in zip(encode_examples(examples, tokenizer, 64).samples, lines, strict=True):
-        prompt = [i for i, segment in zip(sample.input_ids, sample.segment_ids, strict=True) if segment == Segment.PROMPT]
+        prompt = sample.input_ids[: sample.segment_ids.count(Segment.PROMPT)]
         ids = list(prompt)
         while len(ids) < len(prompt) + LIMITS["max_new_tokens"]:
             with torch.no_grad():
@@ -115,8 +117,8 @@ def test_exact_match_counts_the_problems_known_by_heart(tokenizer, examples, fam
     on_known = evaluate_model(model, tokenizer, known, batch_size=2, **LIMITS)
     assert on_known["all"]["exact_match"] == 1.0 and on_known["all"]["cross_entropy"] < 0.05
     # Answers that no completion of these rows holds: the same texts with an answer that is not the learned one.
-    wrong = [Example(e.prompt, e.rationale, "9 9 9", "wrong", e.place) for e in known[:2]]
-    mixed = evaluate_model(model, tokenizer, [*known, *wrong], batch_size=3, predictions_path=tmp_path / "p.jsonl", **LIMITS)
+    rows = [*known, *(replace(e, answer="9 9 9", corpus="wrong") for e in known[:2])]
+    mixed = evaluate_model(model, tokenizer, rows, batch_size=3, predictions_path=tmp_path / "p.jsonl", **LIMITS)
     assert mixed["wrong"]["exact_match"] == 0.0 and mixed["all"]["exact_match"] == pytest.approx(5 / 7)
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [line["correct"] for line in lines] == [True] * 5 + [False] * 2
@@ -135,17 +137,21 @@ def test_batch_size_changes_nothing(tokenizer, examples):
         assert seven[corpus]["cross_entropy"] == pytest.approx(values["cross_entropy"], rel=1e-6)
 
 
-@pytest.mark.parametrize("world_size", [2, 20])
+@pytest.mark.parametrize("world_size", [2, 9])
 def test_ranks_together_give_what_one_gives(tokenizer, examples, world_size):
-    model = overfit(tiny("qwen2", len(tokenizer)), tokenizer, examples[:6])
+    rows = examples[:7]  # with 9 ranks two have nothing to do
+    model = overfit(tiny("qwen2", len(tokenizer)), tokenizer, rows[:3])
     shares: list[torch.Tensor] = []
+
+    def judge(rank: int, all_reduce) -> dict[str, dict[str, float]]:
+        ranks = {"rank": rank, "world_size": world_size, "all_reduce": all_reduce}
+        return evaluate_model(model, tokenizer, rows, batch_size=2, **ranks, **LIMITS)
+
     for rank in range(world_size):
-        evaluate_model(model, tokenizer, examples, batch_size=2, rank=rank, world_size=world_size, all_reduce=lambda t: shares.append(t.clone()), **LIMITS)
+        judge(rank, lambda sums: shares.append(sums.clone()))
     total = torch.stack(shares).sum(0)
-    together = evaluate_model(
-        model, tokenizer, examples, batch_size=2, rank=world_size - 1, world_size=world_size, all_reduce=lambda t: t.copy_(total), **LIMITS
-    )
-    alone = evaluate_model(model, tokenizer, examples, batch_size=2, **LIMITS)
+    together = judge(world_size - 1, lambda sums: sums.copy_(total))
+    alone = evaluate_model(model, tokenizer, rows, batch_size=2, **LIMITS)
     for corpus, values in alone.items():
         assert together[corpus] == pytest.approx(values, rel=1e-6)
 
@@ -153,9 +159,10 @@ def test_ranks_together_give_what_one_gives(tokenizer, examples, world_size):
 def test_neither_modes_nor_random_states_nor_defaults_change(tokenizer, examples):
     model = tiny("gpt2", len(tokenizer)).train()
     model.transformer.h[1].eval()
-    model.generation_config = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=3.0, max_new_tokens=1)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=3.0)
     modes = {name: module.training for name, module in model.named_modules()}
-    weights, state, defaults = copy.deepcopy(model.state_dict()), torch.get_rng_state(), copy.deepcopy(model.generation_config)
+    weights, defaults = copy.deepcopy(model.state_dict()), copy.deepcopy(model.generation_config)
+    state = torch.get_rng_state()
     first = evaluate_model(model, tokenizer, examples, batch_size=3, **LIMITS)
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -172,11 +179,12 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(tokenizer, examples, capl
     limit = lengths[-1] - 1
     fitting = sum(length <= limit for length in lengths)
     caplog.set_level("WARNING", logger="kvds")
-    results = evaluate_model(model, tokenizer, examples, batch_size=4, max_new_tokens=4, max_length=limit, progress=False)
+    options = {"batch_size": 4, "max_new_tokens": 4, "progress": False}
+    results = evaluate_model(model, tokenizer, examples, max_length=limit, **options)
     assert 0 < results["all"]["samples"] == fitting < len(examples)
     assert f"{len(examples) - fitting} rows are longer than --max_length {limit}" in caplog.text
-    nothing = evaluate_model(model, tokenizer, examples, batch_size=4, max_new_tokens=4, max_length=3, progress=False)
-    assert nothing["all"]["samples"] == 0 and math.isnan(nothing["all"]["cross_entropy"]) and math.isnan(nothing["all"]["exact_match"])
+    nothing = evaluate_model(model, tokenizer, examples, max_length=3, **options)["all"]
+    assert nothing["samples"] == 0 and math.isnan(nothing["cross_entropy"]) and math.isnan(nothing["exact_match"])
 
 
 def test_generation_stays_within_learned_positions(tokenizer, examples):
@@ -184,7 +192,8 @@ def test_generation_stays_within_learned_positions(tokenizer, examples):
     samples = encode_examples(examples, tokenizer, 64).samples
     longest = max(len(sample.input_ids) for sample in samples)
     model = tiny("gpt2", len(tokenizer), positions=longest).eval()
-    results = evaluate_model(model, tokenizer, examples, batch_size=5, max_new_tokens=1000, max_length=longest, progress=False)
+    limits = {"max_new_tokens": 1000, "max_length": longest, "progress": False}
+    results = evaluate_model(model, tokenizer, examples, batch_size=5, **limits)
     assert results["all"]["samples"] == len(examples)
 
 
@@ -195,7 +204,12 @@ def test_a_large_vocabulary_goes_through_the_head_in_chunks(tokenizer, examples,
     whole = evaluate_model(model, tokenizer, examples, batch_size=7, **LIMITS)
     monkeypatch.setattr(kvds.evaluate, "_CHUNK_ELEMENTS", 5 * len(tokenizer))
     chunks: list[int] = []
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: chunks.append(output.shape[0]) if output.dim() == 2 else None)
+
+    def record(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if output.dim() == 2:  # rows of counted positions; generation asks for [batch, 1, vocabulary]
+            chunks.append(output.shape[0])
+
+    hook = model.lm_head.register_forward_hook(record)
     chunked = evaluate_model(model, tokenizer, examples, batch_size=7, **LIMITS)
     hook.remove()
     assert max(chunks) == 5 and chunked["all"] == pytest.approx(whole["all"], rel=1e-6)
@@ -203,10 +217,12 @@ def test_a_large_vocabulary_goes_through_the_head_in_chunks(tokenizer, examples,
 
 def test_predictions_of_several_ranks_are_files_of_their_own(tokenizer, examples, tmp_path):
     model = tiny("qwen2", len(tokenizer)).eval()
+    path = tmp_path / "p.jsonl"
     for rank in range(2):
         evaluate_model(
-            model, tokenizer, examples, batch_size=4, rank=rank, world_size=2, predictions_path=tmp_path / "p.jsonl", **LIMITS
-        )
-    places = [json.loads(line)["place"] for path in sorted(Path(tmp_path).iterdir()) for line in path.read_text().splitlines()]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["p-rank0.jsonl", "p-rank1.jsonl"]
+            model, tokenizer, examples, batch_size=4, rank=rank, world_size=2, predictions_path=path, **LIMITS
+        )  # fmt: skip
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["p-rank0.jsonl", "p-rank1.jsonl"]
+    places = [json.loads(line)["place"] for file in files for line in file.read_text().splitlines()]
     assert sorted(places) == sorted(example.place for example in examples)

@@ -1,4 +1,4 @@
-"""Records reach metrics.jsonl and MLflow whole and once, on resume too; a broken store costs a warning and nothing else."""
+"""Records reach metrics.jsonl and MLflow whole and once, on resume too; a broken store costs one warning."""
 
 import json
 import logging
@@ -14,8 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
+import kvds
+import kvds.tracking
 from kvds.errors import InputError
 from kvds.metrics_file import MetricsFile, read_metrics
 from kvds.tracking import Tracker, collect_versions, default_tracking_uri, git_revision, ui_command
@@ -30,15 +33,12 @@ def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, floa
     return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
 
 
-# -- metrics.jsonl ------------------------------------------------------------------------------------------------------
-
-
 def test_each_record_is_one_strict_line_at_once(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.append(1, {"loss/total": 2.5, "loss/kv": math.nan, "grad_norm": math.inf, "rows": 3})
     text = (tmp_path / "metrics.jsonl").read_text()  # not closed yet: flushed per line
-    refuse = pytest.fail
-    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss/total": 2.5, "loss/kv": None, "grad_norm": None, "rows": 3}
+    record = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert record == {"step": 1, "loss/total": 2.5, "loss/kv": None, "grad_norm": None, "rows": 3}
     assert text.endswith("}\n") and text.count("\n") == 1
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     assert math.isnan(record["loss/kv"]) and record["loss/total"] == 2.5
@@ -56,7 +56,7 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
     resumed = MetricsFile(path, resume_step=20)
     resumed.append(20, {"eval/all/exact_match": 0.7})  # the run evaluates the step it goes on from again
     resumed.append(30, {"loss/task": -30.0})
-    records = [(record["step"], record.get("loss/task"), record.get("eval/all/exact_match")) for record in read_metrics(path)]
+    records = [(r["step"], r.get("loss/task"), r.get("eval/all/exact_match")) for r in read_metrics(path)]
     assert records == [(10, 10.0, None), (20, 20.0, None), (20, None, 0.5), (30, -30.0, None)]
 
 
@@ -77,16 +77,14 @@ def test_a_foreign_line_is_named(tmp_path, line):
         read_metrics(path)
 
 
-# -- MLflow -------------------------------------------------------------------------------------------------------------
-
-
 def test_mlflow_gets_metrics_params_tags_and_artifacts(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.3")
     params = {f"setting_{i}": i for i in range(130)} | {"long": "x" * 7000, "datasets": ("gsm8k", "svamp:0.2")}
     tags = {**collect_versions(), "world_size": "2"}
     tracker = Tracker(tmp_path, experiment_name="records", run_name="first", params=params, tags=tags)
     for step in (1, 2):
-        tracker.log(step, {"loss/kv_keys_layer_00": step / 4, "eval/my corpus (1)/exact_match": 0.25, "loss/kv": math.nan})
+        metrics = {"loss/kv_keys_layer_00": step / 4, "eval/my corpus (1)/exact_match": 0.25, "loss/kv": math.nan}
+        tracker.log(step, metrics)
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.md").write_text("table\n")
@@ -106,15 +104,14 @@ def test_mlflow_gets_metrics_params_tags_and_artifacts(tmp_path, monkeypatch):
     assert math.isnan(run.data.metrics["loss/kv"])
     assert len(run.data.params) == 132 and run.data.params["setting_129"] == "129"
     assert run.data.params["long"] == "x" * 5999 + "…"
-    import torch
-
-    expected = {"torch": torch.__version__, "world_size": "2", "host": socket.gethostname(), "kvds": collect_versions()["kvds"]}
+    expected = {"torch": torch.__version__, "world_size": "2", "host": socket.gethostname(), "kvds": kvds.__version__}
     assert {key: run.data.tags.get(key) for key in expected} == expected
     assert run.data.tags.get("git_revision") == git_revision()
     assert "system/cpu_utilization_percentage" in run.data.metrics
     assert sorted(entry.path for entry in client.list_artifacts(tracker.run_id)) == ["config.yaml", "report"]
     assert (tmp_path / "mlflow_artifacts").is_dir() and not Path("mlruns").exists()
-    assert not [thread.name for thread in threading.enumerate() if "SystemMetrics" in thread.name or "kvds" in thread.name]
+    left = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in left if "SystemMetrics" in name or "kvds" in name]
 
 
 def test_resume_goes_on_with_the_run_and_repeats_no_step(tmp_path):
@@ -123,9 +120,8 @@ def test_resume_goes_on_with_the_run_and_repeats_no_step(tmp_path):
         first.log(step, {"loss/task": float(step)})
     first.finish("KILLED")
     # Step 3 was lost with the checkpoint; the settings of the second attempt differ in one that is free to.
-    second = Tracker(
-        tmp_path, params={"lr": 0.1, "seed": 0, "eval_steps": 5}, tags={"world_size": "2"}, resume_step=2, system_metrics=False
-    )
+    params = {"lr": 0.1, "seed": 0, "eval_steps": 5}
+    second = Tracker(tmp_path, params=params, tags={"world_size": "2"}, resume_step=2, system_metrics=False)
     for step in (3, 4):
         second.log(step, {"loss/task": float(step), "late": 1.0})
     second.finish()
@@ -161,9 +157,6 @@ def test_without_mlflow_there_is_still_the_file(tmp_path):
     tracker.finish()
     assert tracker.run_id is None and sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss/task": 0.5}]
-
-
-# -- failures -----------------------------------------------------------------------------------------------------------
 
 
 def broken_uris(tmp_path: Path) -> dict[str, str]:
@@ -235,7 +228,8 @@ def test_metrics_of_an_outage_are_sent_when_it_is_over(tmp_path, caplog):
     client.log_batch = works
     tracker.log(3, {"loss/task": 3.0})
     tracker.finish()
-    assert history(*client_and_run(tmp_path, tracker)[:1], tracker.run_id, "loss/task") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    client, _ = client_and_run(tmp_path, tracker)
+    assert history(client, tracker.run_id, "loss/task") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert caplog.text.count("records:") == 1
 
 
@@ -265,18 +259,13 @@ def test_a_killed_run_leaves_whole_lines(tmp_path):
     assert text.count("\n") == len(records)
 
 
-# -- where from ---------------------------------------------------------------------------------------------------------
-
-
 def test_ui_command_names_the_database_of_the_run(tmp_path):
     folder = tmp_path / "my run"
     assert ui_command(folder) == f"mlflow ui --backend-store-uri 'sqlite:///{folder}/mlflow.db' --host 127.0.0.1"
-    assert ui_command("x", "sqlite:////tmp/a.db") == "mlflow ui --backend-store-uri sqlite:////tmp/a.db --host 127.0.0.1"
+    assert ui_command("x", "sqlite:////a.db") == "mlflow ui --backend-store-uri sqlite:////a.db --host 127.0.0.1"
 
 
 def test_revision_is_that_of_the_checkout_and_marks_changes(tmp_path, monkeypatch):
-    import kvds.tracking
-
     package = tmp_path / "kvds"
     package.mkdir()
     (package / "tracking.py").write_text("one\n")

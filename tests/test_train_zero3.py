@@ -1,4 +1,6 @@
-"""Distributed training under ZeRO-3 gives the losses and weights of a plain loop in one process on the same global batches."""
+"""Distributed training under ZeRO-3 gives the losses and weights of a plain loop in one process on the same global
+batches.
+"""
 
 import json
 import os
@@ -34,8 +36,10 @@ def models(tmp_path_factory) -> Path:
     for name, seed, layers, hidden, head_dim in (("teacher", 1, 4, 32, 16), ("student", 2, 3, 24, 8)):
         torch.manual_seed(seed)
         config = Qwen2Config(
-            vocab_size=len(tokenizer), num_hidden_layers=layers, hidden_size=hidden, intermediate_size=48, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2,
+            vocab_size=len(tokenizer), num_hidden_layers=layers, hidden_size=hidden, intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=128, tie_word_embeddings=True,
+            initializer_range=0.2,
         )  # fmt: skip
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
     return folder
@@ -46,8 +50,10 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
     values = {
         "teacher_name": models / "teacher", "student_name": models / "student", "tokenizer_name": models / "tokenizer",
         "datasets": "synthetic", "synthetic_problems": 64, "max_length": 64, "eval_subset_size": 0, "report_to": "none",
-        "alignment_mode": "structured", "kv_weight": KV_WEIGHT, "calibration_batches": 2, "batch_size": 4, "max_steps": STEPS,
-        "lr": 0.05, "optimizer": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "logging_steps": 1, "save_steps": 0,
+        "alignment_mode": "structured", "kv_weight": KV_WEIGHT, "calibration_batches": 2, "batch_size": 4, "max_steps":
+        STEPS,
+        "lr": 0.05, "optimizer": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "logging_steps": 1,
+        "save_steps": 0,
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
     }  # fmt: skip
     return [token for key, value in values.items() if value is not None for token in (f"--{key}", str(value))]
@@ -86,7 +92,15 @@ def distributed(models, tmp_path_factory) -> Path:
             changes = {**changes, "deepspeed_config": folder / f"{name}.json"}
         runs[name] = flags(models, folder / name, **changes)
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", "0", "tests/ranked_runs.py", str(folder / "runs.json")]
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        "0",
+        "tests/ranked_runs.py",
+        str(folder / "runs.json"),
+    ]
     command[command.index("--master_port") + 1] = str(20000 + os.getpid() % 20000)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -109,7 +123,9 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         return capture.states, logits
 
     def selection(batch):
-        return select_tokens(cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=True)
+        return select_tokens(
+            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=True
+        )
 
     if cfg.uses_kv:
         aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher.config), cfg)
@@ -165,11 +181,13 @@ def logged(run: Path, key: str) -> list[float]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    "name", [n for n in RUNS if n not in ("no_kv_weight", "accumulated")]
-)
+@pytest.mark.parametrize("name", [n for n in RUNS if n not in ("no_kv_weight", "accumulated")])
 def test_two_ranks_equal_a_plain_loop(name, models, distributed):
-    changes = {k: v for k, v in RUNS[name].items() if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing")}
+    changes = {
+        k: v
+        for k, v in RUNS[name].items()
+        if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing")
+    }
     cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, "batch_size": 8}))
     records, student, aligner = plain_training(models, cfg)
     losses_only = name == "adamw"
@@ -189,7 +207,9 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
 @pytest.mark.multiprocess
 def test_accumulating_four_of_one_equals_one_of_four(distributed):
     for key in ("loss/task", "loss/kv"):
-        assert logged(distributed / "accumulated", key) == pytest.approx(logged(distributed / "structured", key), rel=1e-5)
+        assert logged(distributed / "accumulated", key) == pytest.approx(
+            logged(distributed / "structured", key), rel=1e-5
+        )
     load = AutoModelForCausalLM.from_pretrained
     assert relative_error(load(distributed / "accumulated/student"), load(distributed / "structured/student")) < 1e-5
     accumulated, whole = (load_aligner(distributed / run / "map_aligner.pt") for run in ("accumulated", "structured"))

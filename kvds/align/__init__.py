@@ -27,7 +27,8 @@ def build_aligner(student: KVShape, teacher: KVShape, settings: Any) -> nn.Modul
     Args:
         student: Its KV shape.
         teacher: Its KV shape.
-        settings: Fields of :class:`kvds.settings.AlignmentSettings`, and ``seed`` (a :class:`kvds.config.RunConfig` has them).
+        settings: Fields of :class:`kvds.settings.AlignmentSettings`, and ``seed`` (a :class:`kvds.config.RunConfig`
+            has them).
 
     Raises:
         InputError: settings that the two shapes cannot serve.

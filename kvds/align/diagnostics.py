@@ -48,18 +48,30 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[
     from kvds.align import build_aligner
 
     counts = {}
-    for name, mode, share in (("flat", "flat", False), ("structured", "structured", False), ("structured, share_dim", "structured", True)):
+    for name, mode, share in (
+        ("flat", "flat", False),
+        ("structured", "structured", False),
+        ("structured, share_dim", "structured", True),
+    ):
         layer_map = settings.layer_map if mode == settings.alignment_mode else None
-        groups = {"layer_groups": settings.layer_groups, "head_groups": settings.head_groups} if mode == "structured" else {"layer_groups": 1, "head_groups": 1}
+        groups = (
+            {"layer_groups": settings.layer_groups, "head_groups": settings.head_groups}
+            if mode == "structured"
+            else {"layer_groups": 1, "head_groups": 1}
+        )
         fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-        chosen = type(settings)(**{**fields, "alignment_mode": mode, "map_proj_share_dim": share, "layer_map": layer_map, **groups})
+        chosen = type(settings)(
+            **{**fields, "alignment_mode": mode, "map_proj_share_dim": share, "layer_map": layer_map, **groups}
+        )
         counts[name] = sum(p.numel() for p in build_aligner(student, teacher, chosen).parameters())
     return counts
 
 
 @torch.no_grad()
 def describe_aligner(aligner: nn.Module) -> dict[str, Any]:
-    """Shapes and counts of its parameters, and for each row of the layer mix its strongest source and its entropy in nats."""
+    """Shapes and counts of its parameters, and for each row of the layer mix its strongest source and its entropy in
+    nats.
+    """
     parts = {}
     for name, part in aligner.parts.items():  # type: ignore[operator, union-attr]
         mix = part.layer_mix().float()

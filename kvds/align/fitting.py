@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvds.align.flat import FlatAligner, FlatPart
 from kvds.align.structured import StructuredPart
@@ -42,7 +42,9 @@ class PartMoments:
     def update(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], selection: Selection) -> None:
         """Add one batch."""
         teacher_rows = [_rows(layer, selection) for layer in teacher]
-        self._add("count", torch.tensor([float(teacher_rows[0].shape[0])], dtype=torch.float64, device=teacher_rows[0].device))
+        self._add(
+            "count", torch.tensor([float(teacher_rows[0].shape[0])], dtype=torch.float64, device=teacher_rows[0].device)
+        )
         self._add("sum", torch.stack([rows.sum(0) for rows in teacher_rows]))  # [L_t, H, D]
         self._add("square", torch.stack([rows.square().sum((0, 2)) for rows in teacher_rows]))  # [L_t, H]
         if self._start == "random":
@@ -55,8 +57,8 @@ class PartMoments:
         mix = self._part.layer_mix().double()
         for i, wanted in enumerate(target):
             # A hard map's row names one layer; a learned one weighs all.
-            x = source[i] if self._part.pairs is not None else sum(mix[i, l] * rows for l, rows in enumerate(source))
-            self._cross(i, x, wanted)  # type: ignore[arg-type]
+            x = source[i] if self._part.pairs is not None else torch.einsum("l,lnhd->nhd", mix[i], torch.stack(source))
+            self._cross(i, x, wanted)
 
     def _cross(self, layer: int, x: Tensor, y: Tensor) -> None:
         if isinstance(self._part, StructuredPart):
@@ -67,7 +69,11 @@ class PartMoments:
             x, y = x.flatten(1)[None], y.flatten(1)[None]  # [1, N, H·D]
         self._add(f"x{layer}", x.sum(1))
         self._add(f"y{layer}", y.sum(1))
-        wanted = {"pca": ("yy",) if self._part.to_teacher else ("xx",), "procrustes": ("xx", "xy"), "ridge": ("xx", "xy")}
+        wanted = {
+            "pca": ("yy",) if self._part.to_teacher else ("xx",),
+            "procrustes": ("xx", "xy"),
+            "ridge": ("xx", "xy"),
+        }
         for name in wanted[self._start]:
             left, right = (x if name[0] == "x" else y), (x if name[1] == "x" else y)
             self._add(f"{name}{layer}", left.transpose(1, 2) @ right)
@@ -76,7 +82,10 @@ class PartMoments:
         """Write statistics and start into the part."""
         part, count = self._part, self.sums["count"]
         if not count > 0:
-            raise InputError("calibration: no position is selected in the calibration batches; expected at least one (check kv_method and kv_budget)")
+            raise InputError(
+                "calibration: no position is selected in the calibration batches; expected at least one (check "
+                "kv_method and kv_budget)"
+            )
         mean = self.sums["sum"] / count
         variance = (self.sums["square"].sum(1) / count - mean.square().sum((1, 2))) / (mean.shape[1] * mean.shape[2])
         scale = variance.clamp_min(0).sqrt()
@@ -107,7 +116,8 @@ class PartMoments:
             raw = torch.stack([self.sums[f"{name}{i}"] for i in layers]) / count
             return raw - left.unsqueeze(-1) * right.unsqueeze(-2)
 
-        # Towards the teacher the map works in units of its standard deviation, so the cross moments lose one factor of it.
+        # Towards the teacher the map works in units of its standard deviation, so the cross moments lose one factor of
+        # it.
         unit = scale[:, None, None, None] if part.to_teacher else torch.ones_like(scale)[:, None, None, None]
         moments = {name: centred(name) for name in ("xx", "xy", "yy") if f"{name}0" in self.sums}
         if "xy" in moments:
@@ -150,10 +160,10 @@ class AlignmentMoments:
         aligner: Structured or flat; read for its shapes and starting mixes, written by :meth:`apply` alone.
     """
 
-    def __init__(self, aligner: nn.Module) -> None:
+    def __init__(self, aligner: Any) -> None:
         settings: Any = aligner.settings
         self._shapes = aligner.student_shape, aligner.teacher_shape
-        self._parts = {name: PartMoments(part, settings.map_start) for name, part in aligner.parts.items()}  # type: ignore[operator, union-attr]
+        self._parts = {name: PartMoments(part, settings.map_start) for name, part in aligner.parts.items()}
         self._checked = False
         if settings.map_start == "pca" and settings.direction == "teacher_to_student":
             _check_width(aligner)
@@ -166,8 +176,8 @@ class AlignmentMoments:
             InputError: the first batch's shapes are not those of the configurations.
         """
         if not self._checked:
-            student.check(self._shapes[0], side="student")  # type: ignore[union-attr, operator]
-            teacher.check(self._shapes[1], side="teacher")  # type: ignore[union-attr, operator]
+            student.check(self._shapes[0], side="student")
+            teacher.check(self._shapes[1], side="teacher")
             self._checked = True
         for name, part in self._parts.items():
             part.update(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection)
@@ -186,12 +196,13 @@ class AlignmentMoments:
             part.apply()
 
 
-def _check_width(aligner: nn.Module) -> None:
+def _check_width(aligner: Any) -> None:
     student, teacher = aligner.student_shape, aligner.teacher_shape
     flat = isinstance(aligner, FlatAligner)
-    widths = [s.head_dim * (s.num_key_value_heads if flat else 1) for s in (student, teacher)]  # type: ignore[union-attr, operator]
+    widths = [s.head_dim * (s.num_key_value_heads if flat else 1) for s in (student, teacher)]
     if widths[0] > widths[1]:
         raise InputError(
-            f"map_start=pca: the student's {widths[0]} dimensions are more than the teacher's {widths[1]} has directions to give; "
+            f"map_start=pca: the student's {widths[0]} dimensions are more than the teacher's {widths[1]} has "
+            "directions to give; "
             f"expected a teacher at least as wide (or --map_start ridge, or --direction student_to_teacher)"
         )

@@ -15,7 +15,8 @@ from kvds.ops.reference import penalty
 
 
 class FlatPart(nn.Module):
-    """The maps of keys, or of values: ``projected_i = scale_i · (x_i @ weight_i + bias_i) + mean_i`` over flattened heads.
+    """The maps of keys, or of values: ``projected_i = scale_i · (x_i @ weight_i + bias_i) + mean_i`` over flattened
+    heads.
 
     Attributes:
         weight: ``[L, H_x·D_x, H_y·D_y]``, one map per pair of layers.
@@ -30,12 +31,16 @@ class FlatPart(nn.Module):
         self.loss_name = settings.kv_loss
         self.statistics = TeacherStatistics(teacher)
         hard = HARD_MAPS.get(settings.layer_map or "endpoint")
-        self.pairs = None if hard is None else list(enumerate(hard(student.num_hidden_layers, teacher.num_hidden_layers)))
+        self.pairs = (
+            None if hard is None else list(enumerate(hard(student.num_hidden_layers, teacher.num_hidden_layers)))
+        )
         layers = target.num_hidden_layers if self.pairs is None else len(self.pairs)
         width_x = source.num_key_value_heads * source.head_dim
         width_y = target.num_key_value_heads * target.head_dim
         generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(semi_orthogonal(width_x, width_y, generator).expand(layers, width_x, width_y).clone())
+        self.weight = nn.Parameter(
+            semi_orthogonal(width_x, width_y, generator).expand(layers, width_x, width_y).clone()
+        )
         self.bias = nn.Parameter(torch.zeros(layers, width_y))
         if self.pairs is None:
             self.layer_logits = nn.Parameter(near_diagonal_logits(layers, source.num_hidden_layers))
@@ -49,7 +54,9 @@ class FlatPart(nn.Module):
         return self.layer_logits.softmax(1)
 
     def target_statistics(self) -> tuple[Tensor, Tensor]:
-        """``mean [L_y, H_y·D_y]`` added to the projection and ``scale [L_y]``; see the structured part for the reasons."""
+        """``mean [L_y, H_y·D_y]`` added to the projection and ``scale [L_y]``; see the structured part for the
+        reasons.
+        """
         mean, scale = self.statistics.mean.flatten(1), self.statistics.scale
         if self.pairs is not None:
             chosen = [teacher for _, teacher in self.pairs]
@@ -60,7 +67,9 @@ class FlatPart(nn.Module):
             scale = near_diagonal_logits(*self.layer_logits.shape).to(scale).softmax(1) @ scale
         return torch.zeros_like(self.bias), scale
 
-    def forward(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Loss and losses per pair of layers of one part. Tuples of ``[B, H, T, D]``, one per layer."""
         if self.pairs is not None:
             student = tuple(student[i] for i, _ in self.pairs)
@@ -73,8 +82,14 @@ class FlatPart(nn.Module):
         count = (mask.sum() * target[0].shape[1] * target[0].shape[3]).clamp_min(1)
         losses = []
         for i, layer in enumerate(target):
-            mixed = rows[i] if mix is None else sum(mix[i, l].to(row.dtype) * row for l, row in enumerate(rows))
-            projected = gain[i] * (mixed @ self.weight[i].to(mixed.dtype)).to(scale.dtype) + scale[i] * self.bias[i] + mean[i]
+            mixed = (
+                rows[i]
+                if mix is None
+                else torch.stack([w.to(r.dtype) * r for w, r in zip(mix[i], rows, strict=True)]).sum(0)
+            )
+            projected = (
+                gain[i] * (mixed @ self.weight[i].to(mixed.dtype)).to(scale.dtype) + scale[i] * self.bias[i] + mean[i]
+            )
             wanted = gather_positions(layer, index).transpose(1, 2).flatten(2)
             elements = penalty((projected - wanted) / scale[i], self.loss_name)
             # where, not a product: what lies under the mask may be anything, also NaN.

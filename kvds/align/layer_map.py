@@ -21,7 +21,9 @@ def endpoint_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
 
 
 def last_aligned_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
-    """Layers counted from the top: the last student layer on the last teacher layer, the one before on the one before."""
+    """Layers counted from the top: the last student layer on the last teacher layer, the one before on the one
+    before.
+    """
     return [max(0, num_teacher_layers - num_student_layers + i) for i in range(num_student_layers)]
 
 
@@ -30,6 +32,10 @@ HARD_MAPS = {"endpoint": endpoint_map, "last_aligned": last_aligned_map}
 
 def near_diagonal_logits(num_target_layers: int, num_source_layers: int) -> Tensor:
     """``[L_y, L_x]`` logits whose softmax peaks at the source layer of the same relative depth."""
-    target = torch.linspace(0, num_source_layers - 1, num_target_layers) if num_target_layers > 1 else torch.tensor([num_source_layers - 1.0])
+    target = (
+        torch.linspace(0, num_source_layers - 1, num_target_layers)
+        if num_target_layers > 1
+        else torch.tensor([num_source_layers - 1.0])
+    )
     distance = target[:, None] - torch.arange(num_source_layers)
     return -_SHARPNESS * distance.square()

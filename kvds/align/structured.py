@@ -16,7 +16,9 @@ from kvds.ops import map_projection_loss
 
 
 def semi_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """``[rows, columns]`` with orthonormal rows or columns, whichever are fewer, scaled to keep the variance per element."""
+    """``[rows, columns]`` with orthonormal rows or columns, whichever are fewer, scaled to keep the variance per
+    element.
+    """
     matrix = torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns), generator=generator))[0]
     matrix = matrix if rows >= columns else matrix.T
     return matrix * math.sqrt(max(1.0, columns / rows))
@@ -25,8 +27,10 @@ def semi_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tens
 class StructuredPart(nn.Module):
     """The maps of keys, or of values, in standardised units.
 
-    With ``source`` the moving side: ``projected_i = scale_i · Σ_l softmax(layer_logits)_il Σ_h head_mix_jh source_lh @ dim_proj
-    + mean_i + scale_i · bias_i``, compared with layer i of ``target`` in units of ``scale_i``. So a learning rate means the same
+    With ``source`` the moving side: ``projected_i = scale_i · Σ_l softmax(layer_logits)_il Σ_h head_mix_jh source_lh @
+    dim_proj
+    + mean_i + scale_i · bias_i``, compared with layer i of ``target`` in units of ``scale_i``. So a learning rate
+    means the same
     for any teacher, and the constant offset of its keys is there from the start.
 
     Attributes:
@@ -45,18 +49,30 @@ class StructuredPart(nn.Module):
         self.statistics = TeacherStatistics(teacher)
         hard = HARD_MAPS.get(settings.layer_map or "learned")
         # A hard map pairs student layer i with one teacher layer: one source per target, and no other layer is read.
-        self.pairs = None if hard is None else list(enumerate(hard(student.num_hidden_layers, teacher.num_hidden_layers)))
+        self.pairs = (
+            None if hard is None else list(enumerate(hard(student.num_hidden_layers, teacher.num_hidden_layers)))
+        )
         layers = target.num_hidden_layers if self.pairs is None else len(self.pairs)
         heads_x, heads_y = source.num_key_value_heads, target.num_key_value_heads
-        self.layer_slices = _paired_groups(layers, source.num_hidden_layers if self.pairs is None else layers, settings.layer_groups, "layer_groups")
+        self.layer_slices = _paired_groups(
+            layers, source.num_hidden_layers if self.pairs is None else layers, settings.layer_groups, "layer_groups"
+        )
         self.head_slices = _paired_groups(heads_y, heads_x, settings.head_groups, "head_groups")
 
         generator = torch.Generator().manual_seed(seed)
         uniform = settings.map_proj_init_uniform
         if self.pairs is None:
-            logits = torch.zeros(layers, source.num_hidden_layers) if uniform else near_diagonal_logits(layers, source.num_hidden_layers)
+            logits = (
+                torch.zeros(layers, source.num_hidden_layers)
+                if uniform
+                else near_diagonal_logits(layers, source.num_hidden_layers)
+            )
             self.layer_logits = nn.Parameter(logits)
-        heads = torch.full((heads_y, heads_x), 1 / heads_x) if uniform else near_diagonal_logits(heads_y, heads_x).softmax(1)
+        heads = (
+            torch.full((heads_y, heads_x), 1 / heads_x)
+            if uniform
+            else near_diagonal_logits(heads_y, heads_x).softmax(1)
+        )
         shape = () if settings.map_proj_share_dim else (layers, heads_y)
         self.head_mix = nn.Parameter(heads.expand(*shape[:1], heads_y, heads_x).clone())
         projection = semi_orthogonal(source.head_dim, target.head_dim, generator)
@@ -90,7 +106,9 @@ class StructuredPart(nn.Module):
             scale = near_diagonal_logits(*self.layer_logits.shape).to(scale).softmax(1) @ scale
         return torch.zeros_like(self.bias), scale
 
-    def forward(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Loss and losses per target layer of one part. Tuples of ``[B, H, T, D]``, one per layer."""
         if self.pairs is not None:
             student = tuple(student[i] for i, _ in self.pairs)
@@ -137,7 +155,10 @@ def _paired_groups(count_y: int, count_x: int, groups: int, what: str) -> list[t
     """Group g of the target draws from group g of the source."""
     smaller = min(count_y, count_x)
     if groups > smaller:
-        raise InputError(f"{what}={groups}: expected at most {smaller}, the smaller of the two models' counts, so that no group is empty")
+        raise InputError(
+            f"{what}={groups}: expected at most {smaller}, the smaller of the two models' counts, so that no group is "
+            "empty"
+        )
     return list(zip(group_slices(count_y, groups, what=what), group_slices(count_x, groups, what=what), strict=True))
 
 
@@ -158,7 +179,10 @@ class MapProjectionAligner(nn.Module):
         self.student_shape, self.teacher_shape, self.settings = student, teacher, settings
         seed = int(getattr(settings, "seed", 0))
         self.parts = nn.ModuleDict(
-            {name: StructuredPart(student, teacher, settings, seed + i) for i, name in enumerate(PARTS[settings.kv_parts])}
+            {
+                name: StructuredPart(student, teacher, settings, seed + i)
+                for i, name in enumerate(PARTS[settings.kv_parts])
+            }
         )
 
     def forward(self, student: KVStates, teacher: KVStates, selection: Selection) -> AlignmentLoss:

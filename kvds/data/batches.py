@@ -1,22 +1,30 @@
 """From rows to token batches: every token knows its segment, every global step its exact counts.
 
-The samples of optimizer step n are a pure function of seed and n: the same on any number of ranks, and resuming is asking
-for a later n.
+A row is ``prompt⏎ rationale⏎ #### answer<end>``. Its segments are tokenised one by one and joined, so that no token
+straddles two, and a generated completion starts from exactly the ids that training puts before it. A begin-of-text
+token stands in front, as part of the prompt, where the tokenizer itself puts one.
+
+The samples of optimizer step n are a pure function of seed and n: the same on any number of ranks, and resuming is
+asking for a later n.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
+from kvds.errors import InputError
 from kvds.losses import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Segment(IntEnum):
@@ -62,7 +70,8 @@ class EncodedCorpus:
 
 
 def _segments(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    # verbose: rows over the length are counted by the caller, a warning for the first of them says nothing.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -77,23 +86,36 @@ def _has_start(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedCorpus:
-    """Tokenise ``prompt⏎ | rationale⏎ | #### answer<end>``, each segment on its own, so that no token straddles two.
+    """Tokenise ``prompt⏎ | rationale⏎ | #### answer<end>``, all rows at once.
 
     Args:
         examples: Rows.
         tokenizer: With an end-of-text token.
         max_length: Tokens; rows with more are left out and counted, never cut (a cut row would teach a wrong answer).
+
+    Raises:
+        InputError: the tokenizer has no end-of-text token, so that no answer could end.
     """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path}: has no end-of-text token; expected an eos_token, which ends each "
+            "answer (name another with --tokenizer_name)"
+        )
     prompts = prompt_ids(examples, tokenizer)
     rationales = _segments([rationale_text(example) for example in examples], tokenizer)
     answers = _segments([answer_text(example) for example in examples], tokenizer)
-    end = tokenizer.eos_token_id
     samples = []
     for position, (prompt, rationale, answer) in enumerate(zip(prompts, rationales, answers, strict=True)):
         ids = (*prompt, *rationale, *answer, end)
         if len(ids) <= max_length:
-            segments = (Segment.PROMPT,) * len(prompt) + (Segment.RATIONALE,) * len(rationale) + (Segment.ANSWER,) * (len(answer) + 1)
-            samples.append(EncodedSample(ids, tuple(map(int, segments)), position))
+            lengths = (
+                (Segment.PROMPT, len(prompt)),
+                (Segment.RATIONALE, len(rationale)),
+                (Segment.ANSWER, len(answer) + 1),
+            )
+            segments = tuple(int(segment) for segment, length in lengths for _ in range(length))
+            samples.append(EncodedSample(ids, segments, position))
     return EncodedCorpus(samples, len(examples) - len(samples))
 
 
@@ -121,13 +143,22 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
-        tensors = (self.input_ids, self.attention_mask, self.labels, self.segment_ids, self.sample_ids)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return TokenBatch(*moved, self.label_normalizer, self.position_normalizer)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            attention_mask=self.attention_mask.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            segment_ids=self.segment_ids.to(device, non_blocking=True),
+            sample_ids=self.sample_ids.to(device, non_blocking=True),
+        )
 
 
 def collate(
-    rows: Sequence[EncodedSample | None], sample_ids: Sequence[int], pad_token_id: int, label_normalizer: float, position_normalizer: float
+    rows: Sequence[EncodedSample | None],
+    sample_ids: Sequence[int],
+    pad_token_id: int,
+    label_normalizer: float,
+    position_normalizer: float,
 ) -> TokenBatch:
     """Pad rows to the longest; None makes a row of padding, which counts nowhere."""
     tokens = max((len(row.input_ids) for row in rows if row is not None), default=1)
@@ -143,16 +174,16 @@ def collate(
             segment_ids[position, :length] = torch.tensor(row.segment_ids)
             attention_mask[position, :length] = 1
     labels = torch.where(segment_ids >= Segment.RATIONALE, input_ids, IGNORED_LABEL)
-    return TokenBatch(
-        input_ids, attention_mask, labels, segment_ids, torch.tensor(list(sample_ids)), label_normalizer, position_normalizer
-    )
+    ids = torch.tensor(list(sample_ids))
+    return TokenBatch(input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer)
 
 
 class BatchLoader:
     """This rank's micro-batches of each optimizer step.
 
-    A global step takes the next ``batch_size · gradient_accumulation_steps · world_size`` samples of its epoch's order and
-    deals them out. The last step of an epoch is filled with rows of padding, so that all ranks run equally many forwards.
+    A global step takes the next ``batch_size · gradient_accumulation_steps · world_size`` samples of its epoch's order
+    and deals them out. The last step of an epoch is filled with rows of padding, so that all ranks run equally many
+    forwards.
 
     Args:
         samples: All encoded rows.
@@ -164,6 +195,9 @@ class BatchLoader:
         pad_token_id: Fills up rows.
         position_count: Real length of a row → positions whose keys and values count.
         shuffle: False keeps the order of ``samples``.
+
+    Raises:
+        InputError: there are no samples.
     """
 
     def __init__(
@@ -179,6 +213,10 @@ class BatchLoader:
         position_count: Callable[[int], int],
         shuffle: bool = True,
     ) -> None:
+        if not samples:
+            raise InputError(
+                "no row is left to make batches of; expected at least one (raise --max_length or check the data)"
+            )
         self._samples, self._batch_size, self._accumulation = samples, batch_size, gradient_accumulation_steps
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle, self._pad = seed, shuffle, pad_token_id

@@ -1,11 +1,17 @@
-"""One reasoning row, how it is written as text, and how its answer is read back from text."""
+"""One reasoning row, how it is written as text, and how its answer is read back from text.
+
+The text is ``prompt⏎ rationale⏎ #### answer``; a row without rationale goes straight from prompt to answer.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 ANSWER_MARK = "####"
+
+_NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?(e[-+]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -14,8 +20,8 @@ class Example:
 
     Attributes:
         prompt: What is asked.
-        rationale: The steps to the answer; may be empty.
-        answer: The answer alone.
+        rationale: The steps to the answer; may be empty. Never holds the answer mark.
+        answer: The answer alone, on one line.
         corpus: Name of the corpus it came from.
         place: Where it stood, such as ``"train.jsonl:12"``.
     """
@@ -47,15 +53,31 @@ def completion_text(example: Example) -> str:
     return rationale_text(example) + answer_text(example)
 
 
+def plain_number(text: str) -> str | None:
+    """``"1,080.50"`` → ``"1080.5"``, ``"51.0"`` → ``"51"``, exact at any size; None where the text is no number."""
+    if not _NUMBER.fullmatch(text) or not any(letter.isdigit() for letter in re.split("[eE]", text)[0]):
+        return None
+    digits = format(Decimal(text.replace(",", "")), "f")
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    return "0" if digits in ("-0", "") else digits
+
+
 def normalise_answer(answer: str) -> str:
-    """An answer in the form in which two are compared: no case, no outer blanks, ``$``, ``%``, thousands commas or full stop."""
-    text = " ".join(answer.lower().split()).strip("$% .")
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", text)
+    """An answer in the form in which two are compared.
+
+    Numbers lose ``$``, ``%``, thousands commas, trailing zeros and a full stop: ``"$1,080.00."`` → ``"1080"``. Other
+    texts, among them digits behind a leading zero, lose case, repeated and outer blanks, and a full stop.
+    """
+    text = " ".join(answer.lower().replace("\N{MINUS SIGN}", "-").split()).rstrip(". ")
+    bare = re.sub("[$%]", "", text).strip().rstrip(".")
+    if re.match(r"[-+]?0\d", bare, re.ASCII):  # a code, or reversed digits as in the built-in problems
+        return text
+    return plain_number(bare) or text
 
 
 def extract_answer(completion: str) -> str:
-    """The normalised answer of a generated completion: the line behind the first mark, or ``""`` where there is none."""
+    """The normalised answer of a completion: the line behind the first mark, or ``""`` where there is none."""
     _, mark, behind = completion.partition(ANSWER_MARK)
     lines = behind.strip().splitlines()
     return normalise_answer(lines[0]) if mark and lines else ""

@@ -241,7 +241,7 @@ def _plain_log_ticks(axis: Any, values: Sequence[float]) -> None:
     axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _style(number: int) -> dict[str, str]:
+def _style(number: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "linestyle": _LINES[(number // len(_COLOURS) + number) % len(_LINES)],

@@ -22,7 +22,8 @@ class KVCapture:
 
     Args:
         model: A causal language model or its backbone, of a family in :data:`kvds.kv.families.FAMILIES`.
-        rope: ``"pre"``: keys as projected (and normalised, where the family does); ``"post"``: rotated as attention uses them.
+        rope: ``"pre"``: keys as projected (and normalised, where the family does); ``"post"``: rotated as attention
+            uses them.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
 
     Attributes:
@@ -43,7 +44,9 @@ class KVCapture:
             raise InputError(f"kv_rope={rope}: expected pre or post")
         family = FAMILIES[config.model_type]
         backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
-        self._attentions: list[nn.Module] = [getattr(layer, family.attention) for layer in getattr(backbone, family.layers)]
+        self._attentions: list[nn.Module] = [
+            getattr(layer, family.attention) for layer in getattr(backbone, family.layers)
+        ]
         self._layouts: list[AttentionLayout] = [family.layout(attention) for attention in self._attentions]
         self._rope, self._require_grad = rope, require_grad
         self._handles: list[RemovableHandle] = []
@@ -97,7 +100,8 @@ class KVCapture:
                 for layer, tensor in enumerate(tensors):
                     if tensor.grad_fn is None:
                         raise RuntimeError(
-                            f"captured {name} of layer {layer} carry no graph, so a KV loss would train nothing: the forward "
+                            f"captured {name} of layer {layer} carry no graph, so a KV loss would train nothing: the "
+                            "forward "
                             f"ran under no_grad or reentrant gradient checkpointing (use use_reentrant=False)"
                         )
         self.key_heads = keys

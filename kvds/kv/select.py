@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 Budget = int | float | None
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """Positions whose keys and values are compared, the same for teacher and student, all layers and heads.
 
     Attributes:
@@ -38,7 +39,9 @@ def _eligible(segment_ids: Tensor, attention_mask: Tensor, mask_first_token: boo
 
 
 def row_budget(budget: Budget, length: int) -> int:
-    """Positions that a row of ``length`` real tokens may keep: a count as given, a fraction of the length rounded up."""
+    """Positions that a row of ``length`` real tokens may keep: a count as given, a fraction of the length rounded
+    up.
+    """
     if budget is None:
         return length
     return max(1, math.ceil(budget * length - 1e-9)) if isinstance(budget, float) else budget

@@ -71,6 +71,8 @@ class KVStates(NamedTuple):
         expected = (shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim)
         if found != expected or len(self.values) != len(self.keys):
             raise InputError(
-                f"{side}: its first batch has {found[0]} layers × {found[1]} KV heads × {found[2]} dimensions; expected "
-                f"{expected[0]} × {expected[1]} × {expected[2]} as its configuration says (do the weights belong to it?)"
+                f"{side}: its first batch has {found[0]} layers × {found[1]} KV heads × {found[2]} dimensions; "
+                "expected "
+                f"{expected[0]} × {expected[1]} × {expected[2]} as its configuration says (do the weights belong to "
+                "it?)"
             )

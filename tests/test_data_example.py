@@ -1,0 +1,70 @@
+"""How a row is written and how its answer is read back."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvds.data.example import (
+    Example,
+    answer_text,
+    completion_text,
+    extract_answer,
+    normalise_answer,
+    plain_number,
+    prompt_text,
+)
+
+
+def test_the_template():
+    row = Example("How many?", "1 + 1 = 2", "2", "c", "f:1")
+    assert prompt_text(row) + completion_text(row) == "How many?\n1 + 1 = 2\n#### 2"
+    assert completion_text(Example("q", "", "B", "c", "f:1")) == "#### B"
+
+
+NUMBERS = {
+    "72": "72", "1,080": "1080", "109,200,000": "109200000", "$18": "18", "-$5": "-5", "$ 5": "5", "18.": "18",
+    "$1,080.00.": "1080", "0.50": "0.5", ".5": "0.5", "51.0": "51", "100": "100", "25%": "25", "-3": "-3", "+7": "7",
+    "\N{MINUS SIGN}3": "-3", "-0.0": "0", "123456789012345678901": "123456789012345678901", "38": "38", "0": "0",
+}  # fmt: skip
+TEXTS = {
+    "Yes.": "yes", " NO ": "no", "B": "b", "a  b": "a b", "1,08": "1,08", "1.2.3": "1.2.3", "e5": "e5", "4 8": "4 8",
+    "04": "04", "00": "00", "-007": "-007", "": "", "...": "", "$": "$",
+    "\N{ARABIC-INDIC DIGIT FIVE}": "\N{ARABIC-INDIC DIGIT FIVE}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "expected"), [*NUMBERS.items(), *TEXTS.items()])
+def test_answers_are_compared_in_one_form(written, expected):
+    assert normalise_answer(written) == expected
+    assert normalise_answer(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("steps\n#### 72", "72"),
+        ("steps\n####72\nand then I rambled #### 5", "72"),
+        ("####\n 1,080 \nmore", "1080"),
+        ("no mark 72", ""),
+        ("steps ####", ""),
+        ("steps #### \n \n", ""),
+        ("", ""),
+    ],
+)
+def test_the_answer_is_the_line_behind_the_first_mark(completion, answer):
+    assert extract_answer(completion) == answer
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**20), max_value=10**20))
+def test_numbers_keep_their_exact_value(number):
+    written = f"{number:,f}"
+    assert plain_number(plain_number(written)) == plain_number(written)
+    assert type(number)(plain_number(written)) == number
+
+
+@given(st.text(), st.text())
+def test_any_text_has_an_answer(rationale, answer):
+    row = Example("p", rationale.replace("####", ""), answer, "c", "f:1")
+    extracted = extract_answer(answer_text(row))
+    assert extracted == normalise_answer(extracted)
+    assert isinstance(extract_answer(completion_text(row)), str)
