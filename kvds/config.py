@@ -150,11 +150,11 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             raise InputError("output_dir is empty; expected a folder to write the run to (--output_dir outputs/NAME)")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise InputError(f"output_dir={self.output_dir}: is a file; expected a folder")
-        if self.uses_teacher and self.teacher is None:
+        if self.uses_teacher and not self.teacher:
             raise InputError(
                 "--teacher_name is missing; expected a folder or a hub name (or --model_name, or --alignment_mode none)"
             )
-        if self.student is None:
+        if not self.student:
             raise InputError(
                 "--student_name is missing; expected a folder or a hub name (or --model_name for both models)"
             )
@@ -195,9 +195,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         return self.teacher_name or self.model_name
 
     @property
-    def student(self) -> str | None:
-        """Folder or hub name of the student."""
-        return self.student_name or self.model_name
+    def student(self) -> str:
+        """Folder or hub name of the student; construction refuses a run without one."""
+        return self.student_name or self.model_name or ""
 
     @property
     def kv_weight_value(self) -> float | None:

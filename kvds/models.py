@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import HfDeepSpeedConfig
 
 from kvds.config import RunConfig, parse_overrides
+from kvds.config_values import one_line
 from kvds.errors import InputError
 from kvds.kv import KVShape
 
@@ -26,19 +28,26 @@ _DERIVED_KEYS = {
     "num_attention_heads": ("head_dim",),
 }
 
+_SIZES = {
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "n_layer", "n_embd", "n_head", "n_positions"),
+}
+
 
 def _is_folder_name(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~"))
+    return os.path.exists(name) or name.startswith((".", "/", "~"))
 
 
 def _from_hub(loader: Any, name: str, what: str, flag: str, **kwargs: Any) -> Any:
     """``loader.from_pretrained`` with failures told in the user's terms. Remote code is never run."""
-    if _is_folder_name(name) and not Path(name).is_dir():
+    if _is_folder_name(name) and not os.path.isdir(name):
         raise InputError(f"{flag}={name}: no such folder; expected a local folder with a {what}, or a hub name")
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:240]
+    except RuntimeError:
+        raise  # shapes that do not fit, or no memory: the caller knows what that means
+    except Exception as error:  # each reader of a damaged file raises another kind
+        reason = one_line(error)
         if _is_folder_name(name):
             raise InputError(
                 f"{flag}={name}: the folder holds no loadable {what} ({reason}); expected the files that "
@@ -46,8 +55,8 @@ def _from_hub(loader: Any, name: str, what: str, flag: str, **kwargs: Any) -> An
             ) from error
         raise InputError(
             f"{flag}={name}: the {what} could not be loaded from the hub or its local cache ({reason}); without "
-            "internet, "
-            f"download it elsewhere (`hf download {name} --local-dir FOLDER`) and give the folder in place of the name"
+            f"internet, download it elsewhere (`hf download {name} --local-dir FOLDER`) and give the folder in place "
+            "of the name"
         ) from error
 
 
@@ -62,36 +71,76 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
     if not changes:
         return config
     values = config.to_dict()
-    known = set(values) | set(type(config).attribute_map)
+    # transformers keeps what config.json calls rope_theta in a mapping of its own.
+    rope = values.get("rope_parameters") or {}
+    rope = dict(rope) if all(not isinstance(value, dict) for value in rope.values()) else {}
+    known = set(values) | set(type(config).attribute_map) | set(rope)
     for key, value in changes.items():
         place = f"--{flag}_config_overrides {key}={value}"
         if key not in known:
             raise InputError(f"{place}: {config.model_type} has no such setting; expected one of its config.json keys")
-        current = getattr(config, key)
+        if key == "model_type":
+            raise InputError(f"{place}: the family cannot be changed; expected another --{flag}_name")
+        current = getattr(config, key, None)
+        if key in rope:
+            current = rope[key]
         if (
             current is not None
             and not isinstance(value, type(current))
             and not (isinstance(current, float) and isinstance(value, int))
+            or (isinstance(value, bool) and not isinstance(current, bool | None))
         ):
             raise InputError(f"{place}: expected {type(current).__name__} as in {name}, got {type(value).__name__}")
+        if isinstance(current, float):
+            changes[key] = float(value)
         for stale in _DERIVED_KEYS.get(key, ()):
             if stale not in changes:
                 values.pop(stale, None)
-    values.update({type(config).attribute_map.get(key, key): value for key, value in changes.items()})
+    own = {type(config).attribute_map.get(key, key): value for key, value in changes.items() if key not in rope}
+    values.update(own)
+    if rope:
+        values["rope_parameters"] = rope | {key: value for key, value in changes.items() if key in rope}
+    for key, value in changes.items():
+        if key in _SIZES and value < 1:
+            raise InputError(f"--{flag}_config_overrides {key}={value}: expected a whole number, at least 1")
     try:
-        return type(config).from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"--{flag}_config_overrides {overrides}: {' '.join(str(error).split())}") from error
+        changed = type(config).from_dict(values)
+    except Exception as error:  # transformers checks a configuration with a dozen kinds of exception
+        reason = one_line(error)
+        raise InputError(f"--{flag}_config_overrides {overrides}: {reason}; expected values that fit together") from error
+    _check_heads(changed, f"--{flag}_config_overrides {overrides}")
+    return changed
+
+
+def _check_heads(config: PreTrainedConfig, place: str) -> None:
+    """Refuse shapes that transformers builds and then cannot run."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if heads % groups:
+        raise InputError(f"{place}: {heads} attention heads over {groups} key-value heads; expected a multiple")
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and width % heads:
+        raise InputError(f"{place}: hidden_size {width} over {heads} heads; expected hidden_size to be a multiple")
+    if getattr(config, "rope_parameters", None) and (head_dim or width // heads) % 2:
+        raise InputError(f"{place}: {head_dim or width // heads} numbers per head; expected an even count to rotate")
+
+
+def _tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
+    tokenizer = _from_hub(AutoTokenizer, name, "tokenizer", flag)
+    # From a config.json alone transformers makes a tokenizer that knows its special tokens and not one word.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise InputError(f"{flag}={name}: holds no tokenizer; expected tokenizer.json there, or --tokenizer_name FOLDER")
+    return tokenizer
 
 
 def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     """The one tokenizer of a run: ``--tokenizer_name``, else the teacher's, else the student's."""
     if cfg.tokenizer_name is not None:
-        return _from_hub(AutoTokenizer, cfg.tokenizer_name, "tokenizer", "--tokenizer_name")
+        return _tokenizer(cfg.tokenizer_name, "--tokenizer_name")
     names = [name for name in ((cfg.teacher if cfg.uses_teacher else None), cfg.student) if name is not None]
     for position, name in enumerate(dict.fromkeys(names)):
         try:
-            return _from_hub(AutoTokenizer, name, "tokenizer", "--teacher_name" if position == 0 else "--student_name")
+            return _tokenizer(name, "--teacher_name" if position == 0 else "--student_name")
         except InputError:
             if position == len(set(names)) - 1:
                 raise InputError(
@@ -108,12 +157,12 @@ def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     for flag, name in (("--teacher_name", cfg.teacher if cfg.uses_teacher else None), ("--student_name", cfg.student)):
         if name is None or not Path(name).is_dir() or not any(Path(name).glob("tokenizer*")):
             continue
-        own = _from_hub(AutoTokenizer, name, "tokenizer", flag)
+        own = _tokenizer(name, flag)
         if own.get_vocab() != tokenizer.get_vocab():
             raise InputError(
-                f"{flag}={name}: its tokenizer ({len(own)} entries) differs from the run's ({len(tokenizer)} entries); "
-                "expected teacher and student of one vocabulary, since keys and values are matched position by "
-                "position"
+                f"{flag}={name}: its tokenizer ({len(own)} entries) differs from the run's ({len(tokenizer)} "
+                "entries); expected teacher and student of one vocabulary, since keys and values are matched "
+                "position by position"
             )
 
 
@@ -190,7 +239,13 @@ def load_model(
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            try:
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            except (KeyError, ValueError) as error:
+                raise InputError(
+                    f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected "
+                    f"a config.json that fits (see --{flag}_config_overrides)"
+                ) from error
     with _partitioned_loading(engine_config):
         try:
             model, info = _from_hub(
@@ -206,8 +261,7 @@ def load_model(
     if missing:
         raise InputError(
             f"--{flag}_name={name}: {len(missing)} weights are missing (first: {missing[0]}); expected a whole "
-            "checkpoint, "
-            f"or --{flag}_init random"
+            f"checkpoint, or --{flag}_init random"
         )
     return model
 

@@ -66,8 +66,7 @@ def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: i
     if examples and not held_out:
         raise InputError(
             f"max_length={cfg.max_length}: none of the {len(examples)} held-out rows fits; expected a larger "
-            "--max_length "
-            f"(or --eval_subset_size 0: no evaluation)"
+            "--max_length (or --eval_subset_size 0: no evaluation)"
         )
     return RunData(
         loader=batches(corpus.samples, accumulation=cfg.gradient_accumulation_steps, shuffle=True),

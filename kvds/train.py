@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import warnings
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from kvds.checkpoint import (
     ALIGNER_FILE,
     STUDENT_FOLDER,
     gather_parameters,
-    latest_step,
     load_checkpoint,
     plain_student,
     save_aligner,
@@ -37,6 +36,7 @@ from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.engine import all_reduce_sum, build_engine, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
+from kvds.held_out import held_out_kv_loss
 from kvds.kv import Selection, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
@@ -51,6 +51,7 @@ from kvds.models import (
     load_tokenizer,
 )
 from kvds.run_data import load_run_data
+from kvds.run_folder import open_run_folder
 from kvds.teacher import Teacher
 from kvds.tracking import Tracker, collect_versions
 
@@ -104,7 +105,7 @@ class TrainingRun:
         self.engine_config = student_engine_config(raw, cfg, self.world_size)
         for warning in cfg.warnings:
             log.warning("%s", warning)
-        resume_step = self._resume_step()
+        resume_step = open_run_folder(cfg, main_rank=self.rank == 0)
 
         self.tokenizer = load_tokenizer(cfg)
         check_same_tokenizer(cfg, self.tokenizer)
@@ -163,31 +164,6 @@ class TrainingRun:
         self._start_tracking(run_id, resume_step)
 
     # -- construction ---------------------------------------------------------------------------------------------
-
-    def _resume_step(self) -> int | None:
-        """Which checkpoint to go on from; makes the output folder and refuses one that holds another run."""
-        cfg, saved = self.cfg, self.output_dir / "config.yaml"
-        source = self.output_dir if cfg.resume in ("auto", "never") else Path(cfg.resume)
-        if source.resolve() != self.output_dir.resolve():
-            raise InputError(
-                f"--resume {cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir}; a copy "
-                "of "
-                f"that folder can be resumed by naming it in --output_dir"
-            )
-        step = latest_step(self.output_dir) if cfg.resume != "never" else None
-        if cfg.resume not in ("auto", "never") and step is None:
-            raise InputError(
-                f"--resume {cfg.resume}: no checkpoint there; expected a folder with checkpoints/latest, or --resume "
-                "auto"
-            )
-        if step is not None:
-            cfg.check_resumable(saved)
-        dist.barrier()  # every rank has looked before rank 0 writes
-        if self.rank == 0:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            cfg.save(saved)
-        dist.barrier()
-        return step
 
     def _model_config(self, flag: str) -> Any:
         cfg = self.cfg
@@ -373,41 +349,14 @@ class TrainingRun:
             max_length=self.cfg.max_length, rank=self.rank, world_size=self.world_size, all_reduce=all_reduce_sum,
             progress=self.rank == 0,
         )  # fmt: skip
-        kv = self._held_out_kv_loss()
-        if kv:
-            results["all"] |= kv
+        if self.cfg.uses_kv and self.eval_loader is not None:
+            inputs = partial(self._step_input, weights=LossWeights(kv=1.0), watch=False)
+            results["all"] |= held_out_kv_loss(self.engine, self.eval_loader, inputs)
         if self.tracker is not None:
             self.tracker.log(
                 self.step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()}
             )
         return results
-
-    @torch.no_grad()
-    def _held_out_kv_loss(self) -> dict[str, float]:
-        """KV loss on the held-out rows through the engine, or nothing without alignment."""
-        if not self.cfg.uses_kv or self.eval_loader is None:
-            return {}
-        self.engine.eval()
-        sums: dict[str, torch.Tensor] = {}
-        for step in range(self.eval_loader.steps_per_epoch):
-            for batch in self.eval_loader.step(step):
-                inputs = self._step_input(batch, self._weights(0), watch=False)
-                metrics = self.engine(step=replace(inputs, teacher_head=None, weights=LossWeights(kv=1.0)))[1]
-                # Each step's value is a mean over its positions: weigh it by how many those are.
-                for key in ("loss/kv", "loss/kv_keys", "loss/kv_values"):
-                    if key in metrics:
-                        share = metrics[key] * batch.position_normalizer
-                        sums[key] = sums.get(key, torch.zeros_like(share)) + share
-                weight = torch.tensor(float(batch.position_normalizer), device=self.device)
-                sums["positions"] = sums.get("positions", torch.zeros_like(weight)) + weight
-        totals = torch.stack([sums[key] for key in sorted(sums)])
-        all_reduce_sum(totals)
-        values = dict(zip(sorted(sums), totals.tolist(), strict=True))
-        return {
-            key.replace("loss/kv", "kv_loss"): v / values["positions"]
-            for key, v in values.items()
-            if key != "positions"
-        }
 
     def finish(self) -> None:
         """Export the student and the aligner, evaluate on held-out rows and write ``eval.json``."""

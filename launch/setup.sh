@@ -24,6 +24,8 @@ kvds_setup() {
   # DeepSpeed finds ninja on PATH, also where this environment's python was called by its full name.
   PATH="$(python -c 'import sys; print(sys.prefix)')/bin:$PATH"
   export PATH
+  # Compiled operations depend on the environment's torch: shared with another environment they would be built anew each time.
+  export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$(python -c 'import sys; print(sys.prefix)')/torch_extensions}"
 
   if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null; then
     echo "setup: no C++ compiler was found; DeepSpeed compiles its communication with one (Debian, Ubuntu: apt install g++)" >&2
@@ -39,7 +41,10 @@ kvds_setup() {
   stamp="$(python -c 'import sys; print(sys.prefix)')/kvds-setup.stamp"
   local wanted
   wanted="$root $(cksum <"$root/pyproject.toml")"
-  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && python -c 'import torch, deepspeed.version' 2>/dev/null && return 0
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] \
+    && python -c 'from importlib.metadata import version; [version(name) for name in ("torch", "deepspeed", "kvds")]' 2>/dev/null; then
+    return 0
+  fi
 
   echo "setup: installing kvds into $(python -c 'import sys; print(sys.prefix)')" >&2
   # DeepSpeed's own setup imports setuptools and torch from the environment it is built in: hence no build isolation.

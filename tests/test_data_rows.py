@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvds.data.corpora import CORPORA
@@ -46,13 +46,15 @@ def test_a_list_knows_its_lines(tmp_path):
     assert list(file_rows(write(tmp_path, " [ ] ", "empty.json"))) == []
 
 
-@given(
-    st.lists(
-        st.recursive(
-            st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
-        )
-    )
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
 )
+
+
+@settings(max_examples=40)
+@given(st.lists(VALUES, max_size=6))
 def test_a_list_reads_as_json_would(tmp_path_factory, rows):
     folder = tmp_path_factory.getbasetemp()
     for indent in (None, 2):
@@ -91,7 +93,7 @@ def test_a_broken_list_names_its_line(tmp_path, content, place):
         ("[1, 2]", "holds [1, 2]; expected an object"),
         ("null", "holds None; expected an object"),
         ('{"prompt": "p", "rationale": "a #### b", "answer": "x"}', "the rationale holds '####'"),
-        ('{"prompt": "\\ud800", "answer": "x"}', "half of a surrogate pair"),
+        ('{"prompt": "\\ud800", "answer": "x"}', "holds half of a surrogate pair"),
         ('{"prompt": "p"}', "'answer' is missing; found ['prompt']"),
     ],
 )
@@ -124,6 +126,16 @@ def test_rows_of_a_list_are_named_by_their_line(tmp_path):
     assert [row.prompt for row in held_out.examples] == ["c. q"] and held_out.examples[0].place == "SVAMP.json:23"
 
 
+def test_svamp_is_split_by_number_whatever_the_order(tmp_path):
+    row = {"Question": "q", "Equation": "( 1.0 )", "Answer": 1.0}
+    rows = [{**row, "ID": f"chal-{number}", "Body": f"{number}."} for number in (701, 700, 1000, 1)]
+    write(tmp_path, json.dumps(rows), "svamp/SVAMP.json")
+    bodies = {
+        s: [e.prompt for e in load_mixture(["svamp"], s, data_dir=str(tmp_path)).examples] for s in ("train", "eval")
+    }
+    assert bodies == {"train": ["700. q", "1. q"], "eval": ["701. q", "1000. q"]}
+
+
 @pytest.mark.parametrize("name", ["missing.jsonl", "folder.jsonl", "missing.json", "a\0b.jsonl", "x" * 5000 + ".jsonl"])
 def test_a_file_that_cannot_be_read(tmp_path, name):
     (tmp_path / "folder.jsonl").mkdir()
@@ -131,11 +143,14 @@ def test_a_file_that_cannot_be_read(tmp_path, name):
         load_mixture([str(tmp_path / name)], "train")
 
 
+FIELDS = (
+    "question", "answer", "Body", "Question", "Equation", "Answer", "ID", "facts", "stem", "choices", "label", "text",
+    "answerKey", "prompt", "rationale",
+)  # fmt: skip
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["A", "B", "1", "#### 1", "chal-3"]),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(
-        ["question", "answer", "Body", "Question", "Equation", "Answer", "ID", "facts", "stem", "choices", "label", "text",
-         "answerKey", "prompt", "rationale"]), inner, max_size=8),
+    SCALARS | st.sampled_from(["A", "B", "1", "#### 1", "chal-3"]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=8),
     max_leaves=12,
 )  # fmt: skip
 GOOD = {

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
     GemmaConfig,
     GPT2Config,
@@ -15,7 +16,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM as AutoModel
 
 from kvds.errors import InputError
 from kvds.kv import KVCapture, KVShape
@@ -33,8 +33,8 @@ CONFIGS = {
     "mistral": MistralConfig(**COMMON, head_dim=10, sliding_window=None),
     "gemma": GemmaConfig(**COMMON, head_dim=10),
     "gpt2": GPT2Config(
-        vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     ),
 }  # fmt: skip
 FAMILIES = sorted(CONFIGS)
@@ -112,7 +112,10 @@ def test_capture_equals_cache(family: str, padding: str) -> None:
     assert len(capture.states.keys) == len(capture.states.values) == 3
     real = batch["attention_mask"][:, None, :, None].bool()
     for layer in range(3):
-        for found, expected in ((capture.states.keys[layer], keys[layer]), (capture.states.values[layer], values[layer])):
+        for found, expected in (
+            (capture.states.keys[layer], keys[layer]),
+            (capture.states.values[layer], values[layer]),
+        ):
             # What a left-padding token attends to is nothing: transformers leaves its values undefined.
             same(torch.where(real, found, 0.0), torch.where(real, expected, 0.0))
             assert found.stride(-1) == 1

@@ -16,7 +16,7 @@ from kvds.kv import gather_positions, group_slices, select_tokens, selected_coun
 
 
 def batch(lengths: list[int], tokens: int, left: bool) -> tuple[Tensor, Tensor]:
-    """``segment_ids`` and ``attention_mask`` as collate makes them: a row of padding attends to one token, segment 0."""
+    """``segment_ids`` and ``attention_mask`` as the loader makes them: a row of padding attends to one token."""
     segments = torch.zeros(len(lengths), tokens, dtype=torch.int64)
     attention = torch.zeros_like(segments)
     attention[:, 0] = 1
@@ -42,13 +42,15 @@ def oracle(method: str, budget: Any, segments: Tensor, attention: Tensor, mask_f
 
 
 def chosen(selection: Any) -> list[list[int]]:
-    index, mask = selection
+    index, mask = selection.index, selection.mask
     if index is None:
         index = torch.arange(mask.shape[1]).expand_as(mask)
     return [index[row][mask[row]].tolist() for row in range(mask.shape[0])]
 
 
-lengths_in = st.integers(1, 12).flatmap(lambda tokens: st.tuples(st.just(tokens), st.lists(st.integers(0, tokens), min_size=1, max_size=4)))
+lengths_in = st.integers(1, 12).flatmap(
+    lambda tokens: st.tuples(st.just(tokens), st.lists(st.integers(0, tokens), min_size=1, max_size=4))
+)
 budgets = st.one_of(
     st.tuples(st.just("full"), st.none()),
     st.tuples(st.just("right_crop"), st.integers(1, 15)),
@@ -69,7 +71,9 @@ def test_selection_equals_loop(rows: tuple[int, list[int]], how: tuple[str, Any]
 
 
 @given(lengths_in, budgets, st.booleans(), st.booleans())
-def test_selected_count_equals_mask(rows: tuple[int, list[int]], how: tuple[str, Any], left: bool, mask_first: bool) -> None:
+def test_selected_count_equals_mask(
+    rows: tuple[int, list[int]], how: tuple[str, Any], left: bool, mask_first: bool
+) -> None:
     (tokens, lengths), (method, budget) = rows, how
     mask = select_tokens(method, budget, *batch(lengths, tokens, left), mask_first_token=mask_first).mask
     expected = [selected_count(method, budget, length, mask_first_token=mask_first) for length in lengths]
@@ -101,7 +105,52 @@ def test_right_crop_by_hand(budget: Any, expected: list[list[int]]) -> None:
 def test_first_real_token_is_left_out_also_behind_left_padding() -> None:
     segments, attention = batch([3, 5], 6, True)
     assert chosen(select_tokens("full", None, segments, attention)) == [[4, 5], [2, 3, 4, 5]]
-    assert chosen(select_tokens("full", None, segments, attention, mask_first_token=False)) == [[3, 4, 5], [1, 2, 3, 4, 5]]
+    assert chosen(select_tokens("full", None, segments, attention, mask_first_token=False)) == [
+        [3, 4, 5],
+        [1, 2, 3, 4, 5],
+    ]
+
+
+@given(
+    st.integers(1, 12).flatmap(
+        lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=4)
+    ),
+    budgets,
+    st.booleans(),
+)
+def test_holes_in_a_row_cost_no_token(rows: list[list[bool]], how: tuple[str, Any], mask_first: bool) -> None:
+    segments = torch.tensor(rows).long()
+    attention = torch.ones_like(segments)
+    selection = select_tokens(*how, segments, attention, mask_first_token=mask_first)
+    assert chosen(selection) == oracle(*how, segments, attention, mask_first)
+    expected = [selected_count(*how, sum(row), mask_first_token=mask_first) for row in rows]
+    assert selection.mask.sum(1).tolist() == expected
+    if selection.index is not None:
+        assert bool((selection.index.diff(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize("budget", [None, 0, -3, 0.0, 1.5, float("nan")])
+def test_budget_that_keeps_nothing_is_an_input_error(budget: Any) -> None:
+    expected = f"kv_budget={budget}: expected at least 1 token"
+    with pytest.raises(InputError, match=expected):
+        select_tokens("right_crop", budget, *batch([3], 4, False))
+    with pytest.raises(InputError, match=expected):
+        selected_count("right_crop", budget, 3)
+
+
+def test_unknown_method_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="kv_method=left_crop: expected full or right_crop"):
+        select_tokens("left_crop", 3, *batch([3], 4, False))
+    with pytest.raises(InputError, match="kv_method=left_crop"):
+        selected_count("left_crop", 3, 3)
+
+
+def test_selection_stays_on_its_device_and_asks_it_nothing() -> None:
+    # A meta tensor has no values: reading one, or sizing a result by one, raises.
+    segments = torch.ones(2, 9, dtype=torch.int64, device="meta")
+    for method, budget, slots in (("full", None, 9), ("right_crop", 4, 4), ("right_crop", 0.5, 5)):
+        selection = select_tokens(method, budget, segments, segments)
+        assert selection.mask.shape == (2, slots) and selection.mask.device.type == "meta"
 
 
 def test_slots_come_from_budget_and_padded_length_alone() -> None:

@@ -203,6 +203,6 @@ def _check_width(aligner: Any) -> None:
     if widths[0] > widths[1]:
         raise InputError(
             f"map_start=pca: the student's {widths[0]} dimensions are more than the teacher's {widths[1]} has "
-            "directions to give; "
-            f"expected a teacher at least as wide (or --map_start ridge, or --direction student_to_teacher)"
+            "directions to give; expected a teacher at least as wide (or --map_start ridge, or --direction "
+            "student_to_teacher)"
         )

@@ -75,7 +75,13 @@ class FlatPart(nn.Module):
             student = tuple(student[i] for i, _ in self.pairs)
             teacher = tuple(teacher[i] for _, i in self.pairs)
         source, target = (student, teacher) if self.to_teacher else (teacher, student)
-        rows = [gather_positions(layer, index).transpose(1, 2).flatten(2) for layer in source]  # [B, M, H·D]
+
+        def selected(layer: Tensor) -> Tensor:
+            # Filled before anything is computed: what lies under the mask may be NaN, and 0 · NaN would reach gradients.
+            rows = gather_positions(layer, index).transpose(1, 2).flatten(2)  # [B, M, H·D]
+            return torch.where(mask[..., None], rows, rows.new_zeros(()))
+
+        rows = [selected(layer) for layer in source]
         mean, scale = self.target_statistics()
         gain = scale if self.to_teacher else torch.ones_like(scale)
         mix = None if self.pairs is not None else self.layer_mix()
@@ -90,9 +96,7 @@ class FlatPart(nn.Module):
             projected = (
                 gain[i] * (mixed @ self.weight[i].to(mixed.dtype)).to(scale.dtype) + scale[i] * self.bias[i] + mean[i]
             )
-            wanted = gather_positions(layer, index).transpose(1, 2).flatten(2)
-            elements = penalty((projected - wanted) / scale[i], self.loss_name)
-            # where, not a product: what lies under the mask may be anything, also NaN.
+            elements = penalty((projected - selected(layer)) / scale[i], self.loss_name)
             losses.append(torch.where(mask[..., None], elements, elements.new_zeros(())).sum() / count)
         per_layer = torch.stack(losses)
         return per_layer.mean(), per_layer.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,109 +15,153 @@ from kvds.kv.states import KVShape, KVStates
 
 
 class KVCapture:
-    """Context manager: after one forward of ``model`` inside it, ``states`` holds every layer's keys and values.
+    """Context manager: after a forward of ``model`` inside it, ``states`` holds every layer's keys and values.
 
     The tensors are views of the projections' outputs, ``[B, num_key_value_heads, T, head_dim]`` with a contiguous last
     dimension; no cache is needed and no second forward is run. Gradients sent into them reach the projections and all
-    below, also under non-reentrant gradient checkpointing.
+    below, also under non-reentrant gradient checkpointing. Of several forwards the last one counts; the recomputation
+    of checkpointed layers is none. Captures of one model nest, and one capture may be entered again.
 
     Args:
         model: A causal language model or its backbone, of a family in :data:`kvds.kv.families.FAMILIES`.
         rope: ``"pre"``: keys as projected (and normalised, where the family does); ``"post"``: rotated as attention
             uses them.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
+        layers: Which layers to capture, in this order; None = all.
 
     Attributes:
-        states: The captured :class:`KVStates`.
         key_outputs: Per layer, the projection's output tensor and the columns of it that hold keys.
         value_outputs: The same for values.
         key_heads: Per layer, the unrotated keys as views that only a loss on ``states`` sends gradients to.
 
     Raises:
-        InputError: unknown model family.
+        InputError: unknown model family, layers that differ in heads or head_dim, or a layer that is not there.
         RuntimeError: on leaving, where a layer was not run, or where ``require_grad`` finds a tensor without a graph.
     """
 
-    def __init__(self, model: nn.Module, *, rope: str = "pre", require_grad: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rope: str = "pre",
+        require_grad: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         config: Any = model.config
         self._shape = KVShape.from_config(config)
         if rope not in ("pre", "post"):
             raise InputError(f"kv_rope={rope}: expected pre or post")
         family = FAMILIES[config.model_type]
-        backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
-        self._attentions: list[nn.Module] = [
-            getattr(layer, family.attention) for layer in getattr(backbone, family.layers)
-        ]
-        self._layouts: list[AttentionLayout] = [family.layout(attention) for attention in self._attentions]
+        self._backbone: nn.Module = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        attentions = [getattr(layer, family.attention) for layer in getattr(self._backbone, family.layers)]
+        self._layers = list(range(len(attentions)) if layers is None else layers)
+        if absent := [layer for layer in self._layers if not 0 <= layer < len(attentions)]:
+            raise InputError(f"layers={absent}: expected numbers from 0 to {len(attentions) - 1}")
+        self._attentions: dict[int, nn.Module] = {layer: attentions[layer] for layer in self._layers}
+        self._layouts: dict[int, AttentionLayout] = {layer: family.layout(attentions[layer]) for layer in self._layers}
         self._rope, self._require_grad = rope, require_grad
         self._handles: list[RemovableHandle] = []
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states: KVStates | None = None
+        self._forget()
 
     def __enter__(self) -> KVCapture:
-        count = len(self._layouts)
-        self.key_outputs: list[tuple[Tensor, slice]] = [()] * count  # type: ignore[list-item]
-        self.value_outputs: list[tuple[Tensor, slice]] = [()] * count  # type: ignore[list-item]
-        self._rotations: list[tuple[Tensor, Tensor] | None] = [None] * count
-        for index, (attention, layout) in enumerate(zip(self._attentions, self._layouts, strict=True)):
+        if self._handles:
+            raise RuntimeError("this KVCapture is already open: nest another one over the same model instead")
+        self._forget()
+        # A forward begins at the backbone; a recomputed layer comes without that, and finds its slot taken.
+        self._handles.append(self._backbone.register_forward_pre_hook(lambda *_: self._forget()))
+        for layer, layout in self._layouts.items():
             if self._rope == "post" and layout.rotary is not None:
-                self._handles.append(attention.register_forward_pre_hook(self._rotation_hook(index), with_kwargs=True))
-            for module, columns, outputs in (
-                (layout.key_module, layout.key_columns, self.key_outputs),
-                (layout.value_module, layout.value_columns, self.value_outputs),
-            ):
-                self._handles.append(module.register_forward_hook(self._output_hook(index, columns, outputs)))
+                hook = self._rotation_hook(layer)
+                self._handles.append(self._attentions[layer].register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(layout.key_module.register_forward_hook(self._output_hook(self._keys, layer)))
+            self._handles.append(layout.value_module.register_forward_hook(self._output_hook(self._values, layer)))
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        # Gone before the backward pass: the recomputation of checkpointed layers must not be captured again.
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if exc_type is None:
-            self.states = self._collect()
-        self._rotations = []
+        if exc_type is not None:
+            self._forget()
+            return
+        try:
+            _ = self.states
+        except BaseException:
+            self._forget()
+            raise
+
+    @property
+    def states(self) -> KVStates:
+        """Keys and values of the last forward; readable inside the context too, once that forward has run."""
+        if self._states is None:
+            self._states = self._collect()
+        return self._states
+
+    def _forget(self) -> None:
+        # Emptied in place: the open hooks hold these very dictionaries.
+        self._keys.clear()
+        self._values.clear()
+        self._rotations.clear()
+        self.key_outputs: list[tuple[Tensor, slice]] = []
+        self.value_outputs: list[tuple[Tensor, slice]] = []
+        self.key_heads: list[Tensor] = []
+        self._states = None
 
     @staticmethod
-    def _output_hook(index: int, columns: slice, outputs: list[tuple[Tensor, slice]]) -> Any:
+    def _output_hook(slots: dict[int, Tensor], layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            outputs[index] = (output, columns)
+            slots.setdefault(layer, output)
 
         return hook
 
-    def _rotation_hook(self, index: int) -> Any:
+    def _rotation_hook(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rotation = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
-            self._rotations[index] = rotation
+            if rotation is not None:
+                self._rotations.setdefault(layer, rotation)
 
         return hook
 
     def _collect(self) -> KVStates:
-        missing = [i for i, output in enumerate(self.key_outputs) if not output]
-        if missing:
+        if missing := [i for i in self._layers if i not in self._keys or i not in self._values]:
             raise RuntimeError(f"no forward ran through attention layers {missing} inside KVCapture")
-        keys = [self._heads(*output) for output in self.key_outputs]
-        values = [self._heads(*output) for output in self.value_outputs]
-        if self._require_grad:
-            for name, tensors in (("keys", keys), ("values", values)):
-                for layer, tensor in enumerate(tensors):
-                    if tensor.grad_fn is None:
-                        raise RuntimeError(
-                            f"captured {name} of layer {layer} carry no graph, so a KV loss would train nothing: the "
-                            "forward "
-                            f"ran under no_grad or reentrant gradient checkpointing (use use_reentrant=False)"
-                        )
+        self.key_outputs = [(self._keys[i], self._layouts[i].key_columns) for i in self._layers]
+        self.value_outputs = [(self._values[i], self._layouts[i].value_columns) for i in self._layers]
+        keys = [self._heads("keys", i, *output) for i, output in zip(self._layers, self.key_outputs, strict=True)]
+        values = [self._heads("values", i, *output) for i, output in zip(self._layers, self.value_outputs, strict=True)]
         self.key_heads = keys
-        return KVStates(tuple(self._rotated(i, key) for i, key in enumerate(keys)), tuple(values))
+        states = KVStates(tuple(self._rotated(i, k) for i, k in zip(self._layers, keys, strict=True)), tuple(values))
+        self._rotations.clear()
+        return states
 
-    def _heads(self, output: Tensor, columns: slice) -> Tensor:
+    def _heads(self, part: str, layer: int, output: Tensor, columns: slice) -> Tensor:
+        heads, dim = self._shape.num_key_value_heads, self._shape.head_dim
         if output.dim() == 3:
-            output = output[..., columns].unflatten(-1, (-1, self._shape.head_dim))
+            output = output[..., columns]
+            if output.shape[-1] == heads * dim:
+                output = output.unflatten(-1, (heads, dim))
+        if output.shape[2:] != (heads, dim):
+            raise InputError(
+                f"attention layer {layer}: its {part} are {tuple(output.shape[2:])} per token; expected {heads} KV "
+                f"heads × {dim} in every layer, as the configuration says (use a model whose layers are alike)"
+            )
+        if self._require_grad and output.grad_fn is None:
+            raise RuntimeError(
+                f"captured {part} of layer {layer} carry no graph, so a KV loss would train nothing: the forward ran "
+                "under no_grad, on frozen weights, or under reentrant gradient checkpointing (use use_reentrant=False)"
+            )
         return output.transpose(1, 2)  # [B, H, T, D]
 
-    def _rotated(self, index: int, key: Tensor) -> Tensor:
-        rotary, rotation = self._layouts[index].rotary, self._rotations[index] if self._rotations else None
+    def _rotated(self, layer: int, key: Tensor) -> Tensor:
+        rotary = self._layouts[layer].rotary
         if self._rope == "pre" or rotary is None:
             return key
-        if rotation is None:
-            raise RuntimeError(f"attention layer {index} was given no position embeddings to rotate its keys by")
+        if layer not in self._rotations:
+            raise RuntimeError(f"attention layer {layer} was given no position embeddings to rotate its keys by")
         # The function rotates queries and keys alike; an empty query costs nothing.
-        return rotary(torch.empty_like(key[:, :0]), key, *rotation)[1]
+        rotated: Tensor = rotary(torch.empty_like(key[:, :0]), key, *self._rotations[layer])[1]
+        return rotated

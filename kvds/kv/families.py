@@ -1,8 +1,7 @@
 """Where the supported model families compute keys and values: one entry a family.
 
 A family says which sub-modules' outputs hold an attention layer's keys and values before the rotary embedding, and in
-which
-columns of the output.
+which columns of the output.
 """
 
 from __future__ import annotations

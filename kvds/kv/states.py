@@ -32,20 +32,37 @@ class KVShape:
         """Read the shape off a transformers configuration.
 
         Raises:
-            InputError: the model family is not one whose keys and values kvds can capture.
+            InputError: the model family is not one whose keys and values kvds can capture, or its layers differ in
+                heads, head_dim or kind of attention (some full, some with a sliding window).
         """
         if config.model_type not in FAMILIES:
             raise InputError(
                 f"model_type={config.model_type}: kvds captures keys and values of {', '.join(sorted(FAMILIES))}; "
                 f"expected a model of one of these families"
             )
-        heads = config.num_attention_heads
+        kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+        if len(kinds) > 1:
+            raise InputError(
+                f"layer_types={'+'.join(kinds)}: expected one kind of attention in all layers "
+                "(use_sliding_window=false makes it so)"
+            )
+        heads = _same_in_all_layers(config, "num_attention_heads")
         return cls(
             num_hidden_layers=config.num_hidden_layers,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            num_key_value_heads=_same_in_all_layers(config, "num_key_value_heads") or heads,
+            head_dim=_same_in_all_layers(config, "head_dim") or config.hidden_size // heads,
             num_attention_heads=heads,
         )
+
+
+def _same_in_all_layers(config: Any, name: str) -> Any:
+    """The number called ``name``, also where a configuration lists it per layer; None where it has none."""
+    value = getattr(config, name, None)
+    if not isinstance(value, list | tuple):
+        return value
+    if len(set(value)) != 1:
+        raise InputError(f"{name}={list(value)}: expected the same number in every layer")
+    return value[0]
 
 
 class KVStates(NamedTuple):
@@ -67,12 +84,13 @@ class KVStates(NamedTuple):
         Raises:
             InputError: another number of layers, heads or dimensions.
         """
-        found = (len(self.keys), self.keys[0].shape[1], self.keys[0].shape[3])
         expected = (shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim)
-        if found != expected or len(self.values) != len(self.keys):
-            raise InputError(
-                f"{side}: its first batch has {found[0]} layers × {found[1]} KV heads × {found[2]} dimensions; "
-                "expected "
-                f"{expected[0]} × {expected[1]} × {expected[2]} as its configuration says (do the weights belong to "
-                "it?)"
-            )
+        for part in (self.keys, self.values):
+            for layer in part:
+                found = (len(part), layer.shape[1], layer.shape[3])
+                if found != expected:
+                    raise InputError(
+                        f"{side}: its first batch has {found[0]} layers × {found[1]} KV heads × {found[2]} dimensions; "
+                        f"expected {expected[0]} × {expected[1]} × {expected[2]} as its configuration says "
+                        "(do the weights belong to it?)"
+                    )

@@ -1,0 +1,46 @@
+"""The output folder of a run: opened fresh or to go on, never mixed with another run's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import distributed as dist
+
+from kvds.checkpoint import CHECKPOINTS, latest_step
+from kvds.config import RunConfig
+from kvds.errors import InputError
+
+
+def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
+    """Make the output folder, write ``config.yaml`` and say which checkpoint to go on from; all ranks call it.
+
+    With ``--resume never`` the checkpoints of an earlier run are set aside as ``checkpoints-1`` and so on: a later
+    ``--resume auto`` must not take them for this run's.
+
+    Returns:
+        The step of the checkpoint to resume, or None to start fresh.
+
+    Raises:
+        InputError: nothing to resume where a folder is named, or a run of other settings.
+    """
+    folder = Path(cfg.output_dir)
+    named = cfg.resume not in ("auto", "never")
+    if named and Path(cfg.resume).resolve() != folder.resolve():
+        raise InputError(
+            f"resume={cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir} (a copy of that "
+            f"folder is resumed by naming it in --output_dir)"
+        )
+    step = None if cfg.resume == "never" else latest_step(folder)
+    if named and step is None:
+        raise InputError(f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)")
+    if step is not None:
+        cfg.check_resumable(folder / "config.yaml")
+    dist.barrier()  # every rank has looked before one writes
+    if main_rank:
+        folder.mkdir(parents=True, exist_ok=True)
+        if step is None and (folder / CHECKPOINTS).is_dir():
+            number = next(n for n in range(1, 1_000_000) if not (folder / f"{CHECKPOINTS}-{n}").exists())
+            (folder / CHECKPOINTS).rename(folder / f"{CHECKPOINTS}-{number}")
+        cfg.save(folder / "config.yaml")
+    dist.barrier()
+    return step
