@@ -107,7 +107,9 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
         changed = type(config).from_dict(values)
     except Exception as error:  # transformers checks a configuration with a dozen kinds of exception
         reason = one_line(error)
-        raise InputError(f"--{flag}_config_overrides {overrides}: {reason}; expected values that fit together") from error
+        raise InputError(
+            f"--{flag}_config_overrides {overrides}: {reason}; expected values that fit together"
+        ) from error
     _check_heads(changed, f"--{flag}_config_overrides {overrides}")
     return changed
 
@@ -129,7 +131,9 @@ def _tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     tokenizer = _from_hub(AutoTokenizer, name, "tokenizer", flag)
     # From a config.json alone transformers makes a tokenizer that knows its special tokens and not one word.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise InputError(f"{flag}={name}: holds no tokenizer; expected tokenizer.json there, or --tokenizer_name FOLDER")
+        raise InputError(
+            f"{flag}={name}: holds no tokenizer; expected tokenizer.json there, or --tokenizer_name FOLDER"
+        )
     return tokenizer
 
 

@@ -1,4 +1,6 @@
-"""``launch/smoke.sh``: both alignments on both families, with the real tokenizers and real text, through the launcher."""
+"""``launch/smoke.sh``: both alignments on both families, with the real tokenizers and real text, through the
+launcher.
+"""
 
 import os
 import subprocess

@@ -56,7 +56,8 @@ def models(tmp_path_factory) -> Path:
     for name, seed, layers, hidden in (("teacher", 1, 3, 32), ("student", 2, 2, 16)):
         torch.manual_seed(seed)
         config = Qwen2Config(
-            vocab_size=len(tokenizer), num_hidden_layers=layers, hidden_size=hidden, intermediate_size=24, num_attention_heads=2,
+            vocab_size=len(tokenizer), num_hidden_layers=layers, hidden_size=hidden, intermediate_size=24,
+            num_attention_heads=2,
             num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, attention_dropout=0.1,
             initializer_range=0.3, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
@@ -69,8 +70,10 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
     values = {
         "teacher_name": models / "teacher", "student_name": models / "student", "tokenizer_name": models / "tokenizer",
         "datasets": "synthetic", "synthetic_problems": 10, "max_length": 64, "eval_subset_size": 0, "report_to": "none",
-        "alignment_mode": "structured", "kv_weight": "auto:1.5", "kv_weight_schedule": "linear", "map_start": "procrustes",
-        "calibration_batches": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 3, "lr": 0.01,
+        "alignment_mode": "structured", "kv_weight": "auto:1.5", "kv_weight_schedule": "linear", "map_start": "
+        ""procrustes",
+        "calibration_batches": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 3,
+        "lr": 0.01,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "logging_steps": 1,
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
     }  # fmt: skip
@@ -81,11 +84,14 @@ def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    # No timeout: killed while DeepSpeed compiles, it would leave a lock behind that every later run waits for.
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
 def interrupt(run: Path, copy: Path) -> Path:
-    """``run`` as a crash after step 5 would have left it: its last checkpoint is that of step 3, its records go on to 5."""
+    """``run`` as a crash after step 5 would have left it: its last checkpoint is that of step 3, its records go on to
+    5.
+    """
     shutil.copytree(run, copy)
     for left in ("checkpoints/step-000006", "student"):
         shutil.rmtree(copy / left)
@@ -100,7 +106,9 @@ def interrupt(run: Path, copy: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory) -> Path:
-    """``straight``: 6 steps. ``resumed``: the same, interrupted after 5 and resumed from 3. ``flat``: another mode, 2 steps."""
+    """``straight``: 6 steps. ``resumed``: the same, interrupted after 5 and resumed from 3. ``flat``: another mode, 2
+    steps.
+    """
     folder = tmp_path_factory.mktemp("runs")
     (folder / "train.py").write_text(TRAIN_AND_GENERATE)
     both = [
@@ -135,7 +143,8 @@ def test_a_resumed_run_ends_in_the_same_bits(runs):
 
 def test_the_second_half_did_train(runs, tmp_path):
     assert main(["export", "--run", str(runs / "straight"), "--step", "3", "--output", str(tmp_path)]) == 0
-    half, whole = load_file(tmp_path / "student/model.safetensors"), load_file(runs / "straight/student/model.safetensors")
+    half, whole = load_file(tmp_path / "student/model.safetensors"), load_file(runs /
+    "straight/student/model.safetensors")
     assert max(float((half[name] - whole[name]).abs().max()) for name in whole) > 1e-3
 
 
@@ -193,7 +202,8 @@ def test_another_learning_rate_is_another_run(runs, models):
     done = start("launch/distill.py", *flags(models, runs / "resumed", lr=0.02))
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("kvds:")] == [
-        f"kvds: error: --lr 0.02: the checkpoint in {runs / 'resumed'} was trained with 0.01; expected the same value to go on "
+        f"kvds: error: --lr 0.02: the checkpoint in {runs / 'resumed'} was trained with 0.01; expected the same value "
+        "to go on "
         "(or --resume never, or another --output_dir)"
     ]
     assert "Traceback" not in done.stderr and (runs / "resumed/config.yaml").read_bytes() == before

@@ -77,7 +77,8 @@ class FlatPart(nn.Module):
         source, target = (student, teacher) if self.to_teacher else (teacher, student)
 
         def selected(layer: Tensor) -> Tensor:
-            # Filled before anything is computed: what lies under the mask may be NaN, and 0 · NaN would reach gradients.
+            # Filled before anything is computed: what lies under the mask may be NaN, and 0 · NaN would reach
+            # gradients.
             rows = gather_positions(layer, index).transpose(1, 2).flatten(2)  # [B, M, H·D]
             return torch.where(mask[..., None], rows, rows.new_zeros(()))
 
