@@ -204,8 +204,7 @@ def test_learned_mix_starts_near_the_diagonal_or_uniform() -> None:
     part: Any = build_aligner(STUDENT, TEACHER, settings()).parts["key"]  # type: ignore[index, union-attr]
     assert part.layer_mix().argmax(1).tolist() == near_diagonal_logits(4, 3).argmax(1).tolist() == [0, 1, 1, 2]
     assert float(part.layer_mix()[0, 0]) > 0.7
-    uniform: Any = build_aligner(STUDENT, TEACHER, settings(map_proj_init_uniform=True)).parts["key"]  # type:
-        ignore[index, union-attr]
+    uniform: Any = build_aligner(STUDENT, TEACHER, settings(map_proj_init_uniform=True)).parts["key"]  # type: ignore[index, union-attr]
     torch.testing.assert_close(uniform.layer_mix(), torch.full((4, 3), 1 / 3))
     torch.testing.assert_close(uniform.head_mix, torch.full((4, 4, 2), 0.5))
 
@@ -382,8 +381,7 @@ def test_start_keeps_the_variance_of_its_input(mode: str) -> None:
 
 
 def test_mask_of_groups_is_the_group_slices() -> None:
-    part: Any = build_aligner(STUDENT, TEACHER, settings(layer_groups=2)).parts["key"]  # type: ignore[index,
-        union-attr]
+    part: Any = build_aligner(STUDENT, TEACHER, settings(layer_groups=2)).parts["key"]  # type: ignore[index, union-attr]
     mix = part.layer_mix()
     for g, (y, x) in enumerate(zip(group_slices(4, 2), group_slices(3, 2), strict=True)):
         outside = copy.deepcopy(mix.detach()[y])

@@ -68,7 +68,7 @@ def test_unknown_command_names_the_nearest(capsys):
         (("eval", "--model", "no/such"), "--model no/such: no such folder"),
         (("eval", "--model", "x", "--max_length", "0"), "--max_length 0: expected at least 1"),
         (("eval", "--model", "x", "--subset_size", "-1"), "--subset_size -1: expected"),
-        (("export", "--run", "no/such", "--output", "out"), "no/such: no checkpoint"),
+        (("export", "--run", "no/such", "--output", "out"), "no/such: no such folder"),
         (("profile",), "expected --run DIR, or --teacher_name and --student_name"),
         (("profile", "--run", "no/such"), "--run no/such: no such folder"),
         (("profile", "--run", "x", "--student_name", "y"), "not both"),

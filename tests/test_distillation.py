@@ -32,8 +32,7 @@ CPU = torch.device("cpu")
 def qwen2(seed: int, layers: int, hidden: int, **kwargs: Any) -> Any:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=kwargs.pop("vocab_size", VOCAB), hidden_size=hidden, intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
+        vocab_size=kwargs.pop("vocab_size", VOCAB), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.15, **kwargs,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
@@ -249,8 +248,7 @@ def test_parts_add_up_and_equal_their_own_definitions() -> None:
         with KVCapture(made.module.student) as capture:
             backbone(made.module.student)(input_ids=step.batch.input_ids, attention_mask=step.batch.attention_mask)
         assert step.teacher is not None and step.teacher.states is not None
-        aligned = made.module.aligner(student=capture.states, teacher=step.teacher.states, selection=step.selection)  #
-        type: ignore[misc]
+        aligned = made.module.aligner(student=capture.states, teacher=step.teacher.states, selection=step.selection)  # type: ignore[misc]
     torch.testing.assert_close(metrics["loss/task"], hf.loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(metrics["loss/kv"], aligned.loss, rtol=1e-5, atol=0)
     # Norms and ranks from the captured tensors, one token at a time.
