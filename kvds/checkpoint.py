@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -104,8 +105,10 @@ def gather_parameters(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 def plain_student(config: PreTrainedConfig, state: dict[str, Tensor]) -> nn.Module:
     """A transformers model of its own with the gathered weights: for evaluation, generation and export."""
     dtype = next(iter(state.values())).dtype
+    config = copy.deepcopy(config)  # the training model keeps its own
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.config.use_cache = True  # training turns it off; who loads this model generates
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
     tied = (

@@ -53,6 +53,8 @@ class GradientWatch:
     ``ratio = ‖∂ kv_weight·kv / ∂(K,V)‖ / ‖∂ rest / ∂(K,V)‖``, over all layers, without a second backward pass: hooks
     see
     the KV loss's own share on the tensors handed to the aligner, and all that arrives on the projections' outputs.
+    What the KV loss of later layers sends back through the network counts with the rest: it arrives in one sum with the
+    task's, so with more than one layer the ratio is that of the direct share to everything else.
     """
 
     def __init__(self) -> None:

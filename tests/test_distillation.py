@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
-from kvds.align import build_aligner
+from kvds.align import aligner_config_dict, aligner_from_config_dict, build_aligner
 from kvds.align.fitting import AlignmentMoments
 from kvds.data.batches import EncodedSample, TokenBatch, collate, encode_examples
 from kvds.data.synthetic import synthetic_examples
@@ -32,8 +33,9 @@ CPU = torch.device("cpu")
 def qwen2(seed: int, layers: int, hidden: int, **kwargs: Any) -> Any:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=kwargs.pop("vocab_size", VOCAB), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.15, **kwargs,
+        vocab_size=kwargs.pop("vocab_size", VOCAB), hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.15, **kwargs,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
 
@@ -353,6 +355,26 @@ def test_student_equal_to_its_teacher_has_loss_zero(mode: str, direction: str) -
     assert float(module(step)[1]["loss/kv"]) > 1e-6
 
 
+@pytest.mark.parametrize("layer_map", ["learned", "endpoint", None])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("mode", ["flat", "structured"])
+def test_aligner_survives_its_file(mode: str, share: bool, layer_map: str | None) -> None:
+    made = setup(alignment_mode=mode, map_proj_share_dim=share, layer_map=layer_map, kv_loss="l1", kv_parts="v")
+    aligner = made.module.aligner
+    assert aligner is not None
+    file = io.BytesIO()
+    torch.save({"config": aligner_config_dict(aligner), "state_dict": aligner.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    step = step_input(batch_of(list(samples()), (20.0, 20.0)), made.teacher, LossWeights(task=0.0, kv=1.0))
+    expected = float(made.module(step)[1]["loss/kv"])
+    made.module.aligner = aligner_from_config_dict(saved["config"])
+    assert float(made.module(step)[1]["loss/kv"]) != expected  # statistics are part of the state
+    made.module.aligner.load_state_dict(saved["state_dict"])
+    assert float(made.module(step)[1]["loss/kv"]) == expected
+    assert aligner_config_dict(made.module.aligner) == aligner_config_dict(aligner)
+
+
 # The KV loss alone, on the built-in problems.
 
 
@@ -406,10 +428,10 @@ def test_kv_loss_alone_brings_held_out_keys_and_values_closer(problems: Any, ide
     if identity:
         with torch.no_grad():
             for part in aligner.parts.values():
-                scale = part.statistics.scale[:, None, None]
+                scale, unit = part.target_scale[:, None, None], part.source_scale[:, None, None]
                 part.head_mix.copy_(torch.eye(2))
-                part.dim_proj.copy_((torch.eye(4) / scale)[:, None])
-                part.bias.copy_(-part.statistics.mean / scale)
+                part.dim_proj.copy_((torch.eye(4) * unit / scale)[:, None])
+                part.bias.copy_(-part.target_mean / scale)
 
     judged = loaded(held_out)
 

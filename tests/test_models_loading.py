@@ -36,7 +36,9 @@ def folder(tmp_path_factory) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "qwen2")
-    GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=16, n_head=2, n_positions=64).save_pretrained(folder / "gpt2")
+    GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=16, n_head=2, n_positions=64).save_pretrained(
+        folder / "gpt2"
+    )
     T5Config().save_pretrained(folder / "t5")
     (folder / "empty").mkdir()
     return folder
@@ -69,7 +71,9 @@ def test_overrides_are_typed_and_derived_values_follow(folder):
 
 def test_a_setting_may_be_called_as_its_family_calls_it_or_by_the_common_name(folder):
     own = load_config(str(folder / "gpt2"), "n_layer=4,n_embd=128,n_head=4", flag="teacher")
-    common = load_config(str(folder / "gpt2"), "num_hidden_layers=4,hidden_size=128,num_attention_heads=4", flag="teacher")
+    common = load_config(
+        str(folder / "gpt2"), "num_hidden_layers=4,hidden_size=128,num_attention_heads=4", flag="teacher"
+    )
     assert own.to_dict() == common.to_dict()
     assert (own.n_layer, own.n_embd, kv_shape(own).head_dim) == (4, 128, 32)
 
@@ -236,7 +240,17 @@ def test_damaged_weights(folder, tmp_path, kind, parts):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[1]", "3", "{}", '{"model_type": "martian"}', b"\xff\xfe", '{"model_type": "qwen2", "hidden_size": "x"}']
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        "3",
+        "{}",
+        '{"model_type": "martian"}',
+        b"\xff\xfe",
+        '{"model_type": "qwen2", "hidden_size": "x"}',
+    ],
 )
 def test_damaged_configurations(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode() if isinstance(content, str) else content)

@@ -128,8 +128,7 @@ def runs(models, tmp_path_factory) -> Path:
 def records(run: Path) -> list[dict[str, float]]:
     """What was logged, without what a clock or the allocator says."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("time", "seconds", "memory", "tokens_per_second", "throughput")
-    return [{k: v for k, v in line.items() if not k.startswith(measured) and "per_second" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
 
 
 def test_a_resumed_run_ends_in_the_same_bits(runs):
@@ -143,8 +142,10 @@ def test_a_resumed_run_ends_in_the_same_bits(runs):
 
 def test_the_second_half_did_train(runs, tmp_path):
     assert main(["export", "--run", str(runs / "straight"), "--step", "3", "--output", str(tmp_path)]) == 0
-    half, whole = load_file(tmp_path / "student/model.safetensors"), load_file(runs /
-    "straight/student/model.safetensors")
+    half, whole = (
+        load_file(tmp_path / "student/model.safetensors"),
+        load_file(runs / "straight/student/model.safetensors"),
+    )
     assert max(float((half[name] - whole[name]).abs().max()) for name in whole) > 1e-3
 
 
@@ -153,7 +154,10 @@ def test_a_resumed_run_has_the_same_records_once(runs):
     assert [record["step"] for record in straight] == [1, 2, 3, 4, 5, 6]
     assert straight == resumed
     assert {"loss/task", "loss/kv", "lr", "grad_norm", "kv/weight", "kv/norm_ratio"} <= set(straight[-1])
-    assert len({record["kv/weight"] for record in straight}) == len({record["lr"] for record in straight}) == 6
+    assert len({record["kv/weight"] for record in straight}) == 6
+    assert (
+        len({record["lr"] for record in straight}) == 5
+    )  # up by 2 steps of warm-up and down again past the same value
 
 
 def test_an_exported_checkpoint_is_the_student_of_the_run(runs, tmp_path):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
-
+from kvds.align.aligner import KVAligner
 from kvds.align.flat import FlatAligner
 from kvds.align.loss import AlignmentLoss
 from kvds.align.structured import MapProjectionAligner
+from kvds.errors import InputError
 from kvds.kv import KVShape
 from kvds.settings import AlignmentSettings
 
-ALIGNERS: dict[str, type[nn.Module]] = {"flat": FlatAligner, "structured": MapProjectionAligner}
+ALIGNERS: dict[str, type[KVAligner]] = {"flat": FlatAligner, "structured": MapProjectionAligner}
+DEFAULT_LAYER_MAPS = {"flat": "endpoint", "structured": "learned"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,30 +22,33 @@ class _SeededSettings(AlignmentSettings):
     seed: int = 0
 
 
-def build_aligner(student: KVShape, teacher: KVShape, settings: Any) -> nn.Module:
-    """The aligner that ``settings.alignment_mode`` names.
+def build_aligner(student: KVShape, teacher: KVShape, settings: Any) -> KVAligner:
+    """The aligner that ``settings.alignment_mode`` names, with the same random start on every rank.
 
     Args:
         student: Its KV shape.
         teacher: Its KV shape.
-        settings: Fields of :class:`kvds.settings.AlignmentSettings`, and ``seed`` (a :class:`kvds.config.RunConfig`
-            has them).
+        settings: Fields of :class:`kvds.settings.AlignmentSettings`, and ``seed``, as a run's configuration has them.
 
     Raises:
         InputError: settings that the two shapes cannot serve.
     """
     names = [field.name for field in dataclasses.fields(_SeededSettings)]
     own = _SeededSettings(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+    if own.alignment_mode not in ALIGNERS:
+        raise InputError(f"alignment_mode={own.alignment_mode}: expected {' or '.join(ALIGNERS)} to build an aligner")
+    if own.layer_map is None:
+        own = dataclasses.replace(own, layer_map=DEFAULT_LAYER_MAPS[own.alignment_mode])
     return ALIGNERS[own.alignment_mode](student, teacher, own)
 
 
-def aligner_config_dict(aligner: nn.Module) -> dict[str, Any]:
+def aligner_config_dict(aligner: KVAligner) -> dict[str, Any]:
     """What rebuilds the aligner: plain values, as ``map_aligner.pt`` holds them."""
     return {name: dataclasses.asdict(getattr(aligner, name)) for name in ("student_shape", "teacher_shape", "settings")}
 
 
-def aligner_from_config_dict(config: dict[str, Any]) -> nn.Module:
-    """The inverse of :func:`aligner_config_dict`; weights are loaded by the caller."""
+def aligner_from_config_dict(config: dict[str, Any]) -> KVAligner:
+    """The inverse of :func:`aligner_config_dict`; weights and statistics are loaded by the caller."""
     return build_aligner(
         KVShape(**config["student_shape"]), KVShape(**config["teacher_shape"]), _SeededSettings(**config["settings"])
     )
@@ -53,6 +57,7 @@ def aligner_from_config_dict(config: dict[str, Any]) -> nn.Module:
 __all__ = [
     "AlignmentLoss",
     "FlatAligner",
+    "KVAligner",
     "MapProjectionAligner",
     "aligner_config_dict",
     "aligner_from_config_dict",

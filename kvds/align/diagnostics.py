@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvds.kv import KVShape
+from kvds.align.aligner import KVAligner
+from kvds.align.loss import PARTS
+from kvds.align.part import AlignerPart
+from kvds.align.structured import StructuredPart
+from kvds.kv import KVShape, group_slices
 
 
 def effective_rank(rows: Tensor) -> Tensor:
@@ -19,11 +24,12 @@ def effective_rank(rows: Tensor) -> Tensor:
         rows: ``[N, D]``.
 
     Returns:
-        Scalar between 1 and D; 0 where the rows do not vary.
+        Scalar between 1 and D, on the device of the rows; 0 where the rows do not vary.
 
     Source: Roy and Vetterli, The effective rank (2007).
     """
-    centred = rows.float() - rows.float().mean(0)
+    rows = rows.to(torch.promote_types(torch.float32, rows.dtype))
+    centred = rows - rows.mean(0)
     eigenvalues = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0)
     total = eigenvalues.sum()
     share = eigenvalues / total.clamp_min(1e-30)
@@ -31,86 +37,96 @@ def effective_rank(rows: Tensor) -> Tensor:
     return torch.where(total > 0, entropy.exp(), torch.zeros_like(entropy))
 
 
-def kv_norm(layers: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    """Root mean square, over layers and selected tokens, of a token's norm over heads and dimensions.
+def kv_norm(layers: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Root mean square of a token's norm over heads and dimensions, over layers and selected tokens; 0 where none is.
 
     Args:
-        layers: Per layer ``[B, H, T, D]``.
-        mask: ``[B, T]`` bool.
+        layers: Per layer ``[B, H, M, D]``.
+        mask: ``[B, M]`` bool.
     """
-    squares = [layer.float().square().sum((1, 3)) for layer in layers]
-    count = mask.sum().clamp_min(1)
-    return torch.stack([torch.where(mask, s, s.new_zeros(())).sum() / count for s in squares]).mean().sqrt()
+    squares = torch.stack([layer.float().square().sum((1, 3)) for layer in layers])  # [L, B, M]
+    selected = torch.where(mask, squares, squares.new_zeros(()))
+    return (selected.sum() / (mask.sum().clamp_min(1) * len(layers))).sqrt()
 
 
 def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[str, int]:
-    """Learned parameters of each alignment for a pair of models."""
-    from kvds.align import build_aligner
+    """Learned numbers of each alignment for a pair of models, under otherwise the same settings.
 
-    counts = {}
-    for name, mode, share in (
-        ("flat", "flat", False),
-        ("structured", "structured", False),
-        ("structured, share_dim", "structured", True),
-    ):
+    Modes other than that of ``settings`` are counted with their own default layer map.
+    """
+    source, target = (student, teacher) if settings.direction == "student_to_teacher" else (teacher, student)
+    heads_x, heads_y = source.num_key_value_heads, target.num_key_value_heads
+
+    def layers_and_logits(mode: str, groups: int) -> tuple[int, int]:
         layer_map = settings.layer_map if mode == settings.alignment_mode else None
-        groups = (
-            {"layer_groups": settings.layer_groups, "head_groups": settings.head_groups}
-            if mode == "structured"
-            else {"layer_groups": 1, "head_groups": 1}
-        )
-        fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-        chosen = type(settings)(
-            **{**fields, "alignment_mode": mode, "map_proj_share_dim": share, "layer_map": layer_map, **groups}
-        )
-        counts[name] = sum(p.numel() for p in build_aligner(student, teacher, chosen).parameters())
-    return counts
+        if (layer_map or {"flat": "endpoint", "structured": "learned"}[mode]) != "learned":
+            return student.num_hidden_layers, 0  # one target layer per student layer
+        widest = max(group.stop - group.start for group in group_slices(source.num_hidden_layers, groups))
+        return target.num_hidden_layers, target.num_hidden_layers * widest
+
+    def flat() -> int:
+        layers, logits = layers_and_logits("flat", 1)
+        width_x, width_y = heads_x * source.head_dim, heads_y * target.head_dim
+        return logits + layers * (width_x + 1) * width_y
+
+    def structured(share_dim: bool) -> int:
+        layers, logits = layers_and_logits("structured", settings.layer_groups)
+        mixes = (1 if share_dim else layers) * heads_y * (heads_x // settings.head_groups)
+        projections = (1 if share_dim else layers * heads_y) * source.head_dim * target.head_dim
+        return logits + mixes + projections + layers * heads_y * target.head_dim
+
+    counts = {"flat": flat(), "structured": structured(False), "structured, share_dim": structured(True)}
+    return {mode: len(PARTS[settings.kv_parts]) * count for mode, count in counts.items()}
+
+
+def _parts(aligner: KVAligner) -> dict[str, AlignerPart]:
+    return dict(aligner.parts.items())  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def describe_aligner(aligner: nn.Module) -> dict[str, Any]:
-    """Shapes and counts of its parameters, and for each row of the layer mix its strongest source and its entropy in
-    nats.
-    """
+def describe_aligner(aligner: KVAligner) -> dict[str, Any]:
+    """Shapes and counts of its parameters, and for each row of a mix its strongest source and its entropy in nats."""
     parts = {}
-    for name, part in aligner.parts.items():  # type: ignore[operator, union-attr]
+    for name, part in _parts(aligner).items():
         mix = part.layer_mix().float()
         entropy = -(mix * mix.clamp_min(1e-30).log()).sum(1)
         parts[name] = {
             "parameters": {key: tuple(value.shape) for key, value in part.named_parameters()},
             "layer_mix_argmax": mix.argmax(1).tolist(),
-            "layer_mix_entropy": [round(value, 4) for value in entropy.tolist()],
+            "layer_mix_entropy": [round(abs(value), 4) for value in entropy.tolist()],
             "layer_pairs": part.pairs,
         }
-    settings: Any = aligner.settings
+        if isinstance(part, StructuredPart):
+            # Head weights may be of either sign: the strongest is the largest in size.
+            parts[name]["head_mix_argmax"] = part.head_weights().abs().argmax(-1).tolist()
+    settings = aligner.settings
     return {
         "alignment_mode": settings.alignment_mode,
         "direction": settings.direction,
-        "student": dataclasses.asdict(aligner.student_shape),  # type: ignore[call-overload]
-        "teacher": dataclasses.asdict(aligner.teacher_shape),  # type: ignore[call-overload]
+        "student": dataclasses.asdict(aligner.student_shape),
+        "teacher": dataclasses.asdict(aligner.teacher_shape),
         "parameters": sum(p.numel() for p in aligner.parameters()),
         "parts": parts,
     }
 
 
 @torch.no_grad()
-def save_heatmaps(aligner: nn.Module, path: str | Path) -> Path:
+def save_heatmaps(aligner: KVAligner, path: str | Path) -> Path:
     """Draw layer mix and, where there is one, head mix of each part as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels: list[tuple[str, Tensor, str, str]] = []
-    to_teacher = aligner.settings.direction == "student_to_teacher"  # type: ignore[union-attr]
+    to_teacher = aligner.settings.direction == "student_to_teacher"
     source, target = ("student", "teacher") if to_teacher else ("teacher", "student")
-    for name, part in aligner.parts.items():  # type: ignore[operator, union-attr]
-        panels.append((f"{name}: layer mix", part.layer_mix(), f"{source} layer", f"{target} layer"))
-        if hasattr(part, "head_mix"):
-            mix = part.head_mix if part.head_mix.dim() == 2 else part.head_mix.mean(0)
-            title = f"{name}: head mix" if part.head_mix.dim() == 2 else f"{name}: head mix, mean over layers"
-            panels.append((title, mix, f"{source} KV head", f"{target} KV head"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False, layout="constrained")
+    panels: list[tuple[str, Tensor, str, str]] = []
+    for name, part in _parts(aligner).items():
+        row = f"{target} layer" if part.pairs is None else "student layer"
+        panels.append((f"{name}: layer mix", part.layer_mix(), f"{source} layer", row))
+        if isinstance(part, StructuredPart):
+            per_layer = part.head_mix.dim() == 3
+            title = f"{name}: head mix, mean over layers" if per_layer else f"{name}: head mix"
+            panels.append((title, part.head_weights().mean(0), f"{source} KV head", f"{target} KV head"))
+    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, values, x_label, y_label) in zip(axes[0], panels, strict=True):
         image = axis.imshow(values.float().cpu().numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
@@ -118,5 +134,4 @@ def save_heatmaps(aligner: nn.Module, path: str | Path) -> Path:
         axis.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axis, shrink=0.85)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return Path(path)

@@ -7,124 +7,91 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvds.align.layer_map import HARD_MAPS, near_diagonal_logits
-from kvds.align.loss import PARTS, AlignmentLoss, TeacherStatistics, combine
-from kvds.align.structured import semi_orthogonal
-from kvds.kv import KVShape, KVStates, Selection, gather_positions
+from kvds.align.aligner import KVAligner
+from kvds.align.part import AlignerPart, compute_dtype, random_start
+from kvds.errors import InputError
+from kvds.kv import KVShape, gather_positions
 from kvds.ops.reference import penalty
 
 
-class FlatPart(nn.Module):
-    """The maps of keys, or of values: ``projected_i = scale_i · (x_i @ weight_i + bias_i) + mean_i`` over flattened
-    heads.
+class FlatPart(AlignerPart):
+    """``map_i(source) = (Σ_l softmax(layer_logits)[i,l] · x_l) @ weight_i`` over flattened heads ``x``.
+
+    A hard layer map names one ``l`` for each ``i``.
 
     Attributes:
-        weight: ``[L, H_x·D_x, H_y·D_y]``, one map per pair of layers.
-        bias: ``[L, H_y·D_y]``.
-        layer_logits: ``[L_y, L_x]`` with a learned layer mix; absent with a hard map.
+        weight: ``[L_y, H_x·D_x, H_y·D_y]``.
+        bias: ``[L_y, H_y·D_y]``.
     """
 
     def __init__(self, student: KVShape, teacher: KVShape, settings: Any, seed: int) -> None:
-        super().__init__()
-        self.to_teacher = settings.direction == "student_to_teacher"
-        source, target = (student, teacher) if self.to_teacher else (teacher, student)
-        self.loss_name = settings.kv_loss
-        self.statistics = TeacherStatistics(teacher)
-        hard = HARD_MAPS.get(settings.layer_map or "endpoint")
-        self.pairs = (
-            None if hard is None else list(enumerate(hard(student.num_hidden_layers, teacher.num_hidden_layers)))
-        )
-        layers = target.num_hidden_layers if self.pairs is None else len(self.pairs)
-        width_x = source.num_key_value_heads * source.head_dim
-        width_y = target.num_key_value_heads * target.head_dim
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(
-            semi_orthogonal(width_x, width_y, generator).expand(layers, width_x, width_y).clone()
-        )
-        self.bias = nn.Parameter(torch.zeros(layers, width_y))
-        if self.pairs is None:
-            self.layer_logits = nn.Parameter(near_diagonal_logits(layers, source.num_hidden_layers))
-        if settings.aligner_update == "frozen":
-            self.requires_grad_(False)
+        super().__init__(student, teacher, settings, seed)
+        width_x, width_y = (s.num_key_value_heads * s.head_dim for s in (self.source_shape, self.target_shape))
+        start = random_start(width_x, width_y, seed)
+        self.weight = nn.Parameter(start.expand(self.num_targets, width_x, width_y).clone())
+        self.bias = nn.Parameter(torch.zeros(self.num_targets, width_y))
 
-    def layer_mix(self) -> Tensor:
-        """``[L_y, L_x]`` weights over source layers, rows summing to 1."""
-        if self.pairs is not None:
-            return torch.eye(len(self.pairs), device=self.weight.device, dtype=self.weight.dtype)
-        return self.layer_logits.softmax(1)
+    @property
+    def projection(self) -> nn.Parameter:
+        """``weight``."""
+        return self.weight
 
-    def target_statistics(self) -> tuple[Tensor, Tensor]:
-        """``mean [L_y, H_y·D_y]`` added to the projection and ``scale [L_y]``; see the structured part for the
-        reasons.
-        """
-        mean, scale = self.statistics.mean.flatten(1), self.statistics.scale
-        if self.pairs is not None:
-            chosen = [teacher for _, teacher in self.pairs]
-            mean, scale = mean[chosen], scale[chosen]
-        if self.to_teacher:
-            return mean, scale
-        if self.pairs is None:
-            scale = near_diagonal_logits(*self.layer_logits.shape).to(scale).softmax(1) @ scale
-        return torch.zeros_like(self.bias), scale
+    def source_rows(self, rows: Tensor) -> Tensor:
+        """``[layers, N, H_x, D_x]`` → ``[L_y, 1, N, H_x·D_x]``."""
+        return self.mixed_layers(rows).flatten(2).unsqueeze(1)
+
+    def target_rows(self, rows: Tensor) -> Tensor:
+        """``[L_y, N, H_y, D_y]`` → ``[L_y, 1, N, H_y·D_y]``."""
+        return rows.flatten(2).unsqueeze(1)
 
     def forward(
         self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss and losses per pair of layers of one part. Tuples of ``[B, H, T, D]``, one per layer."""
-        if self.pairs is not None:
-            student = tuple(student[i] for i, _ in self.pairs)
-            teacher = tuple(teacher[i] for _, i in self.pairs)
-        source, target = (student, teacher) if self.to_teacher else (teacher, student)
+        """One matrix product per target layer on the selected positions; see :meth:`AlignerPart.forward`."""
+        source, target = self.sides(student, teacher)
+        dtype = compute_dtype(source)
 
         def selected(layer: Tensor) -> Tensor:
-            # Filled before anything is computed: what lies under the mask may be NaN, and 0 · NaN would reach
-            # gradients.
-            rows = gather_positions(layer, index).transpose(1, 2).flatten(2)  # [B, M, H·D]
-            return torch.where(mask[..., None], rows, rows.new_zeros(()))
+            # [B, M, H·D], without an index a view of what a projection put out. Filled, not multiplied with the mask:
+            # what lies under it may be anything, also NaN.
+            rows = gather_positions(layer, index).transpose(1, 2).flatten(2)
+            return torch.where(mask[..., None], rows.to(dtype), rows.new_zeros((), dtype=dtype))
 
         rows = [selected(layer) for layer in source]
-        mean, scale = self.target_statistics()
-        gain = scale if self.to_teacher else torch.ones_like(scale)
-        mix = None if self.pairs is not None else self.layer_mix()
-        count = (mask.sum() * target[0].shape[1] * target[0].shape[3]).clamp_min(1)
+        if self.layer_logits is not None:
+            [(y, x)] = self.layer_blocks
+            stacked = torch.stack(rows)
+            mixed = (self.block_weights(y, x).to(dtype) @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
+            rows = list(mixed.unbind(0))
+        scale, mean = self.target_scale.to(dtype), self.target_mean.flatten(1).to(dtype)
+        weight = self.weight.to(dtype) / self.source_scale[:, None, None].to(dtype)
+        bias = self.bias.to(dtype)
+        count = (mask.sum() * weight.shape[2]).clamp_min(1)
         losses = []
         for i, layer in enumerate(target):
-            mixed = (
-                rows[i]
-                if mix is None
-                else torch.stack([w.to(r.dtype) * r for w, r in zip(mix[i], rows, strict=True)]).sum(0)
-            )
-            projected = (
-                gain[i] * (mixed @ self.weight[i].to(mixed.dtype)).to(scale.dtype) + scale[i] * self.bias[i] + mean[i]
-            )
-            elements = penalty((projected - selected(layer)) / scale[i], self.loss_name)
+            wanted = (selected(layer) - mean[i]) / scale[i]
+            elements = penalty(rows[i] @ weight[i] + bias[i] - wanted, self.loss_name)
             losses.append(torch.where(mask[..., None], elements, elements.new_zeros(())).sum() / count)
         per_layer = torch.stack(losses)
         return per_layer.mean(), per_layer.detach()
 
 
-class FlatAligner(nn.Module):
-    """Flat alignment of keys and of values, maps of their own for each.
+class FlatAligner(KVAligner):
+    """Flat alignment: the map of :class:`FlatPart`, the arguments of :class:`KVAligner`."""
 
-    Args:
-        student: Its KV shape.
-        teacher: Its KV shape.
-        settings: Fields of :class:`kvds.settings.AlignmentSettings`, and ``seed``.
-    """
+    part_class = FlatPart
 
-    def __init__(self, student: KVShape, teacher: KVShape, settings: Any) -> None:
-        super().__init__()
-        self.student_shape, self.teacher_shape, self.settings = student, teacher, settings
-        seed = int(getattr(settings, "seed", 0))
-        self.parts = nn.ModuleDict(
-            {name: FlatPart(student, teacher, settings, seed + i) for i, name in enumerate(PARTS[settings.kv_parts])}
-        )
+    @classmethod
+    def map_widths(cls, student: KVShape, teacher: KVShape) -> tuple[int, int]:
+        """All heads of a layer together."""
+        return student.num_key_value_heads * student.head_dim, teacher.num_key_value_heads * teacher.head_dim
 
-    def forward(self, student: KVStates, teacher: KVStates, selection: Selection) -> AlignmentLoss:
-        """The mean over the selected positions of this micro-batch."""
-        return combine(
-            {
-                name: part(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection.index, selection.mask)
-                for name, part in self.parts.items()
-            }
-        )
+    @classmethod
+    def _check(cls, student: KVShape, teacher: KVShape, settings: Any) -> None:
+        for name in ("layer_groups", "head_groups"):
+            if getattr(settings, name) != 1:
+                raise InputError(
+                    f"{name}={getattr(settings, name)}: expected 1 with --alignment_mode flat, which flattens heads "
+                    f"(or --alignment_mode structured)"
+                )
+        super()._check(student, teacher, settings)

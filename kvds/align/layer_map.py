@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Logit lost per squared layer of distance: the mix starts at about 0.7 on the nearest layer.
+# Logit lost per layer of distance: the nearest layer starts with about 3/4 of the weight. Linear, not quadratic, so
+# that a layer further off still has a gradient to be found by.
 _SHARPNESS = 2.0
 
 
 def endpoint_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
-    """For each student layer the teacher layer at the same relative depth, first on first and last on last, half up.
+    """For each student layer the teacher layer at the same relative depth: first on first, last on last, half up.
 
-    Half up, not to even: ``round()`` would name teacher layers 0, 2, 3 for 3 students of 4 and skip one at random.
+    Half up, not ``round()``: that goes to even, and so rounds one layer up and the next one down.
     """
     if num_student_layers == 1:
         return [num_teacher_layers - 1]
@@ -21,21 +22,14 @@ def endpoint_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
 
 
 def last_aligned_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
-    """Layers counted from the top: the last student layer on the last teacher layer, the one before on the one
-    before.
-    """
+    """Layers counted from the top: the last student layer on the last teacher layer, and so on downwards."""
     return [max(0, num_teacher_layers - num_student_layers + i) for i in range(num_student_layers)]
 
 
 HARD_MAPS = {"endpoint": endpoint_map, "last_aligned": last_aligned_map}
 
 
-def near_diagonal_logits(num_target_layers: int, num_source_layers: int) -> Tensor:
-    """``[L_y, L_x]`` logits whose softmax peaks at the source layer of the same relative depth."""
-    target = (
-        torch.linspace(0, num_source_layers - 1, num_target_layers)
-        if num_target_layers > 1
-        else torch.tensor([num_source_layers - 1.0])
-    )
-    distance = target[:, None] - torch.arange(num_source_layers)
-    return -_SHARPNESS * distance.square()
+def near_diagonal_logits(num_targets: int, num_sources: int) -> Tensor:
+    """``[num_targets, num_sources]`` logits whose softmax peaks at the source of the same relative depth."""
+    position = torch.linspace(0, num_sources - 1, num_targets) if num_targets > 1 else torch.tensor([num_sources - 1.0])
+    return -_SHARPNESS * (position[:, None] - torch.arange(num_sources)).abs()

@@ -1,25 +1,25 @@
-"""What an aligner returns, and the statistics of the fixed side that it measures residuals in."""
+"""What an aligner returns."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvds.kv import KVShape
+PARTS = {"kv": ("key", "value"), "k": ("key",), "v": ("value",)}
 
 
 class AlignmentLoss(NamedTuple):
-    """The KV loss of a micro-batch.
+    """The KV loss of a micro-batch: means over its selected positions, fp32 (fp64 for fp64 states).
 
     A named tuple, since ZeRO-3 finds the tensors that leave a module only in tuples, lists and dicts.
 
     Attributes:
-        loss: Mean over the parts asked for, fp32 scalar with a graph.
+        loss: Mean over the parts asked for, scalar with a graph.
         key_loss: Of keys, detached; None when keys are not matched.
         value_loss: Of values, detached; None when values are not matched.
-        key_layers: ``[L]`` per matched pair of layers, detached.
+        key_layers: ``[L_y]`` per target layer (per pair with a hard layer map), detached.
         value_layers: The same for values.
     """
 
@@ -30,28 +30,7 @@ class AlignmentLoss(NamedTuple):
     value_layers: Tensor | None
 
 
-class TeacherStatistics(nn.Module):
-    """Per-channel mean and per-layer standard deviation of the teacher's keys or values.
-
-    Measured once before step 1 and kept: a statistic of the batch would make the loss depend on how it is split, one of
-    the trained side could be lowered by shrinking.
-
-    Attributes:
-        mean: ``[L_t, H_t, D_t]`` buffer.
-        scale: ``[L_t]`` buffer, standard deviation after the mean is taken out.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, teacher: KVShape) -> None:
-        super().__init__()
-        layers = teacher.num_hidden_layers
-        self.register_buffer("mean", torch.zeros(layers, teacher.num_key_value_heads, teacher.head_dim))
-        self.register_buffer("scale", torch.ones(layers))
-
-
-def combine(parts: dict[str, tuple[Tensor, Tensor]]) -> AlignmentLoss:
+def average_parts(parts: dict[str, tuple[Tensor, Tensor]]) -> AlignmentLoss:
     """Average the parts, ``"key"`` and ``"value"``, each a loss with a graph and losses per layer."""
     loss = torch.stack([part for part, _ in parts.values()]).mean()
     keys, values = parts.get("key"), parts.get("value")
@@ -59,9 +38,6 @@ def combine(parts: dict[str, tuple[Tensor, Tensor]]) -> AlignmentLoss:
         loss,
         None if keys is None else keys[0].detach(),
         None if values is None else values[0].detach(),
-        None if keys is None else keys[1],
-        None if values is None else values[1],
+        None if keys is None else keys[1].detach(),
+        None if values is None else values[1].detach(),
     )
-
-
-PARTS = {"kv": ("key", "value"), "k": ("key",), "v": ("value",)}

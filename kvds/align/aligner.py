@@ -1,0 +1,114 @@
+"""The module that turns keys and values of two models into a loss: a part for keys, a part for values."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, ClassVar
+
+from torch import nn
+
+from kvds.align.loss import PARTS, AlignmentLoss, average_parts
+from kvds.align.part import AlignerPart
+from kvds.errors import InputError
+from kvds.kv import KVShape, KVStates, Selection
+
+log = logging.getLogger(__name__)
+
+
+class KVAligner(nn.Module):
+    """Alignment of keys and of values, with maps of their own for each.
+
+    It owns no parameters itself: each part uses its own inside its own ``forward``, where ZeRO-3 gathers them.
+
+    Args:
+        student: Its KV shape.
+        teacher: Its KV shape.
+        settings: Fields of :class:`kvds.settings.AlignmentSettings`, and ``seed`` where there is one.
+
+    Attributes:
+        parts: ``"key"`` and ``"value"``, or the one that ``kv_parts`` asks for.
+
+    Raises:
+        InputError: settings that the two shapes cannot serve.
+    """
+
+    part_class: ClassVar[type[AlignerPart]]
+
+    def __init__(self, student: KVShape, teacher: KVShape, settings: Any) -> None:
+        super().__init__()
+        self._check(student, teacher, settings)
+        self.student_shape, self.teacher_shape, self.settings = student, teacher, settings
+        seed = int(getattr(settings, "seed", 0))
+        # Keys and values start from different maps, each the same on every rank.
+        self.parts = nn.ModuleDict(
+            {
+                part: self.part_class(student, teacher, settings, 2 * seed + ("key", "value").index(part))
+                for part in PARTS[settings.kv_parts]
+            }
+        )
+        if settings.aligner_update == "frozen":
+            self.requires_grad_(False)
+        elif settings.direction == "teacher_to_student":
+            _warn_of_collapse()
+
+    def forward(self, student: KVStates, teacher: KVStates, selection: Selection) -> AlignmentLoss:
+        """The distance between projected and given states, mean over the selected positions of this micro-batch.
+
+        Args:
+            student: Keys and values per layer, with a graph.
+            teacher: Keys and values per layer; no gradient goes there.
+            selection: Which positions count, the same for both.
+
+        Raises:
+            InputError: states of another shape than the configurations promise.
+        """
+        student.check(self.student_shape, side="student")
+        teacher.check(self.teacher_shape, side="teacher")
+        teacher = teacher.detach()
+        return average_parts(
+            {
+                name: part(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection.index, selection.mask)
+                for name, part in self.parts.items()
+            }
+        )
+
+    @classmethod
+    def map_widths(cls, student: KVShape, teacher: KVShape) -> tuple[int, int]:
+        """Dimensions on the student's and on the teacher's side of a dimension map."""
+        return student.head_dim, teacher.head_dim
+
+    @classmethod
+    def _check(cls, student: KVShape, teacher: KVShape, settings: Any) -> None:
+        layers = min(student.num_hidden_layers, teacher.num_hidden_layers)
+        if not 1 <= settings.layer_groups <= layers:
+            raise InputError(
+                f"layer_groups={settings.layer_groups}: expected 1 to {layers}, the smaller of the models' layer "
+                f"counts ({student.num_hidden_layers} and {teacher.num_hidden_layers}), so that no group is empty"
+            )
+        heads = student.num_key_value_heads, teacher.num_key_value_heads
+        if settings.head_groups < 1 or any(count % settings.head_groups for count in heads):
+            raise InputError(
+                f"head_groups={settings.head_groups}: expected a number that divides the KV heads of the student "
+                f"({heads[0]}) and of the teacher ({heads[1]}); 1 = every head draws from all"
+            )
+        width_s, width_t = cls.map_widths(student, teacher)
+        if width_t < width_s and settings.direction == "teacher_to_student":
+            raise InputError(
+                f"direction=teacher_to_student: a map from the teacher's {width_t} dimensions would confine the "
+                f"student to as many of its {width_s}; expected a teacher at least as wide (or --direction "
+                f"student_to_teacher)"
+            )
+        if width_t < width_s and settings.map_start == "pca":
+            raise InputError(
+                f"map_start=pca: the teacher's {width_t} dimensions have no {width_s} principal directions for the "
+                f"student's; expected a teacher at least as wide (or --map_start procrustes, ridge or random)"
+            )
+
+
+@functools.cache
+def _warn_of_collapse() -> None:
+    log.warning(
+        "direction=teacher_to_student with a trained map collapses: the KV loss falls while the student's keys and "
+        "values shrink to nothing; watch kv/norm_ratio (or --direction student_to_teacher, or --aligner_update frozen)"
+    )

@@ -1,0 +1,157 @@
+"""What flat and structured alignment have in common: which layers meet, in which units, for keys or for values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvds.align.layer_map import HARD_MAPS, near_diagonal_logits
+from kvds.kv import KVShape, group_slices
+
+# Of a random start, in standard deviations of the target.
+START_GAIN = 1.0
+
+
+def random_start(width_x: int, width_y: int, seed: int) -> Tensor:
+    """``[width_x, width_y]``, semi-orthogonal: a random rotation, cut to shape, times ``START_GAIN``."""
+    generator = torch.Generator().manual_seed(seed)
+    long, short = max(width_x, width_y), min(width_x, width_y)
+    q, r = torch.linalg.qr(torch.randn(long, short, generator=generator, dtype=torch.float64))
+    q = q * r.diagonal().sign()  # without it, QR's sign convention would favour some rotations
+    # Contiguous: DeepSpeed sends parameters around as bytes.
+    return START_GAIN * (q if width_x >= width_y else q.T).float().contiguous()
+
+
+def compute_dtype(states: Sequence[Tensor]) -> torch.dtype:
+    """bf16 states are compared in fp32: the constant offset of keys may be a hundred times what they vary by."""
+    return torch.promote_types(torch.float32, states[0].dtype)
+
+
+class AlignerPart(nn.Module, ABC):
+    """The maps of keys, or of values, from the layers of ``source`` to those of ``target``.
+
+    Source is the student and target the teacher with direction ``student_to_teacher``, the reverse otherwise. All
+    learned parameters work in standardised units,
+
+    ``projected_i = target_scale_i · (map_i(source) / source_scale_i + bias_i) + target_mean_i``,
+
+    so that a learning rate means the same for any pair of models. The buffers are measured once before step 1
+    (:mod:`kvds.align.fitting`) and then constant: a statistic of the batch would make the loss depend on how a batch
+    is split, and a loss measured in a unit of the trained side falls when that side shrinks. The unit of the loss is
+    always the teacher's: of its layer, or (towards the student) of the mix of its layers that the map starts from.
+
+    Attributes:
+        pairs: ``(student layer, teacher layer)`` of a hard layer map; None with a learned one.
+        layer_blocks: Runs of target layers and the run of source layers that each draws from, one per layer group. With
+            a hard map (where groups have nothing to cut) one: its pairs in order, see :meth:`sides`.
+        layer_logits: ``[L_y, L_x]`` (``[L_y, widest group]`` with groups); absent with a hard layer map.
+        target_mean: ``[L_y, H_y, D_y]`` buffer, per channel; zero towards the student, whose mean the bias holds.
+        target_scale: ``[L_y]`` buffer, the unit of the loss.
+        source_scale: ``[L_y]`` buffer, standard deviation at the start of what target layer i draws from.
+    """
+
+    target_mean: Tensor
+    target_scale: Tensor
+    source_scale: Tensor
+
+    bias: nn.Parameter
+
+    def __init__(self, student: KVShape, teacher: KVShape, settings: Any, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.to_teacher = settings.direction == "student_to_teacher"
+        self.source_shape, self.target_shape = (student, teacher) if self.to_teacher else (teacher, student)
+        self.loss_name = settings.kv_loss
+        sources, targets = self.source_shape.num_hidden_layers, self.target_shape.num_hidden_layers
+        hard = HARD_MAPS.get(settings.layer_map)
+        self.pairs: list[tuple[int, int]] | None = None
+        if hard is not None:
+            self.pairs = list(enumerate(hard(student.num_hidden_layers, teacher.num_hidden_layers)))
+            targets = len(self.pairs)
+            self.layer_blocks = [(slice(0, targets), slice(0, targets))]
+            self.register_parameter("layer_logits", None)
+        else:
+            groups = settings.layer_groups
+            self.layer_blocks = list(zip(group_slices(targets, groups), group_slices(sources, groups), strict=True))
+            logits = torch.zeros(targets, max(x.stop - x.start for _, x in self.layer_blocks))
+            if not settings.map_proj_init_uniform:
+                diagonal = near_diagonal_logits(targets, sources)
+                for y, x in self.layer_blocks:
+                    logits[y, : x.stop - x.start] = diagonal[y, x]
+            self.layer_logits = nn.Parameter(logits)
+        self.num_targets = targets
+        shape = self.target_shape
+        self.register_buffer("target_mean", torch.zeros(targets, shape.num_key_value_heads, shape.head_dim))
+        self.register_buffer("target_scale", torch.ones(targets))
+        self.register_buffer("source_scale", torch.ones(targets))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignerPart:
+        # A mean in bf16 would be off by more than what keys vary by: the statistics stay fp32 under .bfloat16().
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def sides(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """``source`` and ``target``, with a hard map only the layers that meet, in the order of the pairs."""
+        if self.pairs is not None:
+            student = tuple(student[i] for i, _ in self.pairs)
+            teacher = tuple(teacher[i] for _, i in self.pairs)
+        return (student, teacher) if self.to_teacher else (teacher, student)
+
+    def block_weights(self, y: slice, x: slice) -> Tensor:
+        """``[targets, sources]`` softmax weights of one of ``layer_blocks`` of a learned layer map."""
+        logits = self.layer_logits[y, : x.stop - x.start]
+        return logits.to(torch.promote_types(torch.float32, logits.dtype)).softmax(1)
+
+    def layer_mix(self) -> Tensor:
+        """``[L_y, L_x]`` weights over all layers of the source, rows summing to 1, zero outside a row's group."""
+        mix = self.source_scale.new_zeros(self.num_targets, self.source_shape.num_hidden_layers)
+        if self.pairs is not None:
+            for i, pair in enumerate(self.pairs):
+                mix[i, pair[0 if self.to_teacher else 1]] = 1.0
+            return mix
+        for y, x in self.layer_blocks:
+            mix[y, x] = self.block_weights(y, x).to(mix.dtype)
+        return mix
+
+    def mixed_layers(self, rows: Tensor) -> Tensor:
+        """``[layers of source after sides(), …]`` → ``[L_y, …]`` by the layer mix as it is now."""
+        if self.pairs is not None:
+            return rows
+        return (self.layer_mix().to(rows.dtype) @ rows.flatten(1)).unflatten(1, rows.shape[1:])
+
+    @property
+    @abstractmethod
+    def projection(self) -> nn.Parameter:
+        """The dimension maps, ``[D_x, D_y]`` or ``[L_y, …, D_x, D_y]``."""
+
+    @abstractmethod
+    def source_rows(self, rows: Tensor) -> Tensor:
+        """What the dimension maps are applied to: ``[layers, N, H_x, D_x]`` → ``[L_y, maps per layer, N, width]``."""
+
+    @abstractmethod
+    def target_rows(self, rows: Tensor) -> Tensor:
+        """What the dimension maps should give: ``[L_y, N, H_y, D_y]`` → ``[L_y, maps per layer, N, width]``."""
+
+    @abstractmethod
+    def forward(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss (scalar with a graph) and detached losses ``[L_y]`` of one part.
+
+        Args:
+            student: Per layer ``[B, H, T, D]``.
+            teacher: Per layer ``[B, H, T, D]``.
+            index: ``[B, M]`` int64 positions; None = every position.
+            mask: ``[B, M]`` bool, True = counts.
+        """

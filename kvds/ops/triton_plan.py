@@ -1,0 +1,173 @@
+"""What the Triton kernel is asked to do for given shapes: stages, tiles, programs. Pure arithmetic; imports no triton.
+
+With one ``dim_proj`` for all layers and heads and at most 64 (layer, head) rows on either side, one launch does everything.
+Otherwise mixing and projection are launches of their own, over chunks of tokens whose intermediates stay in the L2 cache:
+mix layers (and heads), then project and compare, then mix the gradients back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 128
+"""Rows (layers times heads of a problem) that one tile holds."""
+MAX_FUSED_ROWS = 64
+"""Rows up to which mixing and projecting fit one program's registers together."""
+MAX_DIM = 128
+"""head_dim above which a program's weight gradient does not fit its registers."""
+TILE_ROWS = 64
+"""Rows that a tile is filled up to with further tokens."""
+WORKSPACE_BYTES = 24 * 2**20
+"""Intermediates of one chunk of tokens: about half the L2 cache of an H100."""
+PROGRAMS_PER_PROCESSOR = 2
+MIN_TILES_PER_PROGRAM = 4
+"""Below this a program's partial weight gradients cost more to write than its tiles to read."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One launch: ``problems`` independent sets of source rows mixed (and projected) into sets of target rows.
+
+    Attributes:
+        kind: ``dense`` (one problem: all layers and heads), ``layers`` (a problem per target layer, all its heads),
+            ``heads`` (a problem per source head, all layers) or ``rows`` (a problem per target layer and head, no mixing).
+        problems: Their number.
+        head_problems: How many of them lie side by side along the heads.
+        layers_x, heads_x, layers_y, heads_y: Of one problem.
+        projects: Whether ``dim_proj`` is applied.
+        shared_proj: Whether all problems have the same one.
+        shared_mix: Whether all problems have the same mixing weights.
+        dims_first: Whether the projection comes before the mixing.
+    """
+
+    kind: str
+    problems: int
+    head_problems: int
+    layers_x: int
+    heads_x: int
+    layers_y: int
+    heads_y: int
+    projects: bool
+    shared_proj: bool = True
+    shared_mix: bool = False
+    dims_first: bool = False
+
+    @property
+    def rows_x(self) -> int:
+        """Source rows per token of one problem."""
+        return self.layers_x * self.heads_x
+
+    @property
+    def rows_y(self) -> int:
+        """Target rows per token of one problem."""
+        return self.layers_y * self.heads_y
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows are mixed at all."""
+        return self.kind != "rows"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of a launch: ``tokens`` per tile, padded rows and dimensions, and how it is compiled."""
+
+    tokens: int
+    block_x: int
+    block_y: int
+    block_dim_x: int
+    block_dim_y: int
+    num_warps: int
+    num_stages: int
+    transposed: bool = False
+
+
+def _power_of_two(value: int) -> int:
+    return max(16, 1 << (value - 1).bit_length())
+
+
+def plan_stages(
+    layers: tuple[int, int], heads: tuple[int, int], dims: tuple[int, int], *, sparse: bool, head_mix_dim: int, proj_dim: int
+) -> list[Stage]:
+    """Launches from source to projection; the last one projects. Pairs are (source, target)."""
+    (layers_x, layers_y), (heads_x, heads_y) = layers, heads
+    shared_heads, shared_proj, per_head = head_mix_dim == 2 and not sparse, proj_dim == 2, proj_dim == 4
+    rows = max(layers_x * heads_x, layers_y * heads_y)
+    dense = ("dense", 1, 1, layers_x, heads_x, layers_y, heads_y)
+    by_layer = ("layers", layers_y, 1, 1, heads_x, 1, heads_y)
+    by_head = ("heads", heads_x, heads_x, layers_x, 1, layers_y, 1)
+    by_row = Stage("rows", layers_y * heads_y, heads_y, 1, 1, 1, 1, projects=True, shared_proj=False)
+    if not sparse and shared_proj and rows <= MAX_FUSED_ROWS:
+        return [Stage(*dense, projects=True, shared_mix=True, dims_first=dims[0] > dims[1])]
+    if not sparse and per_head and rows <= MAX_ROWS:
+        return [Stage(*dense, projects=False, shared_mix=True), by_row]
+    mix_layers = [] if sparse else [Stage(*by_head, projects=False, shared_mix=True)]
+    if not per_head and max(heads) <= MAX_FUSED_ROWS:
+        return [*mix_layers, Stage(*by_layer, projects=True, shared_proj=shared_proj, shared_mix=shared_heads)]
+    if shared_proj or not per_head:
+        by_row = Stage("rows", by_row.problems, heads_y, 1, 1, 1, 1, projects=True, shared_proj=shared_proj)
+    return [*mix_layers, Stage(*by_layer, projects=False, shared_mix=shared_heads), by_row]
+
+
+def choose_tile(stage: Stage, dims: tuple[int, int]) -> Tile:
+    """Blocks for a stage; ``dims`` are those of its source and its target."""
+    tokens = max(1, TILE_ROWS // max(stage.rows_x, stage.rows_y))
+    block_x, block_y = _power_of_two(tokens * stage.rows_x), _power_of_two(tokens * stage.rows_y)
+    block_dx, block_dy = _power_of_two(dims[0]), _power_of_two(dims[1])
+    accumulators = block_y * block_x * stage.mixes + (block_dx + block_y) * block_dy * stage.projects
+    num_warps = 8 if accumulators > 8192 else 4
+    return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, 1)
+
+
+def count_splits(stage: Stage, tile: Tile, tokens: int, processors: int) -> int:
+    """Programs per problem."""
+    tiles = -(-tokens // tile.tokens)
+    wanted = max(1, processors * PROGRAMS_PER_PROCESSOR // stage.problems)
+    return max(1, min(wanted, -(-tiles // MIN_TILES_PER_PROGRAM)))
+
+
+def chunk_tokens(stages: list[Stage], layers_y: int, heads: tuple[int, int], dim_x: int, itemsize: int, tokens: int) -> int:
+    """Tokens per round of launches: all of them if there are no intermediates."""
+    if len(stages) == 1:
+        return max(1, tokens)
+    per_token = layers_y * dim_x * itemsize * sum(heads[s.kind != "heads"] for s in stages[:-1])
+    return max(1, min(tokens, max(64, WORKSPACE_BYTES // per_token // 64 * 64)))
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _uniform(states: Sequence[Tensor]) -> bool:
+    return all(layer.stride() == states[0].stride() for layer in states) and states[0].stride(3) == 1
+
+
+def unsupported(
+    source: Sequence[Tensor], target: Sequence[Tensor] | None, dims: tuple[int, int], heads: tuple[int, int], layers_y: int
+) -> str | None:
+    """Why the kernel cannot take this input, or None."""
+    first = source[0]
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'kvds[triton]')"
+    if not first.is_cuda and not interpreting():
+        return f"the states are on {first.device}: expected a CUDA device"
+    if first.is_cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
+        return "expected a GPU of compute capability 8.0 or later"
+    if first.dtype not in (torch.bfloat16, torch.float16, torch.float32) and not interpreting():
+        return f"states in {first.dtype}: expected bfloat16, float16 or float32"
+    if max(dims) > MAX_DIM:
+        return f"head_dim {max(dims)}: expected at most {MAX_DIM}"
+    if max(len(source), layers_y) > MAX_ROWS or max(heads) > MAX_ROWS:
+        return f"{max(len(source), layers_y)} layers, {max(heads)} heads: expected at most {MAX_ROWS} of each"
+    if not all(_uniform(states) for states in (source, target) if states is not None):
+        return "layers of different strides, or not contiguous along head_dim"
+    if max(layer.shape[0] * layer.shape[2] for layer in source) >= 2**31:
+        return "2^31 tokens or more"
+    return None
