@@ -75,6 +75,8 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
     rope = values.get("rope_parameters") or {}
     rope = dict(rope) if all(not isinstance(value, dict) for value in rope.values()) else {}
     known = set(values) | set(type(config).attribute_map) | set(rope)
+    if hasattr(config, "num_key_value_heads"):
+        known.add("head_dim")  # these families read it where it is given, though not all configurations declare it
     for key, value in changes.items():
         place = f"--{flag}_config_overrides {key}={value}"
         if key not in known:

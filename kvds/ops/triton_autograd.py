@@ -72,12 +72,13 @@ class _Problem:
     """The arguments of one call, and its passes."""
 
     def __init__(
-        self, source: Sequence[Tensor], weights: tuple[Tensor, Tensor, Tensor, Tensor | None], source_index: Tensor | None
+        self,
+        source: Sequence[Tensor],
+        weights: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        source_index: Tensor | None,
     ) -> None:
         self.source, self.source_index = source, source_index
-        self.layer_mix, self.head_mix, self.dim_proj, self.bias = (
-            None if w is None else w.detach() for w in weights
-        )
+        self.layer_mix, self.head_mix, self.dim_proj, self.bias = (None if w is None else w.detach() for w in weights)
         layer_mix, head_mix, dim_proj = self.layer_mix, self.head_mix, self.dim_proj
         assert layer_mix is not None and head_mix is not None and dim_proj is not None
         batch, heads_x, tokens, dim_x = source[0].shape
@@ -134,7 +135,11 @@ class _Problem:
         missing = None
         if self.dtype == torch.float16 and mode == "loss":
             # fp16 would lose gradients of a mean over many elements: they are kept unnormalised until backward.
-            counted = valid.clamp_min(1).float() if valid is not None else torch.ones((), device=self.source[0].device) * call.tokens
+            counted = (
+                valid.clamp_min(1).float()
+                if valid is not None
+                else torch.ones((), device=self.source[0].device) * call.tokens
+            )
             missing = 1 / (counted * (elements * self.layers_y))
         return sums, source_grads, target_grads, buffers, missing
 
@@ -146,7 +151,9 @@ class _Problem:
             sums = [
                 StageSums(None if s.mix is None else s.mix * missing, s.proj, s.bias, s.loss) for s in sums[:-1]
             ] + sums[-1:]
-        layer_grad, head_grad = _mix_gradients(self.stages, sums, self.layer_mix.to(self.wide), self.head_mix.to(self.wide))
+        layer_grad, head_grad = _mix_gradients(
+            self.stages, sums, self.layer_mix.to(self.wide), self.head_mix.to(self.wide)
+        )
         proj, bias = sums[-1].proj, sums[-1].bias
         if proj is not None:
             shape = self.dim_proj.shape
@@ -166,9 +173,7 @@ def _rescale(buffers: list[Tensor], factor: Tensor) -> None:
 
 def _needs(flags: Sequence[bool], layers_x: int) -> Needs:
     """From the flags of (layer_mix, head_mix, dim_proj, bias, *source, *target)."""
-    return Needs(
-        any(flags[4 : 4 + layers_x]), any(flags[4 + layers_x :]), flags[0] or flags[1], flags[2], flags[3]
-    )
+    return Needs(any(flags[4 : 4 + layers_x]), any(flags[4 + layers_x :]), flags[0] or flags[1], flags[2], flags[3])
 
 
 class _Loss(torch.autograd.Function):
@@ -213,7 +218,9 @@ class _Loss(torch.autograd.Function):
             found, _ = _Loss.compute(ctx.settings, tensors, ctx.needs)
         weights, states, buffers, missing = found
         _rescale(buffers, grad_output if missing is None else grad_output * missing)
-        small = [None if g is None else (g * grad_output).to(t.dtype) for g, t in zip(weights, tensors[:4], strict=True)]
+        small = [
+            None if g is None else (g * grad_output).to(t.dtype) for g, t in zip(weights, tensors[:4], strict=True)
+        ]
         flags = ctx.needs_input_grad
         return None, *(g if flag else None for g, flag in zip((*small, *states), flags[1:], strict=True))
 

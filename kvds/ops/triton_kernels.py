@@ -30,7 +30,15 @@ def _pointers(table, row, inside, offset, dim, ELEMENT: tl.constexpr, ALIGNED: t
 
 @triton.jit
 def _offsets(
-    token, token_last, index, positions, token_first, stride_batch, stride_token, INDEXED: tl.constexpr, FLAT: tl.constexpr
+    token,
+    token_last,
+    index,
+    positions,
+    token_first,
+    stride_batch,
+    stride_token,
+    INDEXED: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """Element offsets of tokens (of each row, or of the one token of a tile). FLAT: a workspace that holds only the tokens of this launch."""
     if FLAT:
@@ -81,7 +89,9 @@ def map_projection_kernel(
     member_y = row_y % ROWS_Y
     layer_y = first_layer_y + member_y // HEADS_Y
     # Where a row stands among all layers and heads of its side.
-    place_x = (first_layer_x + member_x // HEADS_X) * (HEADS_X * HEAD_PROBLEMS) + head_problem * HEADS_X + member_x % HEADS_X
+    place_x = (
+        (first_layer_x + member_x // HEADS_X) * (HEADS_X * HEAD_PROBLEMS) + head_problem * HEADS_X + member_x % HEADS_X
+    )
     place_y = layer_y * (HEADS_Y * HEAD_PROBLEMS) + head_problem * HEADS_Y + member_y % HEADS_Y
     columns_x = (dim_x < DIM_X)[None, :]
     columns_y = (dim_y < DIM_Y)[None, :]
@@ -151,8 +161,12 @@ def map_projection_kernel(
             if HAS_MASK:
                 keep_x = present_x & (tl.load(mask + token_x, mask=present_x, other=0) != 0)
                 keep_y = present_y & (tl.load(mask + token_y, mask=present_y, other=0) != 0)
-        x_at = _offsets(token_x, token_last, source_index, positions, token_first, x_batch, x_token, SOURCE_INDEXED, SOURCE_FLAT)
-        y_at = _offsets(token_y, token_last, target_index, positions, token_first, y_batch, y_token, TARGET_INDEXED, TARGET_FLAT)
+        x_at = _offsets(
+            token_x, token_last, source_index, positions, token_first, x_batch, x_token, SOURCE_INDEXED, SOURCE_FLAT
+        )
+        y_at = _offsets(
+            token_y, token_last, target_index, positions, token_first, y_batch, y_token, TARGET_INDEXED, TARGET_FLAT
+        )
         x_pointers = _pointers(source_table, place_x, inside_x, x_at, dim_x, ELEMENT, ALIGNED)
         x = tl.load(x_pointers, mask=keep_x[:, None] & columns_x, other=0)  # [BX, BDX]
         y_pointers = _pointers(target_table, place_y, inside_y, y_at, dim_y, ELEMENT, ALIGNED)
@@ -206,7 +220,15 @@ def map_projection_kernel(
             g_low = g.to(ELEMENT)
             if TARGET_GRAD:
                 dy_at = _offsets(
-                    token_y, token_last, target_index, positions, token_first, dy_batch, dy_token, TARGET_INDEXED, TARGET_FLAT
+                    token_y,
+                    token_last,
+                    target_index,
+                    positions,
+                    token_first,
+                    dy_batch,
+                    dy_token,
+                    TARGET_INDEXED,
+                    TARGET_FLAT,
                 )
                 dy_pointers = _pointers(target_grad_table, place_y, inside_y, dy_at, dim_y, ELEMENT, ALIGNED)
                 d_y = -(tl.trans(g) if TRANSPOSED else g)
@@ -222,7 +244,9 @@ def map_projection_kernel(
                 if MIX_GRAD:
                     d_mix = tl.dot(g_low, tl.trans(moved), d_mix, input_precision=PRECISION, out_dtype=WIDE)
                 if SOURCE_GRAD or PROJ_GRAD:
-                    d_moved = tl.dot(tl.trans(c), g_low, input_precision=PRECISION, out_dtype=WIDE).to(ELEMENT)  # [BX, BDY]
+                    d_moved = tl.dot(tl.trans(c), g_low, input_precision=PRECISION, out_dtype=WIDE).to(
+                        ELEMENT
+                    )  # [BX, BDY]
                     if PROJ_GRAD:
                         d_proj = tl.dot(tl.trans(x), d_moved, d_proj, input_precision=PRECISION, out_dtype=WIDE)
                     if SOURCE_GRAD:
@@ -252,7 +276,15 @@ def map_projection_kernel(
                             d_x = d_mixed
             if SOURCE_GRAD:
                 dx_at = _offsets(
-                    token_x, token_last, source_index, positions, token_first, dx_batch, dx_token, SOURCE_INDEXED, SOURCE_FLAT
+                    token_x,
+                    token_last,
+                    source_index,
+                    positions,
+                    token_first,
+                    dx_batch,
+                    dx_token,
+                    SOURCE_INDEXED,
+                    SOURCE_FLAT,
                 )
                 dx_pointers = _pointers(source_grad_table, place_x, inside_x, dx_at, dim_x, ELEMENT, ALIGNED)
                 if MODE == "loss" and NORMALIZE:

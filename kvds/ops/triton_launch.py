@@ -14,7 +14,12 @@ from torch import Tensor
 from kvds.ops.triton_kernels import map_projection_kernel, sum_partials_kernel
 from kvds.ops.triton_plan import Stage, Tile, choose_tile, chunk_tokens, count_splits, interpreting, plan_stages
 
-ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
+ELEMENTS = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,15 @@ class Side:
     """Per-layer tensors as the kernel sees them.
 
     Attributes:
-        table: int64 ``[layers]`` on the device, their addresses.
-        strides: Of batch, head and token, in elements.
+        table: int64 ``[layers · heads]`` on the device: where each (layer, head) starts.
+        strides: Of batch and token, in elements.
         aligned: Whether every row starts at a multiple of 16 bytes.
         index: ``[B, M]`` positions, contiguous, or None.
-        flat: A workspace ``[layers, heads, tokens, dim]`` of the launch's own tokens.
+        flat: A workspace ``[layers][heads, tokens, dim]`` of the launch's own tokens.
     """
 
     table: Tensor
-    strides: tuple[int, int, int]
+    strides: tuple[int, int]
     aligned: bool
     index: Tensor | None = None
     flat: bool = False
@@ -81,27 +86,32 @@ def processors(device: torch.device) -> int:
 def make_sides(groups: Sequence[Sequence[Tensor] | None], indexes: Sequence[Tensor | None]) -> list[Side | None]:
     """Address tables of several groups of per-layer tensors ``[B, H, T, D]`` (or a workspace's ``[H, T, D]``), with one copy."""
     addresses: list[int] = []
-    starts = []
+    layouts: list[tuple[int, int, int, int]] = []
     device = None
     for group in groups:
-        starts.append(len(addresses))
-        for layer in group or ():
-            addresses.append(layer.data_ptr())
-            device = layer.device
+        if group is None:
+            layouts.append((0, 0, 0, 0))
+            continue
+        first = group[0]
+        device = first.device
+        heads, size = first.shape[-3], first.element_size()
+        batch, head, token, _ = first.stride() if first.dim() == 4 else (0, *first.stride())
+        start = len(addresses)
+        offsets = [h * head * size for h in range(heads)]
+        addresses.extend(layer + offset for layer in [t.data_ptr() for t in group] for offset in offsets)
+        layouts.append((start, len(addresses), batch, token))
         addresses.extend([0] * (len(addresses) % 2))  # every table starts at a multiple of 16 bytes
     table = torch.tensor(addresses, dtype=torch.int64)
     if device is not None and device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
     sides: list[Side | None] = []
-    for group, start, index in zip(groups, starts, indexes, strict=True):
+    for group, index, (start, end, batch, token) in zip(groups, indexes, layouts, strict=True):
         if group is None:
             sides.append(None)
             continue
-        flat = group[0].dim() == 3
-        strides = (0, *group[0].stride()[:2]) if flat else group[0].stride()[:3]
         size = group[0].element_size()
-        aligned = all(a % 16 == 0 for a in addresses[start : start + len(group)]) and all(s * size % 16 == 0 for s in strides)
-        sides.append(Side(table[start : start + len(group)], strides, aligned, index, flat))
+        aligned = batch * size % 16 == 0 and token * size % 16 == 0 and all(a % 16 == 0 for a in addresses[start:end])
+        sides.append(Side(table[start:end], (batch, token), aligned, index, group[0].dim() == 3))
     return sides
 
 
@@ -215,7 +225,9 @@ def launch(
     return sums, tile
 
 
-def _unpack(sums: Tensor | None, tile: Tile, stage: Stage, dims: tuple[int, int], needs: Needs, has_loss: bool) -> StageSums:
+def _unpack(
+    sums: Tensor | None, tile: Tile, stage: Stage, dims: tuple[int, int], needs: Needs, has_loss: bool
+) -> StageSums:
     if sums is None:
         return StageSums(None, None, None, None)
     problems = stage.problems
@@ -268,7 +280,16 @@ def run_stages(
         for k, stage in enumerate(mixing):
             space = spaces[k]
             assert space is not None
-            launch(stage, (dim_x, dim_x), call, "store", (inputs[k], space, None, None), (weights.mixes[k], None, None), Needs(), tokens)
+            launch(
+                stage,
+                (dim_x, dim_x),
+                call,
+                "store",
+                (inputs[k], space, None, None),
+                (weights.mixes[k], None, None),
+                Needs(),
+                tokens,
+            )
             inputs.append(space)
         back = inputs[-1] if mixing else source_grad
         if mode == "store" or not (below if mixing else needs.source):

@@ -7,6 +7,7 @@ mix layers (and heads), then project and compare, then mix the gradients back.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -93,7 +94,13 @@ def _power_of_two(value: int) -> int:
 
 
 def plan_stages(
-    layers: tuple[int, int], heads: tuple[int, int], dims: tuple[int, int], *, sparse: bool, head_mix_dim: int, proj_dim: int
+    layers: tuple[int, int],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    *,
+    sparse: bool,
+    head_mix_dim: int,
+    proj_dim: int,
 ) -> list[Stage]:
     """Launches from source to projection; the last one projects. Pairs are (source, target)."""
     (layers_x, layers_y), (heads_x, heads_y) = layers, heads
@@ -132,7 +139,9 @@ def count_splits(stage: Stage, tile: Tile, tokens: int, processors: int) -> int:
     return max(1, min(wanted, -(-tiles // MIN_TILES_PER_PROGRAM)))
 
 
-def chunk_tokens(stages: list[Stage], layers_y: int, heads: tuple[int, int], dim_x: int, itemsize: int, tokens: int) -> int:
+def chunk_tokens(
+    stages: list[Stage], layers_y: int, heads: tuple[int, int], dim_x: int, itemsize: int, tokens: int
+) -> int:
     """Tokens per round of launches: all of them if there are no intermediates."""
     if len(stages) == 1:
         return max(1, tokens)
@@ -149,17 +158,30 @@ def _uniform(states: Sequence[Tensor]) -> bool:
     return all(layer.stride() == states[0].stride() for layer in states) and states[0].stride(3) == 1
 
 
+@functools.cache
+def _missing(device: torch.device, interpreted: bool) -> str | None:
+    """What the machine lacks; asked once, since looking for a package costs as much as a launch."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'kvds[triton]')"
+    if device.type != "cuda":
+        return None if interpreted else f"the states are on {device}: expected a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "expected a GPU of compute capability 8.0 or later"
+    return None
+
+
 def unsupported(
-    source: Sequence[Tensor], target: Sequence[Tensor] | None, dims: tuple[int, int], heads: tuple[int, int], layers_y: int
+    source: Sequence[Tensor],
+    target: Sequence[Tensor] | None,
+    dims: tuple[int, int],
+    heads: tuple[int, int],
+    layers_y: int,
 ) -> str | None:
     """Why the kernel cannot take this input, or None."""
     first = source[0]
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'kvds[triton]')"
-    if not first.is_cuda and not interpreting():
-        return f"the states are on {first.device}: expected a CUDA device"
-    if first.is_cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
-        return "expected a GPU of compute capability 8.0 or later"
+    missing = _missing(first.device, interpreting())
+    if missing is not None:
+        return missing
     if first.dtype not in (torch.bfloat16, torch.float16, torch.float32) and not interpreting():
         return f"states in {first.dtype}: expected bfloat16, float16 or float32"
     if max(dims) > MAX_DIM:
