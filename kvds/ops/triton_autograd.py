@@ -74,7 +74,7 @@ class _Problem:
     def __init__(
         self,
         source: Sequence[Tensor],
-        weights: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        weights: Sequence[Tensor | None],  # layer_mix, head_mix, dim_proj, bias
         source_index: Tensor | None,
     ) -> None:
         self.source, self.source_index = source, source_index

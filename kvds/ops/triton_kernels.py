@@ -1,16 +1,16 @@
 """The Triton kernels: one does projection, loss and gradients; one sums partial results; one rescales gradients.
 
-The kernel works on tiles of rows. A *problem* is a set of source layers and heads that is mixed into a set of target layers
-and heads; its rows are (token, layer, head). With ``x [BLOCK_X, D_x]`` the source rows of a tile, ``c [BLOCK_Y, BLOCK_X]`` the
-mixing weights (block diagonal over the tokens of the tile) and ``w [D_x, D_y]``, everything is a chain of small matrix
-products that stay on the chip::
+The kernel works on tiles of rows. A *problem* is a set of source layers and heads that is mixed into a set of target
+layers and heads; its rows are (token, layer, head). With ``x [BLOCK_X, D_x]`` the source rows of a tile,
+``c [BLOCK_Y, BLOCK_X]`` the mixing weights (block diagonal over the tokens of the tile) and ``w [D_x, D_y]``,
+everything is a chain of small matrix products that stay on the chip::
 
     projected = (c @ x) @ w + bias          or, with DIMS_FIRST,  c @ (x @ w) + bias
     g   = ρ'((projected - t) / scale) / scale
     d_w = (c @ x)ᵀ @ g      d_x = cᵀ @ (g @ wᵀ)      d_c = (g @ wᵀ) @ xᵀ      d_bias = g
 
-A program walks over tiles of one problem and keeps d_c, d_w, d_bias and the loss in fp32 registers; it writes them once, as
-its own partial result, so that sums have a fixed order.
+A program walks over tiles of one problem and keeps d_c, d_w, d_bias and the loss in fp32 registers; it writes them
+once, as its own partial result, so that sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton.language as tl
 
 @triton.jit
 def _pointers(table, row, inside, offset, dim, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers ``[BLOCK, D]``. The addresses are read again for every tile: from the L1 cache they cost less than registers."""
+    """Pointers ``[BLOCK, D]``. Addresses are read for every tile: from the L1 cache they cost less than registers."""
     pointer = tl.load(table + row, mask=inside, other=0).to(tl.pointer_type(ELEMENT)) + offset
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -40,7 +40,10 @@ def _offsets(
     INDEXED: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Element offsets of tokens (of each row, or of the one token of a tile). FLAT: a workspace that holds only the tokens of this launch."""
+    """Element offsets of tokens (of each row, or of the one token of a tile).
+
+    FLAT: a workspace that holds only the tokens of this launch.
+    """
     if FLAT:
         return (token - token_first).to(tl.int64) * stride_token
     batch = token // positions
@@ -59,12 +62,15 @@ def map_projection_kernel(
     x_batch, x_token, y_batch, y_token, dx_batch, dx_token, dy_batch, dy_token,
     mix_problem, proj_problem,
     ELEMENT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_PROBLEMS: tl.constexpr, LAYERS_X: tl.constexpr, HEADS_X: tl.constexpr, LAYERS_Y: tl.constexpr, HEADS_Y: tl.constexpr,
+    HEAD_PROBLEMS: tl.constexpr,
+    LAYERS_X: tl.constexpr, HEADS_X: tl.constexpr, LAYERS_Y: tl.constexpr, HEADS_Y: tl.constexpr,
     DIM_X: tl.constexpr, DIM_Y: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_DX: tl.constexpr, BLOCK_DY: tl.constexpr,
-    HAS_MIX: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_MIX: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     DIMS_FIRST: tl.constexpr, TRANSPOSED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
-    SOURCE_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, MIX_GRAD: tl.constexpr, PROJ_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    SOURCE_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
+    MIX_GRAD: tl.constexpr, PROJ_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
     SOURCE_INDEXED: tl.constexpr, TARGET_INDEXED: tl.constexpr, SOURCE_FLAT: tl.constexpr, TARGET_FLAT: tl.constexpr,
     ALIGNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -114,10 +120,7 @@ def map_projection_kernel(
         inverse = inverse[None, :] if TRANSPOSED else inverse[:, None]
 
     # 1 / (elements of one layer that count), in the widest type at hand.
-    if HAS_MASK:
-        counted = tl.maximum(tl.load(valid), 1).to(WIDE)
-    else:
-        counted = total.to(WIDE)
+    counted = tl.maximum(tl.load(valid), 1).to(WIDE) if HAS_MASK else total.to(WIDE)
     layer_norm = 1 / (counted * elements.to(WIDE))
     norm = layer_norm / layers.to(WIDE)
 

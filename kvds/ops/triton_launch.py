@@ -84,7 +84,10 @@ def processors(device: torch.device) -> int:
 
 
 def make_sides(groups: Sequence[Sequence[Tensor] | None], indexes: Sequence[Tensor | None]) -> list[Side | None]:
-    """Address tables of several groups of per-layer tensors ``[B, H, T, D]`` (or a workspace's ``[H, T, D]``), with one copy."""
+    """Address tables of several groups of per-layer tensors, with one copy.
+
+    Of a group each tensor is ``[B, H, T, D]``, or ``[H, T, D]`` if it is a workspace.
+    """
     addresses: list[int] = []
     layouts: list[tuple[int, int, int, int]] = []
     device = None
@@ -206,7 +209,8 @@ def launch(
         BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y, BLOCK_DX=tile.block_dim_x, BLOCK_DY=tile.block_dim_y,
         HAS_MIX=mix is not None, HAS_PROJ=proj is not None, HAS_BIAS=bias is not None,
         HAS_SCALE=call.scale is not None and mode == "loss", HAS_MASK=call.mask is not None,
-        DIMS_FIRST=stage.dims_first, TRANSPOSED=tile.transposed and mode == "loss", MODE=mode, LOSS=call.loss, NORMALIZE=call.dtype != torch.float16,
+        DIMS_FIRST=stage.dims_first, TRANSPOSED=tile.transposed and mode == "loss",
+        MODE=mode, LOSS=call.loss, NORMALIZE=call.dtype != torch.float16,
         SOURCE_GRAD=source_grad is not None, TARGET_GRAD=target_grad is not None,
         MIX_GRAD=needs.mix, PROJ_GRAD=needs.proj, BIAS_GRAD=needs.bias,
         SOURCE_INDEXED=source.index is not None, TARGET_INDEXED=target.index is not None,
@@ -257,7 +261,10 @@ def run_stages(
     weights: Weights,
     needs: Needs,
 ) -> list[StageSums]:
-    """All stages over all tokens. ``states``: source, target (or the output, or its gradient), their gradients' places."""
+    """All stages over all tokens.
+
+    ``states``: source, target (or the output, or its gradient), and the places of their gradients.
+    """
     *mixing, final = stages
     dim_x = dims[0]
     like = states[0][0]

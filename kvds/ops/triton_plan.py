@@ -1,8 +1,8 @@
 """What the Triton kernel is asked to do for given shapes: stages, tiles, programs. Pure arithmetic; imports no triton.
 
-With one ``dim_proj`` for all layers and heads and at most 64 (layer, head) rows on either side, one launch does everything.
-Otherwise mixing and projection are launches of their own, over chunks of tokens whose intermediates stay in the L2 cache:
-mix layers (and heads), then project and compare, then mix the gradients back.
+With one ``dim_proj`` for all layers and heads and at most 64 (layer, head) rows on either side, one launch does
+everything. Otherwise mixing and projection are launches of their own, over chunks of tokens whose intermediates stay in
+the L2 cache: mix layers (and heads), then project and compare, then mix the gradients back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Stage:
 
     Attributes:
         kind: ``dense`` (one problem: all layers and heads), ``layers`` (a problem per target layer, all its heads),
-            ``heads`` (a problem per source head, all layers) or ``rows`` (a problem per target layer and head, no mixing).
+            ``heads`` (a problem per source head, all layers) or ``rows`` (a problem per target layer and head, no
+            mixing).
         problems: Their number.
         head_problems: How many of them lie side by side along the heads.
         layers_x, heads_x, layers_y, heads_y: Of one problem.
