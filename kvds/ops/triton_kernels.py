@@ -20,12 +20,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _pointers(table, row, inside, offset, dim, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers ``[BLOCK, D]``. Addresses are read for every tile: from the L1 cache they cost less than registers."""
+def _rows(table, row, inside, offset, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers ``[BLOCK]`` to the first element of rows. The addresses are read again for every tile: from the L1 cache
+    they cost less than registers."""
     pointer = tl.load(table + row, mask=inside, other=0).to(tl.pointer_type(ELEMENT)) + offset
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer[:, None] + dim[None, :]
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
@@ -54,6 +53,14 @@ def _offsets(
     return batch.to(tl.int64) * stride_batch + position * stride_token
 
 
+@triton.jit
+def _store(pointers, value, norm, mask, ELEMENT: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Write a gradient of a mean."""
+    if NORMALIZE:
+        value = value * norm
+    tl.store(pointers, value.to(ELEMENT), mask=mask)
+
+
 @triton.jit(do_not_specialize=["token_first", "token_last", "positions", "splits", "total", "elements", "layers"])
 def map_projection_kernel(
     source_table, target_table, source_grad_table, target_grad_table,  # int64 [layers · heads]: addresses
@@ -68,7 +75,7 @@ def map_projection_kernel(
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_DX: tl.constexpr, BLOCK_DY: tl.constexpr,
     HAS_MIX: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DIMS_FIRST: tl.constexpr, TRANSPOSED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
+    DIMS_FIRST: tl.constexpr, DOT_RESIDUAL: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
     SOURCE_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
     MIX_GRAD: tl.constexpr, PROJ_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
     SOURCE_INDEXED: tl.constexpr, TARGET_INDEXED: tl.constexpr, SOURCE_FLAT: tl.constexpr, TARGET_FLAT: tl.constexpr,
@@ -115,9 +122,9 @@ def map_projection_kernel(
             mask=(dim_x < DIM_X)[:, None] & columns_y,
             other=0,
         ).to(ELEMENT)  # [BDX, BDY]
+    inverse = 1.0
     if HAS_SCALE:
-        inverse = 1 / tl.load(scale + layer_y, mask=inside_y, other=1).to(WIDE)
-        inverse = inverse[None, :] if TRANSPOSED else inverse[:, None]
+        inverse = (1 / tl.load(scale + layer_y, mask=inside_y, other=1).to(WIDE))[:, None]
 
     # 1 / (elements of one layer that count), in the widest type at hand.
     counted = tl.maximum(tl.load(valid), 1).to(WIDE) if HAS_MASK else total.to(WIDE)
@@ -127,16 +134,18 @@ def map_projection_kernel(
     if MIX_GRAD:
         d_mix = tl.zeros((BLOCK_Y, BLOCK_X), WIDE)
     if PROJ_GRAD:
-        d_proj = tl.zeros((BLOCK_DY, BLOCK_DX) if TRANSPOSED else (BLOCK_DX, BLOCK_DY), WIDE)
+        d_proj = tl.zeros((BLOCK_DX, BLOCK_DY), WIDE)
     if BIAS_GRAD:
-        d_bias = tl.zeros((BLOCK_DY, BLOCK_Y) if TRANSPOSED else (BLOCK_Y, BLOCK_DY), WIDE)
-    bias_row = place_y * DIM_Y
-    if TRANSPOSED:
-        bias_at = bias_row[None, :] + dim_y[:, None]
-        bias_inside = inside_y[None, :] & (dim_y < DIM_Y)[:, None]
-    else:
-        bias_at = bias_row[:, None] + dim_y[None, :]
-        bias_inside = inside_y[:, None] & columns_y
+        d_bias = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
+    bias_pointers = bias + (place_y * DIM_Y)[:, None] + dim_y[None, :]
+    bias_inside = inside_y[:, None] & columns_y
+    if DOT_RESIDUAL:
+        # In 16 bits the bias and the target join the projection's accumulators as products with ±1: operands in shared
+        # memory, instead of values that travel through registers into the accumulators' layout.
+        one = (row_y[:, None] == row_y[None, :]).to(ELEMENT)
+        minus_one = -one
+        if HAS_BIAS:
+            offset = tl.load(bias_pointers, mask=bias_inside, other=0).to(ELEMENT)
     if MODE == "loss":
         losses = tl.zeros((BLOCK_Y,), WIDE)
 
@@ -170,11 +179,11 @@ def map_projection_kernel(
         y_at = _offsets(
             token_y, token_last, target_index, positions, token_first, y_batch, y_token, TARGET_INDEXED, TARGET_FLAT
         )
-        x_pointers = _pointers(source_table, place_x, inside_x, x_at, dim_x, ELEMENT, ALIGNED)
-        x = tl.load(x_pointers, mask=keep_x[:, None] & columns_x, other=0)  # [BX, BDX]
-        y_pointers = _pointers(target_table, place_y, inside_y, y_at, dim_y, ELEMENT, ALIGNED)
+        x_rows = _rows(source_table, place_x, inside_x, x_at, ELEMENT, ALIGNED)
+        x = tl.load(x_rows[:, None] + dim_x[None, :], mask=keep_x[:, None] & columns_x, other=0)  # [BX, BDX]
+        y_rows = _rows(target_table, place_y, inside_y, y_at, ELEMENT, ALIGNED)
         if MODE != "store":
-            t = tl.load(y_pointers, mask=keep_y[:, None] & columns_y, other=0)  # [BY, BDY]
+            t = tl.load(y_rows[:, None] + dim_y[None, :], mask=keep_y[:, None] & columns_y, other=0)  # [BY, BDY]
 
         if DIMS_FIRST:
             moved = tl.dot(x, w, input_precision=PRECISION, out_dtype=WIDE).to(ELEMENT)  # [BX, BDY]
@@ -185,27 +194,32 @@ def map_projection_kernel(
 
         if MODE == "given":
             g_low = t
+            if BIAS_GRAD:
+                d_bias += t.to(WIDE)
         else:
             # The bias is where the accumulators start: no registers of its own.
-            if HAS_BIAS:
-                start_at = tl.load(bias + bias_at, mask=bias_inside, other=0).to(WIDE)
+            if HAS_BIAS and DOT_RESIDUAL:
+                start_at = tl.dot(one, offset, out_dtype=WIDE)
+            elif HAS_BIAS:
+                start_at = tl.load(bias_pointers, mask=bias_inside, other=0).to(WIDE)
             else:
-                start_at = tl.zeros((BLOCK_DY, BLOCK_Y) if TRANSPOSED else (BLOCK_Y, BLOCK_DY), WIDE)
+                start_at = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
             if DIMS_FIRST:
                 projected = tl.dot(c, moved, start_at, input_precision=PRECISION, out_dtype=WIDE)
-            elif TRANSPOSED:
-                projected = tl.dot(tl.trans(w), tl.trans(mixed), start_at, input_precision=PRECISION, out_dtype=WIDE)
             elif HAS_PROJ:
                 projected = tl.dot(mixed, w, start_at, input_precision=PRECISION, out_dtype=WIDE)
             else:
                 projected = mixed.to(WIDE)
         if MODE == "store":
-            tl.store(y_pointers, projected.to(ELEMENT), mask=present_y[:, None] & columns_y)
+            tl.store(y_rows[:, None] + dim_y[None, :], projected.to(ELEMENT), mask=present_y[:, None] & columns_y)
         if MODE == "loss":
-            r = projected - (tl.trans(t) if TRANSPOSED else t).to(WIDE)
+            if DOT_RESIDUAL:
+                r = tl.dot(minus_one, t, projected, out_dtype=WIDE)
+            else:
+                r = projected - t.to(WIDE)
             if HAS_SCALE:
                 r = r * inverse
-            r = tl.where(keep_y[None, :] if TRANSPOSED else keep_y[:, None], r, 0.0)
+            r = tl.where(keep_y[:, None], r, 0.0)
             if LOSS == "mse":
                 rho = r * r
                 g = 2 * r
@@ -215,7 +229,7 @@ def map_projection_kernel(
             else:
                 g = tl.minimum(tl.maximum(r, -1.0), 1.0)
                 rho = g * (r - g * 0.5)
-            losses += tl.sum(rho, axis=0 if TRANSPOSED else 1)
+            losses += tl.sum(rho, axis=1)
             if HAS_SCALE:
                 g = g * inverse
             if BIAS_GRAD:
@@ -223,77 +237,46 @@ def map_projection_kernel(
             g_low = g.to(ELEMENT)
             if TARGET_GRAD:
                 dy_at = _offsets(
-                    token_y,
-                    token_last,
-                    target_index,
-                    positions,
-                    token_first,
-                    dy_batch,
-                    dy_token,
-                    TARGET_INDEXED,
-                    TARGET_FLAT,
-                )
-                dy_pointers = _pointers(target_grad_table, place_y, inside_y, dy_at, dim_y, ELEMENT, ALIGNED)
-                d_y = -(tl.trans(g) if TRANSPOSED else g)
-                if NORMALIZE:
-                    d_y = d_y * norm
-                store_y = keep_y if TARGET_INDEXED else present_y
-                tl.store(dy_pointers, d_y.to(ELEMENT), mask=store_y[:, None] & columns_y)
-        if MODE == "given" and BIAS_GRAD:
-            d_bias += t.to(WIDE)
+                    token_y, token_last, target_index, positions, token_first, dy_batch, dy_token, TARGET_INDEXED, TARGET_FLAT
+                )  # fmt: skip
+                dy_rows = _rows(target_grad_table, place_y, inside_y, dy_at, ELEMENT, ALIGNED)
+                store_y = (keep_y if TARGET_INDEXED else present_y)[:, None]
+                _store(dy_rows[:, None] + dim_y[None, :], -g, norm, store_y & columns_y, ELEMENT, NORMALIZE)
 
-        if SOURCE_GRAD or MIX_GRAD or PROJ_GRAD:
-            if DIMS_FIRST:
-                if MIX_GRAD:
-                    d_mix = tl.dot(g_low, tl.trans(moved), d_mix, input_precision=PRECISION, out_dtype=WIDE)
-                if SOURCE_GRAD or PROJ_GRAD:
-                    d_moved = tl.dot(tl.trans(c), g_low, input_precision=PRECISION, out_dtype=WIDE).to(
-                        ELEMENT
-                    )  # [BX, BDY]
-                    if PROJ_GRAD:
-                        d_proj = tl.dot(tl.trans(x), d_moved, d_proj, input_precision=PRECISION, out_dtype=WIDE)
-                    if SOURCE_GRAD:
-                        d_x = tl.dot(d_moved, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)
-            else:
+        if DIMS_FIRST:
+            if MIX_GRAD:
+                d_mix = tl.dot(g_low, tl.trans(moved), d_mix, input_precision=PRECISION, out_dtype=WIDE)
+            if SOURCE_GRAD or PROJ_GRAD:
+                d_moved = tl.dot(tl.trans(c), g_low, input_precision=PRECISION, out_dtype=WIDE).to(ELEMENT)  # [BX, BDY]
                 if PROJ_GRAD:
-                    if TRANSPOSED:
-                        d_proj = tl.dot(g_low, mixed, d_proj, input_precision=PRECISION, out_dtype=WIDE)
-                    else:
-                        d_proj = tl.dot(tl.trans(mixed), g_low, d_proj, input_precision=PRECISION, out_dtype=WIDE)
-                if SOURCE_GRAD or MIX_GRAD:
-                    if TRANSPOSED:
-                        d_mixed = tl.dot(tl.trans(g_low), tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)
-                        d_low = d_mixed.to(ELEMENT)  # [BY, BDX]
+                    d_proj = tl.dot(tl.trans(x), d_moved, d_proj, input_precision=PRECISION, out_dtype=WIDE)
+                if SOURCE_GRAD:
+                    d_x = tl.dot(d_moved, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)
+        else:
+            if PROJ_GRAD:
+                d_proj = tl.dot(tl.trans(mixed), g_low, d_proj, input_precision=PRECISION, out_dtype=WIDE)
+            if (SOURCE_GRAD or MIX_GRAD) and HAS_PROJ:
+                d_mixed = tl.dot(g_low, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)  # [BY, BDX]
+            if SOURCE_GRAD or MIX_GRAD:
+                d_low = d_mixed.to(ELEMENT) if HAS_PROJ else g_low
+                if MIX_GRAD:
+                    d_mix = tl.dot(d_low, tl.trans(x), d_mix, input_precision=PRECISION, out_dtype=WIDE)
+                if SOURCE_GRAD:
+                    if HAS_MIX:
+                        d_x = tl.dot(tl.trans(c), d_low, input_precision=PRECISION, out_dtype=WIDE)
                     elif HAS_PROJ:
-                        d_mixed = tl.dot(g_low, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)
-                        d_low = d_mixed.to(ELEMENT)  # [BY, BDX]
+                        d_x = d_mixed
                     else:
-                        d_low = g_low
-                        d_mixed = g_low.to(WIDE)
-                    if MIX_GRAD:
-                        d_mix = tl.dot(d_low, tl.trans(x), d_mix, input_precision=PRECISION, out_dtype=WIDE)
-                    if SOURCE_GRAD:
-                        if HAS_MIX:
-                            d_x = tl.dot(tl.trans(c), d_low, input_precision=PRECISION, out_dtype=WIDE)
-                        else:
-                            d_x = d_mixed
-            if SOURCE_GRAD:
-                dx_at = _offsets(
-                    token_x,
-                    token_last,
-                    source_index,
-                    positions,
-                    token_first,
-                    dx_batch,
-                    dx_token,
-                    SOURCE_INDEXED,
-                    SOURCE_FLAT,
-                )
-                dx_pointers = _pointers(source_grad_table, place_x, inside_x, dx_at, dim_x, ELEMENT, ALIGNED)
-                if MODE == "loss" and NORMALIZE:
-                    d_x = d_x * norm
-                store_x = keep_x if SOURCE_INDEXED else present_x
-                tl.store(dx_pointers, d_x.to(ELEMENT), mask=store_x[:, None] & columns_x)
+                        d_x = g_low.to(WIDE)
+        if SOURCE_GRAD:
+            dx_at = _offsets(
+                token_x, token_last, source_index, positions, token_first, dx_batch, dx_token, SOURCE_INDEXED, SOURCE_FLAT
+            )  # fmt: skip
+            dx_rows = _rows(source_grad_table, place_x, inside_x, dx_at, ELEMENT, ALIGNED)
+            store_x = (keep_x if SOURCE_INDEXED else present_x)[:, None]
+            _store(
+                dx_rows[:, None] + dim_x[None, :], d_x, norm, store_x & columns_x, ELEMENT, MODE == "loss" and NORMALIZE
+            )
 
     MIX_SIZE: tl.constexpr = BLOCK_Y * BLOCK_X if MIX_GRAD else 0
     PROJ_SIZE: tl.constexpr = BLOCK_DX * BLOCK_DY if PROJ_GRAD else 0
@@ -304,12 +287,8 @@ def map_projection_kernel(
     if MIX_GRAD:
         tl.store(out + row_y[:, None] * BLOCK_X + row_x[None, :], d_mix * weight_norm)
     if PROJ_GRAD:
-        if TRANSPOSED:
-            d_proj = tl.trans(d_proj)
         tl.store(out + MIX_SIZE + dim_x[:, None] * BLOCK_DY + dim_y[None, :], d_proj * weight_norm)
     if BIAS_GRAD:
-        if TRANSPOSED:
-            d_bias = tl.trans(d_bias)
         tl.store(out + MIX_SIZE + PROJ_SIZE + row_y[:, None] * BLOCK_DY + dim_y[None, :], d_bias * weight_norm)
     if MODE == "loss":
         tl.store(out + MIX_SIZE + PROJ_SIZE + BIAS_SIZE + row_y, losses * layer_norm)

@@ -78,7 +78,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes of a launch: ``tokens`` per tile, padded rows and dimensions, and how it is compiled."""
+    """Block sizes of a launch: ``tokens`` per tile, padded rows and dimensions, and how it is compiled.
+
+    ``dot_residual``: bias and target join the projection as matrix products (16-bit states), not element by element.
+    """
 
     tokens: int
     block_x: int
@@ -87,7 +90,7 @@ class Tile:
     block_dim_y: int
     num_warps: int
     num_stages: int
-    transposed: bool = False
+    dot_residual: bool = False
 
 
 def _power_of_two(value: int) -> int:
@@ -123,14 +126,14 @@ def plan_stages(
     return [*mix_layers, Stage(*by_layer, projects=False, shared_mix=shared_heads), by_row]
 
 
-def choose_tile(stage: Stage, dims: tuple[int, int]) -> Tile:
-    """Blocks for a stage; ``dims`` are those of its source and its target."""
+def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int) -> Tile:
+    """Blocks for a stage; ``dims`` are those of its source and its target, ``itemsize`` bytes an element."""
     tokens = max(1, TILE_ROWS // max(stage.rows_x, stage.rows_y))
     block_x, block_y = _power_of_two(tokens * stage.rows_x), _power_of_two(tokens * stage.rows_y)
     block_dx, block_dy = _power_of_two(dims[0]), _power_of_two(dims[1])
     accumulators = block_y * block_x * stage.mixes + (block_dx + block_y) * block_dy * stage.projects
     num_warps = 8 if accumulators > 8192 else 4
-    return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, 1)
+    return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, 1, itemsize == 2)
 
 
 def count_splits(stage: Stage, tile: Tile, tokens: int, processors: int) -> int:
