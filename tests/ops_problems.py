@@ -23,7 +23,7 @@ def make(
 ) -> dict:
     """A random problem in fp64.
 
-    ``layout`` is that of the states: ``contiguous``, ``captured`` (strides ``[T·H·D, D, H·D, 1]``, as keys are captured)
+    ``layout`` is that of the states: ``contiguous``, ``captured`` (strides ``[T·H·D, D, H·D, 1]``, of captured keys)
     or ``inside`` (heads, every second token and dimensions in the middle of a larger tensor full of NaN).
     """
     g = torch.Generator().manual_seed(seed)

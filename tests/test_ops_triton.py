@@ -51,14 +51,14 @@ def compare(
     assert_same(run(p, "triton", dtype, loss, upstream, moves), want, 1e-9 if dtype == torch.float64 else 1e-5)
 
 
-@settings(max_examples=14)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_shape_agrees_with_the_oracle(data: st.DataObject) -> None:
-    few = st.integers(1, 3)
+    few = st.integers(1, 2)
     tokens = data.draw(st.integers(1, 9))
     p = make(
         layers=(data.draw(few), data.draw(few)),
-        heads=(data.draw(few), data.draw(st.integers(1, 2))),
+        heads=(data.draw(st.integers(1, 3)), data.draw(few)),
         dims=(data.draw(st.sampled_from([1, 5, 16])), data.draw(st.sampled_from([1, 4, 17]))),
         batch=data.draw(st.integers(1, 2)),
         tokens=tokens,
@@ -80,16 +80,15 @@ def test_any_shape_agrees_with_the_oracle(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("form", "loss"),
     [
-        ({"dim_form": 2}, "mse"),
-        ({"dim_form": 2, "dims": (16, 33), "head_form": 3}, "smooth_l1"),
+        ({"dim_form": 2, "dims": (16, 33), "head_form": 3, "layers": (3, 2)}, "smooth_l1"),
         ({"dim_form": 3}, "mse"),
-        ({"dim_form": 4, "head_form": 3}, "smooth_l1"),
-        ({"dim_form": 4, "sparse": "layers", "head_form": 3}, "mse"),
+        ({"dim_form": 4, "head_form": 3, "layers": (3, 1)}, "smooth_l1"),
+        ({"dim_form": 4, "sparse": "layers", "head_form": 3, "layers": (1, 1)}, "mse"),
     ],
 )
 def test_fp32_over_several_chunks(form: dict, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_plan, "WORKSPACE_BYTES", 1)  # chunks of 64 tokens: two, and a remainder
-    p = make(**({"layers": (3, 2), "heads": (2, 1), "dims": (33, 16), "layout": "captured"} | form), tokens=67)
+    monkeypatch.setattr(triton_plan, "WORKSPACE_BYTES", 1)  # chunks of 64 tokens: one, and a remainder
+    p = make(**({"layers": (2, 1), "heads": (2, 1), "dims": (33, 16), "layout": "captured"} | form), tokens=35)
     compare(p, torch.float32, loss)
 
 
@@ -98,8 +97,8 @@ def test_stages_that_mix_heads_and_layers_in_turn(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_plan, "MAX_ROWS", 3)
     monkeypatch.setattr(triton_plan, "MAX_FUSED_ROWS", 1)
     for form in ({"dim_form": 2}, {"dim_form": 3, "head_form": 3}, {"dim_form": 4, "slots": 3}):
-        p = make(**(SMALL | {"layers": (3, 2), "heads": (2, 3)}), **form)
-        stages = triton_plan.plan_stages((3, 2), (2, 3), (5, 4), sparse=False, head_mix_dim=2, proj_dim=4)
+        p = make(**(SMALL | {"layers": (3, 1), "heads": (2, 2)}), **form)
+        stages = triton_plan.plan_stages((3, 1), (2, 2), (5, 4), sparse=False, head_mix_dim=2, proj_dim=4)
         assert [stage.kind for stage in stages] == ["heads", "layers", "rows"]
         compare(p)
 
@@ -107,7 +106,7 @@ def test_stages_that_mix_heads_and_layers_in_turn(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("moves", [*((name,) for name in LEAVES), ("head_mix", "source"), MAPS, ()], ids=str)
 @pytest.mark.parametrize("dim_form", [2, 4])
 def test_only_what_requires_a_gradient_gets_one(dim_form: int, moves: tuple[str, ...]) -> None:
-    compare(make(**SMALL, dim_form=dim_form), moves=moves)
+    compare(make(layers=(2, 1), heads=(2, 1), tokens=3, dim_form=dim_form, masked=0.0), moves=moves)
 
 
 def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +123,9 @@ def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(total, expected)
 
 
-@pytest.mark.parametrize("form", [{"dim_form": 2}, {"slots": 2}, {"sparse": "pairs", "dim_form": 3}], ids=str)
+@pytest.mark.parametrize("form", [{"dim_form": 2, "heads": (2, 1)}, {"slots": 2}], ids=str)
 def test_gradcheck(form: dict) -> None:
-    p = make(**({"layers": (2, 2), "heads": (2, 1), "dims": (3, 2), "tokens": 3, "batch": 1} | form))
+    p = make(**({"layers": (2, 1), "heads": (1, 1), "dims": (3, 2), "tokens": 3, "batch": 1} | form))
     n_x, n_y = len(p["source"]), len(p["target"])
 
     def loss(*t: torch.Tensor) -> torch.Tensor:
@@ -173,7 +172,7 @@ def test_padding_of_an_index_may_repeat_a_position() -> None:
 
 
 def test_two_runs_agree_to_the_bit() -> None:
-    p = make((3, 2), (2, 2), (16, 17), tokens=40, dim_form=2)
+    p = make((3, 2), (2, 1), (16, 17), tokens=60, dim_form=2)
     first, second = (run(p, "triton", torch.float32) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -193,10 +192,11 @@ def test_a_kept_graph_answers_twice() -> None:
 
 
 def test_fp16_gradients_survive_under_a_loss_scale() -> None:
-    p = make((2, 2), (1, 1), (16, 16), tokens=40, dim_form=4)
+    p = make((2, 1), (1, 1), (16, 16), tokens=40, dim_form=4)
+    p["scale"] *= 100
     rounded = {k: [t.half().double() for t in v] if isinstance(v, list) else v for k, v in p.items()}
     rounded |= {name: p[name].half().double() for name in MAPS}
-    scale = 2.0**17  # gradients of a mean over thousands are below what fp16 keeps; times this they are near 10
+    scale = 2.0**20  # gradients of this mean are below what fp16 keeps; times this they are near 1
     got, want = (
         run(rounded, i, d, upstream=scale) for i, d in (("triton", torch.float16), ("reference", torch.float64))
     )
@@ -207,20 +207,21 @@ def test_fp16_gradients_survive_under_a_loss_scale() -> None:
     "shape",
     [
         {"layers": (80, 1), "heads": (1, 1), "dims": (16, 16)},
-        {"layers": (2, 80), "heads": (1, 1), "dims": (16, 16)},
-        {"layers": (80, 1), "heads": (2, 1), "dims": (16, 16), "dim_form": 4},
+        {"layers": (1, 80), "heads": (1, 1), "dims": (16, 16), "moves": ("target",)},
         {"layers": (1, 2), "heads": (64, 2), "dims": (16, 16), "dim_form": 4},
         {"layers": (2, 1), "heads": (2, 64), "dims": (16, 16), "dim_form": 3},
-        {"layers": (1, 1), "heads": (100, 2), "dims": (16, 16)},
+        {"layers": (1, 1), "heads": (1, 66), "dims": (16, 16), "dim_form": 3, "moves": ("dim_proj",)},
         {"layers": (1, 1), "heads": (1, 1), "dims": (80, 96)},
-        {"layers": (2, 1), "heads": (1, 2), "dims": (96, 80)},
-        {"layers": (1, 2), "heads": (1, 1), "dims": (128, 128), "dim_form": 4},
+        {"layers": (2, 1), "heads": (1, 1), "dims": (96, 80)},
+        {"layers": (1, 1), "heads": (1, 1), "dims": (128, 128), "dim_form": 4, "batch": 1},
         {"layers": (1, 1), "heads": (1, 1), "dims": (1, 1), "batch": 1, "tokens": 1},
     ],
     ids=lambda shape: "-".join("x".join(map(str, shape[name])) for name in ("layers", "heads", "dims")),
 )
 def test_extreme_shapes(shape: dict) -> None:
-    compare(make(**({"batch": 2, "tokens": 1, "masked": 0.0, "dim_form": 2} | shape)))
+    shape = {"batch": 2, "tokens": 1, "masked": 0.0, "dim_form": 2, "moves": LEAVES} | shape
+    moves = shape.pop("moves")
+    compare(make(**shape), moves=moves)
 
 
 @pytest.mark.parametrize("stride", ["batch", "token"])
@@ -236,21 +237,15 @@ def test_offsets_beyond_two_to_the_31(stride: str) -> None:
             pytest.skip("no address space for 2^31 elements")
         apart = memory.as_strided(layer.shape, (gap[0], 1, gap[1], 1) if stride == "batch" else (at, 1, gap[1], 1))
         p[side] = [apart.copy_(layer)]
-    assert run_strides(p) == 2
+        assert sum((n - 1) * s for n, s in zip(layer.shape, apart.stride(), strict=True)) >= 2**31
     want = run(p | {side: [p[side][0].contiguous()] for side in ("source", "target")}, "reference", torch.float64)
     maps = {name: leaf(p[name], torch.float32) for name in MAPS}
     leaves = {side: [leaf(p[side][0], torch.float32)] for side in ("source", "target")}
     total, _ = map_projection_loss(**(p | leaves | maps), impl="triton")
     total.backward()
-    assert float(total) == pytest.approx(float(want["loss"]), rel=1e-5)
+    assert total.item() == pytest.approx(want["loss"].item(), rel=1e-5)
     for side in ("source", "target"):
         assert torch.allclose(leaves[side][0].grad.double(), want[f"{side}.0"], rtol=1e-4, atol=1e-6)
-
-
-def run_strides(p: dict) -> int:
-    """How many sides reach beyond 2^31 elements."""
-    return sum(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 2**31 - 1 for [t] in
-               (p["source"], p["target"]))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -280,14 +275,14 @@ def test_projection_alone(form: dict) -> None:
 
 
 def test_groups_are_slices_of_lists_and_views_of_heads() -> None:
-    p = make((4, 2), (4, 2), (5, 4), tokens=5, dim_form=4, head_form=3, layout="captured")
+    p = make((4, 2), (2, 2), (5, 4), tokens=5, dim_form=4, head_form=3, layout="captured")
     results = []
     for impl in ("reference", "triton"):
         leaves = {side: [leaf(t, torch.float64) for t in p[side]] for side in ("source", "target")}
         maps = {name: leaf(p[name], torch.float64) for name in MAPS}
         total = torch.zeros((), dtype=torch.float64)
         for g in range(2):
-            x, y, h, j = slice(2 * g, 2 * g + 2), slice(g, g + 1), slice(2 * g, 2 * g + 2), slice(g, g + 1)
+            x, y, h, j = slice(2 * g, 2 * g + 2), slice(g, g + 1), slice(g, g + 1), slice(g, g + 1)
             total = total + map_projection_loss(
                 [t[:, h] for t in leaves["source"][x]], [t[:, j] for t in leaves["target"][y]],
                 maps["layer_mix"][y, x], maps["head_mix"][y, j, h], maps["dim_proj"][y, j], bias=maps["bias"][y, j],
