@@ -92,6 +92,8 @@ class _Problem:
         self.dtype = source[0].dtype
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         bias = self.bias
+        if self.stages[-1].kind == "rows" and dim_proj.dim() == 3:
+            dim_proj = dim_proj[:, None].expand(-1, self.heads[1], -1, -1)  # one for each problem
         self.weights = Weights(
             # Rounded here, not in the kernel: what is loaded as it will be multiplied needs no registers.
             [
@@ -275,7 +277,8 @@ def map_projection_triton(
     """``[L_y, B, H_y, M, D_y]``; arguments as in :func:`kvds.ops.map_projection`."""
     source, layer_mix = _chosen(source, layer_mix)
     index = None if source_index is None else source_index.contiguous()
-    return _Projection.apply(index, layer_mix, head_mix, dim_proj, bias, *source)
+    with torch.cuda.device_of(source[0]):
+        return _Projection.apply(index, layer_mix, head_mix, dim_proj, bias, *source)
 
 
 def map_projection_loss_triton(
@@ -297,4 +300,8 @@ def map_projection_loss_triton(
         None if t is None else t.contiguous() for t in (source_index, target_index, mask, scale)
     )
     settings = (len(source), source_index, target_index, mask, scale, loss)
-    return _Loss.apply(settings, layer_mix, head_mix, dim_proj, bias, *source, *target)
+    tensors = (layer_mix, head_mix, dim_proj, bias, *source, *target)
+    if not torch.is_grad_enabled():  # evaluation: autograd would still say which inputs require a gradient
+        tensors = tuple(None if t is None else t.detach() for t in tensors)
+    with torch.cuda.device_of(source[0]):  # Triton launches on the current device
+        return _Loss.apply(settings, *tensors)
