@@ -98,18 +98,16 @@ def run(
     if wide:
         p |= {side: [t.double() for t in problem[side]] for side in ("source", "target")}
         p |= {"scale": problem["scale"].double()} if "scale" in problem else {}
-    moving: list[torch.Tensor] = []
-    for side in ("source", "target"):
-        if moves in (side, "both"):
-            p[side] = [leaf(t) for t in problem[side]]
-            moving += p[side]
+    sides = [side for side in ("source", "target") if moves in (side, "both")]
+    p |= {side: [leaf(t) for t in problem[side]] for side in sides}
+    moving = [t for side in sides for t in p[side]]
     maps = {name: leaf(problem[name]) for name in MAPS if name in problem}
     total, per_layer = map_projection_loss(**(p | maps), loss=loss, impl=impl)
     gradients = torch.autograd.grad(total * upstream, [*moving, *maps.values()])
     # One output: a scalar's error can be zero by luck, in one implementation and not in the other.
     out = {"losses": torch.cat([total.detach()[None], per_layer])}
-    if moving:
-        out[moves] = torch.stack(gradients[: len(moving)])
+    states = iter(gradients)
+    out |= {side: torch.stack([next(states) for _ in p[side]]) for side in sides}
     return out | dict(zip(maps, gradients[len(moving) :], strict=True))
 
 

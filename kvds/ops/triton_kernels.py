@@ -232,9 +232,12 @@ def map_projection_kernel(
             losses += tl.sum(rho, axis=1)
             if HAS_SCALE:
                 g = g * inverse
-            if BIAS_GRAD:
-                d_bias += g
             g_low = g.to(ELEMENT)
+            if BIAS_GRAD:
+                if DOT_RESIDUAL:
+                    d_bias = tl.dot(one, g_low, d_bias, out_dtype=WIDE)
+                else:
+                    d_bias += g
             if TARGET_GRAD:
                 dy_at = _offsets(
                     token_y, token_last, target_index, positions, token_first, dy_batch, dy_token, TARGET_INDEXED, TARGET_FLAT
