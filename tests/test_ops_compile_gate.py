@@ -1,7 +1,7 @@
 """Kernels are cross-compiled for the launches of training, without a GPU: no error, shared memory within the chip's,
 spills no more than recorded.
 
-Every launch of the eight problems that ``compile_gate.problems`` gives is compiled for compute capabilities 8.0 and 9.0.
+Every launch of the eight problems that ``compile_gate.problems`` gives is compiled for sm_80 and sm_90.
 The full enumeration (``python tests/compile_gate.py --slow``) takes long and runs where ``KVDS_COMPILE_GATE=slow`` is
 set. After a change of the kernels that is known to be good, ``python tests/compile_gate.py --record`` writes the spills
 down anew; what it writes belongs into the commit that changes them.
