@@ -75,7 +75,7 @@ def map_projection_kernel(
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_DX: tl.constexpr, BLOCK_DY: tl.constexpr,
     HAS_MIX: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DIMS_FIRST: tl.constexpr, DOT_RESIDUAL: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
+    DIMS_FIRST: tl.constexpr, DOT_RESIDUAL: tl.constexpr, TRANSPOSED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
     SOURCE_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
     MIX_GRAD: tl.constexpr, PROJ_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
     SOURCE_INDEXED: tl.constexpr, TARGET_INDEXED: tl.constexpr, SOURCE_FLAT: tl.constexpr, TARGET_FLAT: tl.constexpr,
@@ -124,7 +124,8 @@ def map_projection_kernel(
         ).to(ELEMENT)  # [BDX, BDY]
     inverse = 1.0
     if HAS_SCALE:
-        inverse = (1 / tl.load(scale + layer_y, mask=inside_y, other=1).to(WIDE))[:, None]
+        inverse = 1 / tl.load(scale + layer_y, mask=inside_y, other=1).to(WIDE)
+        inverse = inverse[None, :] if TRANSPOSED else inverse[:, None]
 
     # 1 / (elements of one layer that count), in the widest type at hand.
     counted = tl.maximum(tl.load(valid), 1).to(WIDE) if HAS_MASK else total.to(WIDE)
@@ -134,14 +135,14 @@ def map_projection_kernel(
     if MIX_GRAD:
         d_mix = tl.zeros((BLOCK_Y, BLOCK_X), WIDE)
     if PROJ_GRAD:
-        d_proj = tl.zeros((BLOCK_DX, BLOCK_DY), WIDE)
+        d_proj = tl.zeros((BLOCK_DY, BLOCK_DX) if TRANSPOSED else (BLOCK_DX, BLOCK_DY), WIDE)
     if BIAS_GRAD:
-        d_bias = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
+        d_bias = tl.zeros((BLOCK_DY, BLOCK_Y) if TRANSPOSED else (BLOCK_Y, BLOCK_DY), WIDE)
     bias_pointers = bias + (place_y * DIM_Y)[:, None] + dim_y[None, :]
     bias_inside = inside_y[:, None] & columns_y
     if DOT_RESIDUAL:
-        # In 16 bits the bias and the target join the projection's accumulators as products with ±1: operands in shared
-        # memory, instead of values that travel through registers into the accumulators' layout.
+        # In 16 bits the bias and the target join the projection's accumulators as products with one and minus one:
+        # operands in shared memory, instead of values that travel through registers into the accumulators' layout.
         one = (row_y[:, None] == row_y[None, :]).to(ELEMENT)
         minus_one = -one
         if HAS_BIAS:
@@ -198,13 +199,17 @@ def map_projection_kernel(
                 d_bias += t.to(WIDE)
         else:
             # The bias is where the accumulators start: no registers of its own.
-            if HAS_BIAS and DOT_RESIDUAL:
+            if HAS_BIAS and TRANSPOSED:
+                start_at = tl.dot(tl.trans(offset), one, out_dtype=WIDE)
+            elif HAS_BIAS and DOT_RESIDUAL:
                 start_at = tl.dot(one, offset, out_dtype=WIDE)
             elif HAS_BIAS:
                 start_at = tl.load(bias_pointers, mask=bias_inside, other=0).to(WIDE)
             else:
-                start_at = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
-            if DIMS_FIRST:
+                start_at = tl.zeros((BLOCK_DY, BLOCK_Y) if TRANSPOSED else (BLOCK_Y, BLOCK_DY), WIDE)
+            if TRANSPOSED:
+                projected = tl.dot(tl.trans(w), tl.trans(mixed), start_at, out_dtype=WIDE)  # [BDY, BY]
+            elif DIMS_FIRST:
                 projected = tl.dot(c, moved, start_at, input_precision=PRECISION, out_dtype=WIDE)
             elif HAS_PROJ:
                 projected = tl.dot(mixed, w, start_at, input_precision=PRECISION, out_dtype=WIDE)
@@ -213,13 +218,15 @@ def map_projection_kernel(
         if MODE == "store":
             tl.store(y_rows[:, None] + dim_y[None, :], projected.to(ELEMENT), mask=present_y[:, None] & columns_y)
         if MODE == "loss":
-            if DOT_RESIDUAL:
+            if TRANSPOSED:
+                r = tl.dot(tl.trans(t), minus_one, projected, out_dtype=WIDE)
+            elif DOT_RESIDUAL:
                 r = tl.dot(minus_one, t, projected, out_dtype=WIDE)
             else:
                 r = projected - t.to(WIDE)
             if HAS_SCALE:
                 r = r * inverse
-            r = tl.where(keep_y[:, None], r, 0.0)
+            r = tl.where(keep_y[None, :] if TRANSPOSED else keep_y[:, None], r, 0.0)
             if LOSS == "mse":
                 rho = r * r
                 g = 2 * r
@@ -229,12 +236,12 @@ def map_projection_kernel(
             else:
                 g = tl.minimum(tl.maximum(r, -1.0), 1.0)
                 rho = g * (r - g * 0.5)
-            losses += tl.sum(rho, axis=1)
+            losses += tl.sum(rho, axis=0 if TRANSPOSED else 1)
             if HAS_SCALE:
                 g = g * inverse
             g_low = g.to(ELEMENT)
             if BIAS_GRAD:
-                if DOT_RESIDUAL:
+                if DOT_RESIDUAL and not TRANSPOSED:
                     d_bias = tl.dot(one, g_low, d_bias, out_dtype=WIDE)
                 else:
                     d_bias += g
@@ -244,7 +251,8 @@ def map_projection_kernel(
                 )  # fmt: skip
                 dy_rows = _rows(target_grad_table, place_y, inside_y, dy_at, ELEMENT, ALIGNED)
                 store_y = (keep_y if TARGET_INDEXED else present_y)[:, None]
-                _store(dy_rows[:, None] + dim_y[None, :], -g, norm, store_y & columns_y, ELEMENT, NORMALIZE)
+                d_y = -(tl.trans(g) if TRANSPOSED else g)
+                _store(dy_rows[:, None] + dim_y[None, :], d_y, norm, store_y & columns_y, ELEMENT, NORMALIZE)
 
         if DIMS_FIRST:
             if MIX_GRAD:
@@ -256,9 +264,14 @@ def map_projection_kernel(
                 if SOURCE_GRAD:
                     d_x = tl.dot(d_moved, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)
         else:
-            if PROJ_GRAD:
+            if TRANSPOSED:
+                if PROJ_GRAD:
+                    d_proj = tl.dot(g_low, mixed, d_proj, out_dtype=WIDE)  # [BDY, BDX]
+                if SOURCE_GRAD or MIX_GRAD:
+                    d_mixed = tl.dot(tl.trans(g_low), tl.trans(w), out_dtype=WIDE)  # [BY, BDX]
+            elif PROJ_GRAD:
                 d_proj = tl.dot(tl.trans(mixed), g_low, d_proj, input_precision=PRECISION, out_dtype=WIDE)
-            if (SOURCE_GRAD or MIX_GRAD) and HAS_PROJ:
+            if (SOURCE_GRAD or MIX_GRAD) and HAS_PROJ and not TRANSPOSED:
                 d_mixed = tl.dot(g_low, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)  # [BY, BDX]
             if SOURCE_GRAD or MIX_GRAD:
                 d_low = d_mixed.to(ELEMENT) if HAS_PROJ else g_low
@@ -290,8 +303,12 @@ def map_projection_kernel(
     if MIX_GRAD:
         tl.store(out + row_y[:, None] * BLOCK_X + row_x[None, :], d_mix * weight_norm)
     if PROJ_GRAD:
+        if TRANSPOSED:
+            d_proj = tl.trans(d_proj)
         tl.store(out + MIX_SIZE + dim_x[:, None] * BLOCK_DY + dim_y[None, :], d_proj * weight_norm)
     if BIAS_GRAD:
+        if TRANSPOSED:
+            d_bias = tl.trans(d_bias)
         tl.store(out + MIX_SIZE + PROJ_SIZE + row_y[:, None] * BLOCK_DY + dim_y[None, :], d_bias * weight_norm)
     if MODE == "loss":
         tl.store(out + MIX_SIZE + PROJ_SIZE + BIAS_SIZE + row_y, losses * layer_norm)
