@@ -82,8 +82,9 @@ class AlignmentSettings:
     layer_groups: int = setting("structured: groups of layers that draw only from each other", 1)
     head_groups: int = setting("structured: groups of KV heads that draw only from each other", 1)
     impl: str = setting(
-        "implementation of the projection", "auto", choices=("auto", "reference", "lean", "compile", "triton")
-    )
+        "structured: implementation of the projection; auto: triton on a GPU, lean elsewhere", "auto",
+        choices=("auto", "reference", "lean", "compile", "triton"),
+    )  # fmt: skip
     task_weight: float = setting("weight of the task cross entropy", 1.0)
     logit_kd_weight: float = setting("weight of logit distillation (forward KL)", 0.0)
     logit_kd_temperature: float = setting("temperature of logit distillation", 1.0)

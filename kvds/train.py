@@ -50,10 +50,11 @@ from kvds.models import (
     load_model,
     load_tokenizer,
 )
+from kvds.provenance import write_provenance
 from kvds.run_data import load_run_data
 from kvds.run_folder import open_run_folder
 from kvds.teacher import Teacher
-from kvds.tracking import Tracker, collect_versions
+from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 
 log = logging.getLogger("kvds")
 
@@ -121,6 +122,8 @@ class TrainingRun:
         aligner = None
         if cfg.uses_kv and teacher_config is not None:
             aligner = build_aligner(kv_shape(student_config), kv_shape(teacher_config), cfg)
+            if cfg.impl == "triton":  # the others take any shape on any device
+                aligner.to(device).try_out(dtype, device)
         self.teacher = self._build_teacher(teacher_config, dtype, raw) if teacher_config is not None else None
         student: Any = load_model(
             cfg.student or "", student_config, init=cfg.student_init, dtype=dtype,
@@ -222,6 +225,7 @@ class TrainingRun:
         )  # fmt: skip
         if self.rank == 0:
             tags = {**collect_versions(), "world_size": str(self.world_size), "kv_weight": f"{self.kv_weight:.6g}"}
+            write_provenance(self.output_dir, {"git_revision": git_revision() or "unknown", **tags})
             params = {
                 **cfg.to_dict(),
                 "parameters_student": trained["student"],
@@ -379,6 +383,9 @@ class TrainingRun:
         if self.tracker is not None:
             self._log_artifacts()
         log.info("student, aligner and records are in %s", self.output_dir)
+        cfg = self.cfg
+        if cfg.report_to == "mlflow" and (cfg.tracking_uri or "sqlite:").startswith("sqlite:"):  # no server yet
+            log.info("look through them: %s", ui_command(self.output_dir, cfg.tracking_uri))
 
     def _log_artifacts(self) -> None:
         from kvds.experiment.report import write_report

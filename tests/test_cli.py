@@ -1,6 +1,7 @@
 """``kvds``: commands do what their files say, faults of the user are one line and exit status 2, imports are lazy."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,19 @@ def test_eval_refuses_folders_that_hold_something_else(capsys, tmp_path, model_f
     AutoModelForCausalLM.from_config(tiny_config(7)).save_pretrained(tmp_path)
     capsys.readouterr()
     assert "the model 7 rows" in error_of(capsys, *argv)
+
+
+def test_code_in_a_model_folder_is_never_run(capsys, tmp_path, model_folder, monkeypatch):
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "auto_map": names}))
+    (folder / "foreign.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+    argv = ("eval", "--model", str(folder), "--tokenizer", str(model_folder), "--subset_size", "1")
+    assert "holds no loadable model" in error_of(capsys, *argv)
+    assert not ran.exists()
 
 
 def test_export_hands_its_arguments_on(capsys, tmp_path, monkeypatch):

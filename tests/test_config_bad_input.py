@@ -86,7 +86,7 @@ BAD_FLAGS = {
     "--report_to wandb": ("report_to=wandb", "mlflow, none", "--report_to mlflow"),
     "--logging_steps 0": ("logging_steps=0", "at least 1", "--logging_steps 10"),
     "--save_steps -1": ("save_steps=-1", "at least 0", "--save_steps 500"),
-    "--impl fast": ("impl=fast", "auto, reference", "--impl auto"),
+    "--impl cuda": ("impl=cuda", "auto, reference, lean, compile, triton", "--impl auto"),
     "--deepspeed_config ds_configs/zero4.json": ("ds_configs/zero4.json", "No such file", "ds_configs/zero3.json"),
     "--config nowhere.yaml": ("--config nowhere.yaml", "No such file", "launch/recipes"),
     "--output_dir pyproject.toml": ("output_dir=pyproject.toml", "is a file", "expected a folder"),

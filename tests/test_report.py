@@ -1,5 +1,6 @@
 """The report says what the run folders hold: values checked, gaps shown as dashes, foreign folders refused."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_report_and_figure_are_written(tmp_path):
     with_kv = make_run(tmp_path / "with_kv", lines=lines)
     without = make_run(tmp_path / "without", lines=[*steps(5), {"step": 60, "loss/task": None}])
     written = write_report([with_kv, without], tmp_path / "deep" / "report")
-    assert [path.name for path in written] == ["report.md", "loss_curves.png"]
+    assert [path.name for path in written] == ["report.md", "loss_curves.png", "report.csv"]
     text = written[0].read_text()
     assert text.startswith("# 2 runs\n") and format_table(read_runs([with_kv, without])) in text
     assert "![Loss curves](loss_curves.png)" in text
@@ -93,6 +94,26 @@ def test_report_and_figure_are_written(tmp_path):
     # Panels: task loss, KV loss, exact match; the run without alignment has the first alone.
     assert three.shape[1] == 3 * one.shape[1]
     assert three.std() > 0.05
+
+
+def test_a_report_says_what_it_was_made_with(tmp_path):
+    held_out = {"cross_entropy": 0.5, "exact_match": 0.25, "kv_loss": 2.0}
+    told = make_run(tmp_path / "told", lines=steps(4), settings="alignment_mode: flat\n", held_out=held_out)
+    facts = {
+        "git_revision": "0123abc+changes",
+        "torch": "2.13.0",
+        "command": "launch/distill.py --seed 1 --name 'a, b'",
+    }
+    (told / "provenance.json").write_text(json.dumps(facts))
+    silent = make_run(tmp_path / "silent", lines=steps(1))
+    report, _, table = write_report([told, silent], tmp_path / "out")
+    assert "- told: git_revision 0123abc+changes, torch 2.13.0\n  `launch/distill.py --seed 1" in report.read_text()
+    assert "- silent" not in report.read_text()
+    with table.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert facts.items() <= first.items() and first["alignment"] == "flat" and first["real tokens/s"] == "3000"
+    assert first["exact match %"] == "25.0" and first["KV loss (held-out)"] == "2.0000"
+    assert second["torch"] == second["real tokens/s"] == "" and second["run"] == "silent"
 
 
 def test_same_numbers_same_picture(tmp_path):

@@ -128,6 +128,16 @@ CASES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     ),
     "batch arithmetic": ({"deepspeed_config": "@/batch.json"}, ("train_batch_size", "7", "4")),
     "groups": ({"layer_groups": "3"}, ("layer_groups", "3")),
+    "teacher too narrow": (
+        {"direction": "teacher_to_student", "teacher_init": "random", "teacher_config_overrides": "head_dim=6"},
+        ("direction=teacher_to_student: a map from the teacher's 6 dimensions", "of its 8",
+        "--direction student_to_teacher"),
+    ),
+    "teacher without directions": (
+        {"map_start": "pca", "teacher_init": "random", "teacher_config_overrides": "head_dim=6"},
+        ("map_start=pca: the teacher's 6 dimensions", "no 8 principal directions", "--map_start procrustes"),
+    ),
+    "kernel without a GPU": ({"impl": "triton"}, ("impl=triton: ", "impl=auto")),
     "lost checkpoint": ({"output_dir": "@/lost"}, ("@/lost/checkpoints/latest: names 'step-000009'", "--resume never")),
     "checkpoint without its settings": ({"output_dir": "@/strange"}, ("@/strange/config.yaml: missing",
     "--resume never")),

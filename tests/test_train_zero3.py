@@ -65,15 +65,21 @@ RUNS: dict[str, dict[str, object]] = {
     "sharded": {"deepspeed_config": None},  # every parameter sharded, none kept whole: set in the fixture
     "zero2": {"deepspeed_config": None},
     "teacher_zero3": {"teacher_placement": "zero3"},
+    "teacher_offload": {"teacher_placement": "zero3_offload"},
     "checkpointing": {"gradient_checkpointing": "true"},
     "crop": {"kv_method": "right_crop", "kv_budget": 6},
     "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 4},
     "adamw": {"optimizer": "adamw", "lr": 0.001},
     "logit_kd": {"logit_kd_weight": 0.5, "logit_kd_temperature": 2.0},
     "logit_kd_teacher_zero3": {"logit_kd_weight": 0.5, "logit_kd_temperature": 2.0, "teacher_placement": "zero3"},
+    "auto_weight": {
+        "kv_weight": "auto:1.5", "kv_weight_schedule": "linear", "batch_size": 2, "gradient_accumulation_steps": 2,
+    },
+    "frozen": {"direction": "teacher_to_student", "aligner_update": "frozen", "map_start": "ridge"},
+    "recorded": {"report_to": "mlflow", "eval_subset_size": 6, "max_new_tokens": 6, "eval_steps": 2},
     "no_kv_weight": {"kv_weight": 0},
     "task_only": {"alignment_mode": "none"},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +109,11 @@ def distributed(models, tmp_path_factory) -> Path:
     ]
     command[command.index("--master_port") + 1] = str(20000 + os.getpid() % 20000)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "0.2"
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    (folder / "log.txt").write_text(done.stderr)
     return folder
 
 
@@ -135,13 +143,34 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
                 for batch in loader.step(step):
                     moments.update(states(student, batch)[0], states(teacher, batch)[0], selection(batch))
         moments.apply()
+
+    def start_weight(batch) -> float | None:
+        """``auto:SHARE`` by its definition, from two separate backward passes of the student."""
+        if cfg.kv_weight_share is None:
+            return cfg.kv_weight_value
+        norms = []
+        for part in ("task", "kv"):
+            student_states, logits = states(student, batch)
+            if part == "kv":
+                with torch.no_grad():
+                    teacher_states = states(teacher, batch)[0]
+                loss = aligner(student_states, teacher_states, selection(batch)).loss
+            else:
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+            gradients = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
+            norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm().item())
+        return cfg.kv_weight_share * norms[0] / norms[1]
+
     trained = [*student.parameters(), *(aligner.parameters() if aligner is not None else ())]
+    trained = [p for p in trained if p.requires_grad]
     optimizer = (torch.optim.SGD if cfg.optimizer == "sgd" else torch.optim.AdamW)(trained, lr=cfg.lr)
     if cfg.optimizer == "adamw":
         optimizer.param_groups[0]["weight_decay"] = 0.0
     records = []
     for step in range(STEPS):
         [batch] = loader.step(step)
+        if step == 0:
+            kv_weight = cfg.kv_weight_value if aligner is None else start_weight(batch)
         student_states, logits = states(student, batch)
         record = {}
         loss = task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
@@ -150,7 +179,8 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
             teacher_states, teacher_logits = states(teacher, batch)
         if aligner is not None:
             kv = aligner(student_states, teacher_states, selection(batch)).loss
-            loss = loss + KV_WEIGHT * kv
+            record["kv/weight"] = kv_weight * (1 - step / STEPS if cfg.kv_weight_schedule == "linear" else 1)
+            loss = loss + record["kv/weight"] * kv
             record["loss/kv"] = kv.item()
         if cfg.logit_kd_weight:
             keep, t = batch.labels[:, 1:] != -100, cfg.logit_kd_temperature
@@ -181,14 +211,15 @@ def logged(run: Path, key: str) -> list[float]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name", [n for n in RUNS if n not in ("no_kv_weight", "accumulated")])
+@pytest.mark.parametrize("name", [n for n in RUNS if n not in ("no_kv_weight", "accumulated", "recorded")])
 def test_two_ranks_equal_a_plain_loop(name, models, distributed):
     changes = {
         k: v
         for k, v in RUNS[name].items()
         if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing")
     }
-    cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, "batch_size": 8}))
+    whole = {"batch_size": 8, "gradient_accumulation_steps": 1}
+    cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, **whole}))
     records, student, aligner = plain_training(models, cfg)
     losses_only = name == "adamw"
     for key in records[0]:
@@ -202,6 +233,8 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
     assert relative_error(saved, student) < 1e-5
     if aligner is not None:
         assert relative_error(load_aligner(distributed / name / "map_aligner.pt"), aligner) < 1e-5
+    if name == "auto_weight":
+        assert len(set(logged(distributed / name, "kv/weight"))) == STEPS
 
 
 @pytest.mark.multiprocess
@@ -234,3 +267,49 @@ def test_checkpoint_holds_no_teacher_and_the_student_has_plain_names(distributed
     content = torch.load(shard, weights_only=False)
     parameters = {name for group in content["param_shapes"] for name in group}
     assert parameters and all(name.startswith(("student.", "aligner.")) for name in parameters)
+
+
+@pytest.mark.multiprocess
+def test_a_run_leaves_its_records(distributed):
+    """``metrics.jsonl`` and MLflow hold the same, from rank 0 alone, and recording changes nothing in the training."""
+    from mlflow import MlflowClient
+
+    run_dir = distributed / "recorded"
+    for key in ("loss/task", "loss/kv", "grad_norm"):
+        assert logged(run_dir, key) == logged(distributed / "structured", key)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss/task" in line]
+    layers = [f"loss/kv_{part}_layer_{i:02d}" for part in ("keys", "values") for i in range(4)]
+    wanted = {
+        "loss/total", "loss/task", "loss/kv", "loss/kv_keys", "loss/kv_values", *layers, "lr", "grad_norm",
+        "perf/tokens_per_second", "perf/peak_memory_bytes", "perf/memory_bytes", "perf/seconds_teacher",
+        "perf/seconds_forward", "perf/seconds_backward", "perf/seconds_optimizer", "kv/weight", "kv/gradient_ratio",
+        "kv/norm_ratio", "kv/norm_keys", "kv/norm_values", "kv/effective_rank_keys", "kv/effective_rank_values",
+    }  # fmt: skip
+    assert [line["step"] for line in trained] == list(range(1, STEPS + 1))
+    assert all(line.keys() >= wanted and all(line[key] is not None for key in wanted) for line in trained)
+    assert trained[0]["kv/norm_ratio"] == 1.0 and trained[-1]["kv/norm_ratio"] != 1.0
+    assert [line["step"] for line in lines if "eval/all/exact_match" in line] == [2, 4, STEPS]
+    assert json.loads((run_dir / "eval.json").read_text())["all"].keys() >= {"cross_entropy", "exact_match", "kv_loss"}
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{run_dir / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("kvds")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.info.run_id == (run_dir / "mlflow_run_id").read_text().strip()
+    history = {key: client.get_metric_history(run.info.run_id, key) for key in ("loss/task", "loss/kv_keys_layer_03")}
+    for key, points in history.items():
+        assert [(point.step, point.value) for point in points] == [(line["step"], line[key]) for line in trained]
+    assert run.data.metrics.keys() >= {*wanted, "eval/synthetic/perplexity", "system/cpu_utilization_percentage"}
+    assert run.data.params.keys() >= {"lr", "kv_weight", "alignment_mode", "seed", "parameters_student"}
+    tags = run.data.tags
+    assert tags["world_size"] == "2" and tags["torch"] == torch.__version__ and tags["kv_weight"] == str(KV_WEIGHT)
+    assert len(tags["git_revision"].partition("+")[0]) == 40
+    found = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+    assert found == {"config.yaml", "report.md", "report.csv", "loss_curves.png"}
+    provenance = json.loads((run_dir / "provenance.json").read_text())
+    assert provenance["git_revision"] == tags["git_revision"] and provenance["torch"] == torch.__version__
+    assert "--local_rank" not in provenance["command"] and provenance["world_size"] == "2"
+    told = [line for line in (distributed / "log.txt").read_text().splitlines() if "look through them: " in line]
+    assert [line.split("them: ")[1] for line in told] == [
+        f"mlflow ui --backend-store-uri sqlite:///{run_dir / 'mlflow.db'} --host 127.0.0.1"
+    ]

@@ -6,6 +6,7 @@ import functools
 import logging
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from kvds.align.loss import PARTS, AlignmentLoss, average_parts
@@ -72,6 +73,22 @@ class KVAligner(nn.Module):
                 for name, part in self.parts.items()
             }
         )
+
+    @torch.no_grad()
+    def try_out(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Run once on two tokens of zeros, so that an implementation that cannot serve these shapes says so now.
+
+        Raises:
+            InputError: it cannot.
+        """
+
+        def states(shape: KVShape) -> KVStates:
+            zeros = torch.zeros(1, shape.num_key_value_heads, 2, shape.head_dim, dtype=dtype, device=device)
+            layers = (zeros,) * shape.num_hidden_layers
+            return KVStates(layers, layers)
+
+        mask = torch.ones(1, 2, dtype=torch.bool, device=device)
+        self(states(self.student_shape), states(self.teacher_shape), Selection(None, mask))
 
     @classmethod
     def map_widths(cls, student: KVShape, teacher: KVShape) -> tuple[int, int]:

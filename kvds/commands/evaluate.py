@@ -89,12 +89,12 @@ def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged folder can fail anywhere in its readers
         raise _unloadable("tokenizer", tokenizer_folder, error) from error
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            model_folder, local_files_only=True, dtype="auto", output_loading_info=True
+            model_folder, local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
         )
     except Exception as error:
         raise _unloadable("model", model_folder, error) from error

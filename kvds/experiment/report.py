@@ -1,12 +1,15 @@
-"""One table and one figure for one or more finished (or running) runs: ``report.md`` and ``loss_curves.png``."""
+"""One table and one figure for one or more finished (or running) runs: ``report.md``, ``report.csv``,
+``loss_curves.png``.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import yaml
 
 from kvds.errors import InputError
 from kvds.metrics_file import METRICS_FILE, read_metrics
+from kvds.provenance import PROVENANCE_FILE
 
 MISSING = "–"
 # Okabe and Ito's palette without black and its pale yellow: told apart under the common kinds of colour blindness.
@@ -31,12 +35,14 @@ class RunRecord:
         settings: ``config.yaml``; empty where it is missing.
         metrics: The records of ``metrics.jsonl``.
         held_out: ``eval.json["all"]``; empty where the run has not finished or has no evaluation.
+        provenance: ``provenance.json``; empty where it is missing.
     """
 
     name: str
     settings: dict[str, Any]
     metrics: list[dict[str, float]]
     held_out: dict[str, float]
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of one metric."""
@@ -59,7 +65,8 @@ def read_run(run_dir: str | Path) -> RunRecord:
     if not isinstance(held_out, dict) or not all(isinstance(value, int | float) for value in held_out.values()):
         raise InputError(f'{folder / "eval.json"}: "all" holds no numbers; expected the file that a run writes')
     settings = _mapping(folder / "config.yaml", yaml.safe_load)
-    return RunRecord(folder.resolve().name, settings, read_metrics(folder / METRICS_FILE), held_out)
+    provenance = _mapping(folder / PROVENANCE_FILE, json.loads)
+    return RunRecord(folder.resolve().name, settings, read_metrics(folder / METRICS_FILE), held_out, provenance)
 
 
 def _mapping(path: Path, parse: Any) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[RunRecord]:
     longer = [f"{Path(folder).resolve().parent.name}/{name}" for folder, name in zip(run_dirs, names, strict=True)]
     names = [long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)]
     names = [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return [RunRecord(name, run.settings, run.metrics, run.held_out) for name, run in zip(names, runs, strict=True)]
+    return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
 
 
 def _alignment(settings: dict[str, Any]) -> str:
@@ -143,8 +150,32 @@ def format_table(runs: Sequence[RunRecord]) -> str:
     return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])
 
 
+def _made_by(runs: Sequence[RunRecord]) -> str:
+    """A Markdown list of revision, versions and command of each run that says them."""
+    lines = []
+    for run in runs:
+        facts = {name: str(value) for name, value in run.provenance.items()}
+        command = facts.pop("command", None)
+        if facts or command:
+            told = ", ".join(f"{name} {value}" for name, value in facts.items())
+            lines.append(f"- {run.name}: {told}" + (f"\n  `{command}`" if command else ""))
+    return "\n".join(["", "Made by", "", *lines, ""]) if lines else ""
+
+
+def _write_csv(runs: Sequence[RunRecord], path: Path) -> None:
+    """The table's cells, an empty one where it shows a dash, and what each run was made with."""
+    header, *rows = table_rows(runs)
+    facts = list(dict.fromkeys(name for run in runs for name in run.provenance))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*header, *facts])
+        for run, row in zip(runs, rows, strict=True):
+            cells = ["" if cell == MISSING else cell.replace(",", "") if n >= 2 else cell for n, cell in enumerate(row)]
+            writer.writerow([*cells, *(run.provenance.get(name, "") for name in facts)])
+
+
 def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Write ``report.md`` (table and figure) and ``loss_curves.png`` into the folder ``output``.
+    """Write ``report.md`` (table, figure, origin), ``report.csv`` and ``loss_curves.png`` into the folder ``output``.
 
     Args:
         run_dirs: Folders of runs, finished or not.
@@ -160,20 +191,21 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> list[Pat
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figure, report = folder / "loss_curves.png", folder / "report.md"
+        figure, report, rows = folder / "loss_curves.png", folder / "report.md", folder / "report.csv"
         save_curves(runs, figure)
         title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
         report.write_text(
             f"# {title}\n\n{format_table(runs)}\n\n"
             f"Task loss: nats per token of rationale and answer. KV loss: mean standardised residual of the "
             f"matched keys and values. Real tokens: without padding, over all ranks, median after the first interval. "
-            f"{MISSING}: not recorded.\n\n![Loss curves]({figure.name})\n",
+            f"{MISSING}: not recorded.\n\n![Loss curves]({figure.name})\n{_made_by(runs)}",
             encoding="utf-8",
         )
+        _write_csv(runs, rows)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"--output {folder}: {reason}; expected a folder that can be written") from error
-    return [report, figure]
+    return [report, figure, rows]
 
 
 def save_curves(runs: Sequence[RunRecord], path: Path) -> None:
