@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from kvds.errors import InputError
 from kvds.settings import AlignmentSettings
 
 # mode → setting → the one value that has a meaning there, and why.
@@ -18,6 +20,13 @@ _FIXED: dict[str, dict[str, tuple[object, str]]] = {
         "layer_groups": (1, "groups are structured's"),
         "head_groups": (1, "groups are structured's"),
     },
+    "structural_kv": {
+        "direction": ("student_to_teacher", "the teacher is the fixed side"),
+        "kv_parts": ("kv", "its attention needs keys, its cosine both"),
+        "kv_loss": ("mse", "its penalties are a cosine and a KL divergence"),
+        "layer_groups": (1, "groups are structured's"),
+        "head_groups": (1, "groups are structured's"),
+    },
     "relation": {
         "direction": ("student_to_teacher", "nothing is mapped: the teacher's relations are the target"),
         "aligner_update": ("trained", "no map is there to be frozen"),
@@ -26,7 +35,10 @@ _FIXED: dict[str, dict[str, tuple[object, str]]] = {
         "head_groups": (1, "groups are structured's"),
     },
 }  # fmt: skip
-_OWN = {"relation": {"relation_kind": "softmax", "relation_heads": None, "relation_units": "standard"}}
+_OWN: dict[str, dict[str, object]] = {
+    "relation": {"relation_kind": "softmax", "relation_heads": None, "relation_units": "standard"},
+    "structural_kv": {"attention_loss_weight": 1.0},
+}
 
 
 def mode_rules(settings: AlignmentSettings) -> Iterator[tuple[bool, str, object, str]]:
@@ -50,3 +62,20 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[tuple[bool, str, object,
         not softmax or settings.kv_loss == "mse", "kv_loss", settings.kv_loss,
         "mse, the default, with --relation_kind softmax, whose loss is a KL divergence (or --relation_kind cosine)",
     )  # fmt: skip
+    yield (
+        mode != "structural_kv" or settings.layer_map != "learned", "layer_map", settings.layer_map,
+        "endpoint or last_aligned with --alignment_mode structural_kv, where a query meets one teacher layer's keys",
+    )  # fmt: skip
+    weight = settings.attention_loss_weight
+    yield 0 <= weight < math.inf, "attention_loss_weight", weight, "a finite number, at least 0"
+
+
+def check_mode(settings: AlignmentSettings) -> None:
+    """Raise for the first rule that does not hold.
+
+    Raises:
+        InputError: naming the setting, its value and what was expected.
+    """
+    for holds, name, value, expected in mode_rules(settings):
+        if not holds:
+            raise InputError(f"{name}={value}: expected {expected}")

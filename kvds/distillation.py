@@ -183,10 +183,11 @@ class DistillationModule(nn.Module):
         for part, loss, layers in (
             ("keys", aligned.key_loss, aligned.key_layers),
             ("values", aligned.value_loss, aligned.value_layers),
+            ("attention", aligned.attention_loss, None),
         ):
             if loss is not None:
                 metrics[f"loss/kv_{part}"] = loss * share
-                if step.watch:
+                if step.watch and layers is not None:
                     metrics |= {f"loss/kv_{part}_layer_{i:02d}": layer * share for i, layer in enumerate(layers)}
         return aligned.loss * share
 
@@ -197,7 +198,10 @@ def _state_metrics(states: States, selection: Selection | None) -> dict[str, Ten
     if selection is None:
         return {}
     metrics = {}
-    for name, layers in states._asdict().items():
+    for name in ("keys", "values", "hidden_states"):
+        layers = getattr(states, name, ())
+        if not layers:
+            continue
         norms, ranks = [], []
         for layer in layers:
             rows = layer.detach().transpose(1, 2).flatten(2)  # [B, T, H·D]

@@ -54,16 +54,16 @@ class AlignmentSettings:
 
     alignment_mode: str = setting(
         "map between student and teacher KV; relation: no map, token-token relations are matched; hidden (a control): "
-        "hidden states in place of KV",
+        "hidden states in place of KV; structural_kv: cosine of K and V, and attention",
         "structured",
-        choices=("flat", "structured", "relation", "hidden", "none"),
+        choices=("flat", "structured", "structural_kv", "relation", "hidden", "none"),
     )
     map_proj_share_dim: bool = setting(
         "structured: one dimension map for all layers and heads; hidden: for all layers", False
     )
     map_proj_init_uniform: bool = setting("structured: mixing weights start uniform, not near the diagonal", False)
     layer_map: str | None = setting(
-        "which layers are matched; unset: endpoint for flat, else learned", None,
+        "which layers are matched; unset: endpoint for flat and structural_kv, else learned", None,
         choices=("learned", "endpoint", "last_aligned"),
     )  # fmt: skip
     direction: str = setting(
@@ -88,6 +88,9 @@ class AlignmentSettings:
         "relation: states in units of their start, mean taken out, or raw as in the paper", "standard",
         choices=("standard", "raw"),
     )  # fmt: skip
+    attention_loss_weight: float = setting(
+        "structural_kv: weight of the attention's KL divergence beside the cosines; 0: without", 1.0
+    )
     kv_weight: str | float = setting(
         "weight of the KV loss: a number, or auto:SHARE of the task's gradient", "auto:2.0"
     )

@@ -107,7 +107,7 @@ def setup(family: str = "qwen2", rope: str = "pre", **kwargs: Any) -> Setup:
     student, teacher_model = make(1, 2, 16), make(2, 3, 24)
     cfg = AlignmentSettings(**{"impl": "reference", **kwargs})
     aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher_model.config), cfg)
-    teacher = Teacher(teacher_model, device=CPU, rope=rope, wants_hidden=True, reads=aligner.reads)
+    teacher = Teacher(teacher_model, device=CPU, rope=rope, wants_hidden=True, reads=aligner.teacher_reads)
     module = DistillationModule(student, aligner, rope=rope, head_chunks=2, kd_temperature=2.0)
     moments = AlignmentMoments(aligner)
     calibration = batch_of(list(samples()), (1.0, 1.0))
@@ -153,6 +153,7 @@ CASES = [
     ("gpt2", "pre", "structured"),
     ("gpt2", "pre", "hidden"),
     ("qwen2", "post", "relation"),
+    ("qwen2", "pre", "structural_kv"),
 ]
 
 

@@ -75,6 +75,7 @@ RUNS: dict[str, dict[str, object]] = {
     "task_only": {"alignment_mode": "none"},
     "hidden": {"alignment_mode": "hidden", "gradient_checkpointing": "true"},
     "relation": {"alignment_mode": "relation"},
+    "structural_kv": {"alignment_mode": "structural_kv", "gradient_checkpointing": "true"},
 }
 
 
@@ -120,7 +121,8 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
     aligner = None
 
     def states(model: nn.Module, batch):
-        with open_capture(model, what_is_read(cfg.alignment_mode)) as capture:
+        reads = aligner.reads if aligner is not None and model is student else what_is_read(cfg.alignment_mode)
+        with open_capture(model, reads) as capture:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return capture.states, logits
 

@@ -11,6 +11,7 @@ from kvds.align.hidden import HiddenAligner
 from kvds.align.layer_map import default_layer_map
 from kvds.align.loss import AlignmentLoss
 from kvds.align.relation import RelationAligner
+from kvds.align.structural import StructuralKVLoss
 from kvds.align.structured import MapProjectionAligner
 from kvds.errors import InputError
 from kvds.kv import KVShape
@@ -21,6 +22,7 @@ ALIGNERS: dict[str, type[KVAligner]] = {
     "structured": MapProjectionAligner,
     "hidden": HiddenAligner,
     "relation": RelationAligner,
+    "structural_kv": StructuralKVLoss,
 }
 
 
@@ -50,8 +52,8 @@ def build_aligner(student: KVShape, teacher: KVShape, settings: Any) -> KVAligne
 
 
 def what_is_read(alignment_mode: str) -> str:
-    """What the mode compares, as :func:`kvds.kv.open_capture` takes it; ``"kv"`` where nothing is."""
-    return ALIGNERS.get(alignment_mode, KVAligner).reads
+    """What the mode compares of the teacher, as :func:`kvds.kv.open_capture` takes it; ``"kv"`` where nothing is."""
+    return ALIGNERS.get(alignment_mode, KVAligner).teacher_reads
 
 
 def aligner_config_dict(aligner: KVAligner) -> dict[str, Any]:
@@ -75,6 +77,7 @@ __all__ = [
     "RelationAligner",
     "aligner_config_dict",
     "aligner_from_config_dict",
+    "StructuralKVLoss",
     "build_aligner",
     "what_is_read",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 
 from kvds.align.loss import PART_NAMES, PARTS, AlignmentLoss, average_parts
 from kvds.align.part import AlignerPart
+from kvds.config_modes import check_mode
 from kvds.errors import InputError
 from kvds.kv import KVShape, Selection, States
 
@@ -28,7 +29,8 @@ class KVAligner(nn.Module):
 
     Attributes:
         parts: ``"key"`` and ``"value"``, or the one that ``kv_parts`` asks for.
-        reads: What it compares, as :func:`kvds.kv.open_capture` takes it.
+        reads: What it compares of the student, as :func:`kvds.kv.open_capture` takes it.
+        teacher_reads: The same of the teacher.
 
     Raises:
         InputError: settings that the two shapes cannot serve.
@@ -36,6 +38,7 @@ class KVAligner(nn.Module):
 
     part_class: ClassVar[type[AlignerPart]]
     reads: ClassVar[str] = "kv"
+    teacher_reads: ClassVar[str] = "kv"
 
     def __init__(self, student: KVShape, teacher: KVShape, settings: Any) -> None:
         super().__init__()
@@ -102,6 +105,7 @@ class KVAligner(nn.Module):
 
     @classmethod
     def _check(cls, student: KVShape, teacher: KVShape, settings: Any) -> None:
+        check_mode(settings)
         layers = min(student.num_hidden_layers, teacher.num_hidden_layers)
         if not 1 <= settings.layer_groups <= layers:
             raise InputError(

@@ -65,8 +65,8 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[
         widest = max(group.stop - group.start for group in group_slices(source.num_hidden_layers, groups))
         return target.num_hidden_layers, target.num_hidden_layers * widest
 
-    def flat() -> int:
-        layers, logits = layers_and_logits("flat", 1)
+    def linear(mode: str) -> int:
+        layers, logits = layers_and_logits(mode, 1)
         width_x, width_y = heads_x * source.head_dim, heads_y * target.head_dim
         return logits + layers * (width_x + 1) * width_y
 
@@ -76,7 +76,12 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[
         projections = (1 if share_dim else layers * heads_y) * source.head_dim * target.head_dim
         return logits + mixes + projections + layers * heads_y * target.head_dim
 
-    counts = {"flat": flat(), "structured": structured(False), "structured, share_dim": structured(True)}
+    counts = {
+        "flat": linear("flat"),
+        "structural_kv": linear("structural_kv"),
+        "structured": structured(False),
+        "structured, share_dim": structured(True),
+    }
     counts["relation"] = layers_and_logits("relation", 1)[1]
     counts = {mode: len(PARTS[settings.kv_parts]) * count for mode, count in counts.items()}
     if source.hidden_size and target.hidden_size:  # one part, where the shapes say how wide the models are

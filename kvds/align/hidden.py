@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from kvds.align.flat import FlatAligner, FlatPart
-from kvds.errors import InputError
 from kvds.kv import KVShape, hidden_shape
 
 
@@ -38,6 +37,7 @@ class HiddenAligner(FlatAligner):
 
     part_class = HiddenPart
     reads: ClassVar[str] = "hidden"
+    teacher_reads: ClassVar[str] = "hidden"
 
     @classmethod
     def part_names(cls, settings: Any) -> tuple[str, ...]:
@@ -53,12 +53,3 @@ class HiddenAligner(FlatAligner):
     def map_widths(cls, student: KVShape, teacher: KVShape) -> tuple[int, int]:
         """The widths of the models."""
         return student.hidden_size, teacher.hidden_size
-
-    @classmethod
-    def _check(cls, student: KVShape, teacher: KVShape, settings: Any) -> None:
-        if settings.kv_parts != "kv":
-            raise InputError(
-                f"kv_parts={settings.kv_parts}: expected kv with --alignment_mode hidden, which matches neither keys "
-                f"nor values (or --alignment_mode structured)"
-            )
-        super()._check(student, teacher, settings)

@@ -31,7 +31,7 @@ HARD_MAPS = {"endpoint": endpoint_map, "last_aligned": last_aligned_map}
 
 def default_layer_map(alignment_mode: str) -> str:
     """What ``layer_map`` means where it is unset."""
-    return "endpoint" if alignment_mode == "flat" else "learned"
+    return "endpoint" if alignment_mode in ("flat", "structural_kv") else "learned"
 
 
 def near_diagonal_logits(num_targets: int, num_sources: int) -> Tensor:

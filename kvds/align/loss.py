@@ -23,6 +23,7 @@ class AlignmentLoss(NamedTuple):
         value_loss: Of values, detached; None when values are not matched.
         key_layers: ``[L_y]`` per target layer (per pair with a hard layer map), detached.
         value_layers: The same for values.
+        attention_loss: Of the attention that keys receive, detached; None where it is not compared.
     """
 
     loss: Tensor
@@ -30,6 +31,7 @@ class AlignmentLoss(NamedTuple):
     value_loss: Tensor | None
     key_layers: Tensor | None
     value_layers: Tensor | None
+    attention_loss: Tensor | None = None
 
 
 def average_parts(parts: dict[str, tuple[Tensor, Tensor]]) -> AlignmentLoss:

@@ -171,14 +171,6 @@ class RelationAligner(KVAligner):
 
     @classmethod
     def _check(cls, student: KVShape, teacher: KVShape, settings: Any) -> None:
-        expected = {"direction": "student_to_teacher", "aligner_update": "trained", "map_start": "random",
-                    "layer_groups": 1, "head_groups": 1}  # fmt: skip
-        for name, value in expected.items():
-            if getattr(settings, name) != value:
-                raise InputError(
-                    f"{name}={getattr(settings, name)}: expected {value} with --alignment_mode relation, which maps "
-                    f"nothing (or --alignment_mode structured)"
-                )
         widths = [shape.num_key_value_heads * shape.head_dim for shape in (student, teacher)]
         heads = relation_heads(student, teacher, settings)
         if any(width % heads for width in widths):

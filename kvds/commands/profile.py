@@ -9,7 +9,7 @@ from typing import Any
 from kvds.errors import InputError
 from kvds.settings import AlignmentSettings
 
-MODES = ("flat", "structured", "relation", "hidden")
+MODES = ("flat", "structured", "structural_kv", "relation", "hidden")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What of a model an alignment reads: keys and values, or hidden states."""
+"""What of a model an alignment reads: keys and values, these with queries, or hidden states."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import nn
 
 from kvds.kv.capture import KVCapture
 from kvds.kv.hidden import HiddenCapture, HiddenStates
+from kvds.kv.queries import AttentionCapture, AttentionStates
 from kvds.kv.states import KVStates
 
-States = KVStates | HiddenStates
-Capture = KVCapture | HiddenCapture
+States = KVStates | HiddenStates | AttentionStates
+Capture = KVCapture | HiddenCapture | AttentionCapture
 
 
 def open_capture(model: nn.Module, reads: str, *, rope: str = "pre", require_grad: bool = False) -> Capture:
@@ -19,9 +20,11 @@ def open_capture(model: nn.Module, reads: str, *, rope: str = "pre", require_gra
 
     Args:
         model: A causal language model or its backbone.
-        reads: ``"kv"`` or ``"hidden"``, as an aligner's ``reads`` says.
+        reads: ``"kv"``, ``"attention"`` (queries, too) or ``"hidden"``, as an aligner's ``reads`` says.
         rope: ``"pre"`` or ``"post"``, of keys.
         require_grad: Raise where a captured tensor has no graph.
     """
     options: dict[str, Any] = {"require_grad": require_grad}
-    return HiddenCapture(model, **options) if reads == "hidden" else KVCapture(model, rope=rope, **options)
+    if reads == "hidden":
+        return HiddenCapture(model, **options)
+    return (AttentionCapture if reads == "attention" else KVCapture)(model, rope=rope, **options)
