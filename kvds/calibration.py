@@ -18,7 +18,7 @@ from kvds.data.batches import TokenBatch
 from kvds.distillation import LossWeights, StepInput
 from kvds.engine import all_reduce_sum, discard_gradients, gradient_norm
 from kvds.errors import InputError
-from kvds.kv import Selection, open_capture
+from kvds.kv import Selection, open_capture, pool_steps
 from kvds.models import backbone
 from kvds.teacher import Teacher
 
@@ -54,7 +54,10 @@ def calibrate_aligner(
             states = teacher(batch).states
             if states is None:
                 raise RuntimeError("calibration needs a teacher whose states are captured")
-            moments.update(capture.states, states, select(batch))
+            own = capture.states
+            if batch.step_ids is not None:
+                own = pool_steps(own, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
+            moments.update(own, states, select(batch))
     student.train(was_training)
     moments.reduce(all_reduce_sum)
     moments.apply()

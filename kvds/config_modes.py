@@ -55,6 +55,19 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[tuple[bool, str, object,
                 mode == owner or found == default, name, found,
                 f"{shown} with --alignment_mode {mode} (or --alignment_mode {owner})",
             )  # fmt: skip
+    if settings.align_tokens == "segment":
+        yield (
+            settings.kv_method == "full", "kv_method", settings.kv_method,
+            "full with --align_tokens segment (every step counts)",
+        )  # fmt: skip
+        yield (
+            settings.kv_rope == "pre", "kv_rope", settings.kv_rope,
+            "pre with --align_tokens segment (a mean over rotated keys means nothing)",
+        )  # fmt: skip
+        yield (
+            mode != "structural_kv", "align_tokens", "segment",
+            "position with --alignment_mode structural_kv (attention is given to tokens)",
+        )  # fmt: skip
     heads = settings.relation_heads
     yield heads is None or heads >= 1, "relation_heads", heads, "at least 1 (or leave --relation_heads away)"
     softmax = mode == "relation" and settings.relation_kind == "softmax"

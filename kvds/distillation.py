@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kvds.align import KVAligner
 from kvds.align.diagnostics import effective_rank
 from kvds.data.batches import TokenBatch
-from kvds.kv import Capture, Selection, States, open_capture
+from kvds.kv import Capture, Selection, States, open_capture, pool_steps
 from kvds.losses import Head, LabelledPositions, head_losses
 from kvds.models import backbone
 from kvds.teacher import TeacherOutput
@@ -32,7 +32,7 @@ class StepInput:
     Attributes:
         batch: Token ids, masks and the normalizers that make a sum over this rank's share of the global mean.
         labelled: Positions of ``batch`` whose next token counts.
-        selection: Positions whose keys and values count; None without alignment.
+        selection: Positions (or steps) whose keys and values count; None without alignment.
         teacher: The teacher's output for this batch; None where nothing reads it.
         teacher_head: Its language-model head, for logit distillation.
         weights: Factors of the loss parts.
@@ -143,6 +143,8 @@ class DistillationModule(nn.Module):
             with open_capture(model, self.aligner.reads, rope=self._rope, require_grad=require_grad) as capture:
                 hidden = model(**inputs).last_hidden_state
             states = capture.states
+            if batch.step_ids is not None:
+                states = pool_steps(states, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
             if step.watch:
                 metrics |= _state_metrics(states, step.selection)
                 if torch.is_grad_enabled():

@@ -72,6 +72,12 @@ class AlignmentSettings:
     aligner_update: str = setting("whether the map learns", "trained", choices=("trained", "frozen"))
     map_start: str = setting("start of the dimension maps", "random", choices=("random", "pca", "procrustes", "ridge"))
     calibration_batches: int = setting("steps of batches that statistics and closed-form starts are fitted on", 4)
+    align_tokens: str = setting(
+        "what corresponds in teacher and student: token positions, or reasoning steps (means over the tokens of each; "
+        "rows may then hold a teacher_rationale of another length)",
+        "position",
+        choices=("position", "segment"),
+    )
     kv_method: str = setting("positions that count", "full", choices=("full", "right_crop"))
     kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
     kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
-from kvds.kv import KVShape, States, open_capture
+from kvds.kv import KVShape, States, open_capture, pool_steps
 from kvds.models import backbone, kv_shape
 
 
@@ -91,12 +91,19 @@ class Teacher:
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> TeacherOutput:
-        """Run the backbone once; the language-model head is not touched."""
+        """Run the backbone once, on the text that the teacher reads; the language-model head is not touched.
+
+        With steps, the states are those of the steps, ``[B, heads, S, head_dim]``.
+        """
+        batch, steps = batch.teacher_text or batch, batch.num_steps
         if not self._wants_states:
             return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
         with open_capture(self._backbone, self._reads, rope=self._rope) as capture:
             hidden = self._forward(batch.input_ids, batch.attention_mask)
-        return TeacherOutput(capture.states, hidden if self._wants_hidden else None)
+        states = capture.states
+        if batch.step_ids is not None:
+            states = pool_steps(states, batch.step_ids, steps)  # type: ignore[type-var]
+        return TeacherOutput(states, hidden if self._wants_hidden else None)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:

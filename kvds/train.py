@@ -37,7 +37,7 @@ from kvds.engine import all_reduce_sum, build_engine, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
-from kvds.kv import Selection, select_tokens
+from kvds.kv import Selection, common_steps, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
@@ -236,8 +236,11 @@ class TrainingRun:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def select(self, batch: TokenBatch) -> Selection:
-        """The positions of ``batch`` whose keys and values are matched."""
+        """The positions of ``batch`` whose keys and values are matched, or its steps."""
         cfg = self.cfg
+        if batch.step_ids is not None:
+            teachers = (batch.teacher_text or batch).step_ids
+            return common_steps(batch.step_ids, batch.step_ids if teachers is None else teachers, batch.num_steps)
         return select_tokens(
             cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=cfg.mask_first_token
         )

@@ -19,7 +19,7 @@ from kvds.align.fitting import AlignmentMoments
 from kvds.checkpoint import load_aligner
 from kvds.config import RunConfig, parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.kv import KVShape, open_capture, select_tokens
+from kvds.kv import KVShape, common_steps, open_capture, pool_steps, select_tokens
 from kvds.run_data import load_run_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -75,6 +75,7 @@ RUNS: dict[str, dict[str, object]] = {
     "task_only": {"alignment_mode": "none"},
     "hidden": {"alignment_mode": "hidden", "gradient_checkpointing": "true"},
     "relation": {"alignment_mode": "relation"},
+    "segment": {"align_tokens": "segment"},
     "structural_kv": {"alignment_mode": "structural_kv", "gradient_checkpointing": "true"},
 }
 
@@ -124,9 +125,12 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         reads = aligner.reads if aligner is not None and model is student else what_is_read(cfg.alignment_mode)
         with open_capture(model, reads) as capture:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        return capture.states, logits
+        steps = batch.step_ids
+        return capture.states if steps is None else pool_steps(capture.states, steps, batch.num_steps), logits
 
     def selection(batch):
+        if batch.step_ids is not None:
+            return common_steps(batch.step_ids, batch.step_ids, batch.num_steps)
         return select_tokens(
             cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=True
         )
