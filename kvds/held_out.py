@@ -12,7 +12,8 @@ from kvds.data.batches import BatchLoader, TokenBatch
 from kvds.distillation import StepInput
 from kvds.engine import all_reduce_sum
 
-_KEYS = {"loss/kv": "kv_loss", "loss/kv_keys": "kv_loss_keys", "loss/kv_values": "kv_loss_values"}
+_KEYS = {"loss/kv": "kv_loss", "loss/kv_keys": "kv_loss_keys", "loss/kv_values": "kv_loss_values",
+         "loss/kv_attention": "kv_loss_attention"}  # fmt: skip
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def held_out_kv_loss(
         make_input: From a batch to the student's input with the teacher's output.
 
     Returns:
-        ``kv_loss`` and, where they are matched, ``kv_loss_keys`` and ``kv_loss_values``.
+        ``kv_loss`` and, where they are matched, ``kv_loss_keys``, ``kv_loss_values`` and ``kv_loss_attention``.
     """
     engine.eval()
     sums: dict[str, Tensor] = {}

@@ -57,12 +57,15 @@ def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: i
         )
 
     mixture = _mixture(cfg, "train", cfg.subset_size)
-    corpus = encode_examples(mixture.examples, tokenizer, cfg.max_length)
+    steps = cfg.uses_kv and cfg.align_tokens == "segment"
+    corpus = encode_examples(mixture.examples, tokenizer, cfg.max_length, steps=steps)
     _report(cfg, mixture, corpus)
     examples = (
         _first_per_corpus(_mixture(cfg, "eval", None).examples, cfg.eval_subset_size) if cfg.eval_subset_size else []
     )
-    held_out = encode_examples(examples, tokenizer, cfg.max_length).samples if examples else []
+    held_out = encode_examples(examples, tokenizer, cfg.max_length, steps=steps).samples if examples else []
+    if steps:
+        _check_steps(cfg, corpus.samples)
     if examples and not held_out:
         raise InputError(
             f"max_length={cfg.max_length}: none of the {len(examples)} held-out rows fits; expected a larger "
@@ -73,6 +76,19 @@ def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: i
         eval_examples=examples,
         eval_loader=batches(held_out, accumulation=1, shuffle=False) if held_out else None,
     )
+
+
+def _check_steps(cfg: RunConfig, samples: Sequence[EncodedSample]) -> None:
+    if not any(sample.step_count for sample in samples):
+        raise InputError(
+            "align_tokens=segment: no training row has a rationale, so that there is no step to match; expected rows "
+            "with reasoning (or --align_tokens position)"
+        )
+    if cfg.logit_kd_weight and any(sample.teacher is not None for sample in samples):
+        raise InputError(
+            f"logit_kd_weight={cfg.logit_kd_weight}: some rows have a teacher_rationale, and the logits of another "
+            "text correspond to none of the student's; expected 0 (or rows without teacher_rationale)"
+        )
 
 
 def _mixture(cfg: RunConfig, split: str, subset_size: int | None) -> Mixture:

@@ -53,12 +53,17 @@ class AlignmentSettings:
     """How keys and values are matched."""
 
     alignment_mode: str = setting(
-        "map between student and teacher KV", "structured", choices=("flat", "structured", "none")
+        "map between student and teacher KV; relation: no map, token-token relations are matched; hidden (a control): "
+        "hidden states in place of KV; structural_kv: cosine of K and V, and attention",
+        "structured",
+        choices=("flat", "structured", "structural_kv", "relation", "hidden", "none"),
     )
-    map_proj_share_dim: bool = setting("structured: one dimension map for all layers and heads", False)
+    map_proj_share_dim: bool = setting(
+        "structured: one dimension map for all layers and heads; hidden: for all layers", False
+    )
     map_proj_init_uniform: bool = setting("structured: mixing weights start uniform, not near the diagonal", False)
     layer_map: str | None = setting(
-        "which layers are matched; unset: learned for structured, endpoint for flat", None,
+        "which layers are matched; unset: endpoint for flat and structural_kv, else learned", None,
         choices=("learned", "endpoint", "last_aligned"),
     )  # fmt: skip
     direction: str = setting(
@@ -67,10 +72,31 @@ class AlignmentSettings:
     aligner_update: str = setting("whether the map learns", "trained", choices=("trained", "frozen"))
     map_start: str = setting("start of the dimension maps", "random", choices=("random", "pca", "procrustes", "ridge"))
     calibration_batches: int = setting("steps of batches that statistics and closed-form starts are fitted on", 4)
+    align_tokens: str = setting(
+        "what corresponds in teacher and student: token positions, or reasoning steps (means over the tokens of each; "
+        "rows may then hold a teacher_rationale of another length)",
+        "position",
+        choices=("position", "segment"),
+    )
     kv_method: str = setting("positions that count", "full", choices=("full", "right_crop"))
     kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
     kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
+    relation_kind: str = setting(
+        "relation: scaled dot products under a softmax, compared by KL, or cosines, compared by kv_loss", "softmax",
+        choices=("softmax", "cosine"),
+    )  # fmt: skip
+    relation_heads: int | None = setting(
+        "relation: pieces that the heads of a layer are cut into; unset: greatest common divisor of the head counts",
+        None,
+    )
+    relation_units: str = setting(
+        "relation: states in units of their start, mean taken out, or raw as in the paper", "standard",
+        choices=("standard", "raw"),
+    )  # fmt: skip
+    attention_loss_weight: float = setting(
+        "structural_kv: weight of the attention's KL divergence beside the cosines; 0: without", 1.0
+    )
     kv_weight: str | float = setting(
         "weight of the KV loss: a number, or auto:SHARE of the task's gradient", "auto:2.0"
     )

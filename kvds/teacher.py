@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
-from kvds.kv import KVCapture, KVShape, KVStates
+from kvds.kv import KVShape, States, open_capture, pool_steps
 from kvds.models import backbone, kv_shape
 
 
@@ -19,12 +19,12 @@ class TeacherOutput:
     """What one teacher forward leaves, without gradient.
 
     Attributes:
-        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]``; None where no alignment reads
-            them.
+        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]`` (or hidden states); None where no
+            alignment reads them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
     """
 
-    states: KVStates | None
+    states: States | None
     hidden: Tensor | None
 
 
@@ -55,7 +55,8 @@ class Teacher:
         engine_config: A DeepSpeed inference configuration (``zero3`` and ``zero3_offload`` placement), or None:
             replicated.
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
-        wants_states: Capture keys and values.
+        wants_states: Capture what ``reads`` names.
+        reads: ``"kv"`` or ``"hidden"``, see :func:`kvds.kv.open_capture`.
         wants_hidden: Return hidden states for logit distillation.
     """
 
@@ -67,11 +68,13 @@ class Teacher:
         engine_config: dict[str, Any] | None = None,
         rope: str = "pre",
         wants_states: bool = True,
+        reads: str = "kv",
         wants_hidden: bool = False,
     ) -> None:
         model.requires_grad_(False).eval()
         self.config = model.config
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
+        self._reads = reads
         module = _TeacherModule(model)
         if engine_config is None:
             self._forward: nn.Module = module.to(device)
@@ -88,12 +91,19 @@ class Teacher:
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> TeacherOutput:
-        """Run the backbone once; the language-model head is not touched."""
+        """Run the backbone once, on the text that the teacher reads; the language-model head is not touched.
+
+        With steps, the states are those of the steps, ``[B, heads, S, head_dim]``.
+        """
+        batch, steps = batch.teacher_text or batch, batch.num_steps
         if not self._wants_states:
             return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
-        with KVCapture(self._backbone, rope=self._rope) as capture:
+        with open_capture(self._backbone, self._reads, rope=self._rope) as capture:
             hidden = self._forward(batch.input_ids, batch.attention_mask)
-        return TeacherOutput(capture.states, hidden if self._wants_hidden else None)
+        states = capture.states
+        if batch.step_ids is not None:
+            states = pool_steps(states, batch.step_ids, steps)  # type: ignore[type-var]
+        return TeacherOutput(states, hidden if self._wants_hidden else None)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:

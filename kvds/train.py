@@ -16,7 +16,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from kvds.align import aligner_config_dict, build_aligner
+from kvds.align import aligner_config_dict, build_aligner, what_is_read
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
 from kvds.checkpoint import (
     ALIGNER_FILE,
@@ -37,7 +37,7 @@ from kvds.engine import all_reduce_sum, build_engine, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
-from kvds.kv import Selection, select_tokens
+from kvds.kv import Selection, common_steps, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
@@ -122,7 +122,7 @@ class TrainingRun:
         aligner = None
         if cfg.uses_kv and teacher_config is not None:
             aligner = build_aligner(kv_shape(student_config), kv_shape(teacher_config), cfg)
-            if cfg.impl == "triton":  # the others take any shape on any device
+            if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
                 aligner.to(device).try_out(dtype, device)
         self.teacher = self._build_teacher(teacher_config, dtype, raw) if teacher_config is not None else None
         student: Any = load_model(
@@ -192,7 +192,7 @@ class TrainingRun:
         )  # fmt: skip
         return Teacher(
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
-            wants_states=cfg.uses_kv, wants_hidden=cfg.logit_kd_weight > 0,
+            wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
         )  # fmt: skip
 
     def _calibration_batches(self) -> list[TokenBatch]:
@@ -240,8 +240,11 @@ class TrainingRun:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def select(self, batch: TokenBatch) -> Selection:
-        """The positions of ``batch`` whose keys and values are matched."""
+        """The positions of ``batch`` whose keys and values are matched, or its steps."""
         cfg = self.cfg
+        if batch.step_ids is not None:
+            teachers = (batch.teacher_text or batch).step_ids
+            return common_steps(batch.step_ids, batch.step_ids if teachers is None else teachers, batch.num_steps)
         return select_tokens(
             cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=cfg.mask_first_token
         )
@@ -316,7 +319,7 @@ class TrainingRun:
             metrics["grad_norm"] = float(norm)
         if self.cfg.uses_kv:
             metrics["kv/weight"] = weights.kv
-            norms: dict[str, float] = {k: metrics[k] for k in ("kv/norm_keys", "kv/norm_values") if k in metrics}
+            norms: dict[str, float] = {k: v for k, v in metrics.items() if k.startswith("kv/norm_")}
             if norms:
                 self.start_norms = self.start_norms or norms
                 ratios = [norms[key] / max(self.start_norms[key], 1e-30) for key in norms]

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds.align import build_aligner
+from kvds.align import build_aligner, what_is_read
 from kvds.align.fitting import AlignmentMoments
 from kvds.checkpoint import load_aligner
 from kvds.config import RunConfig, parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.kv import KVCapture, KVShape, select_tokens
+from kvds.kv import KVShape, common_steps, open_capture, pool_steps, select_tokens
 from kvds.run_data import load_run_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -79,6 +79,10 @@ RUNS: dict[str, dict[str, object]] = {
     "recorded": {"report_to": "mlflow", "eval_subset_size": 6, "max_new_tokens": 6, "eval_steps": 2},
     "no_kv_weight": {"kv_weight": 0},
     "task_only": {"alignment_mode": "none"},
+    "hidden": {"alignment_mode": "hidden", "gradient_checkpointing": "true"},
+    "relation": {"alignment_mode": "relation"},
+    "segment": {"align_tokens": "segment"},
+    "structural_kv": {"alignment_mode": "structural_kv", "gradient_checkpointing": "true"},
 }  # fmt: skip
 
 
@@ -125,12 +129,16 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
     student = AutoModelForCausalLM.from_pretrained(models / "student").train()
     aligner = None
 
-    def states(model: nn.Module, batch, **kwargs):
-        with KVCapture(model, **kwargs) as capture:
+    def states(model: nn.Module, batch):
+        reads = aligner.reads if aligner is not None and model is student else what_is_read(cfg.alignment_mode)
+        with open_capture(model, reads) as capture:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        return capture.states, logits
+        steps = batch.step_ids
+        return capture.states if steps is None else pool_steps(capture.states, steps, batch.num_steps), logits
 
     def selection(batch):
+        if batch.step_ids is not None:
+            return common_steps(batch.step_ids, batch.step_ids, batch.num_steps)
         return select_tokens(
             cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=True
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvds.align.aligner import KVAligner
+from kvds.align.layer_map import default_layer_map
 from kvds.align.loss import PARTS
 from kvds.align.part import AlignerPart
 from kvds.align.structured import StructuredPart
@@ -59,13 +60,13 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[
 
     def layers_and_logits(mode: str, groups: int) -> tuple[int, int]:
         layer_map = settings.layer_map if mode == settings.alignment_mode else None
-        if (layer_map or {"flat": "endpoint", "structured": "learned"}[mode]) != "learned":
+        if (layer_map or default_layer_map(mode)) != "learned":
             return student.num_hidden_layers, 0  # one target layer per student layer
         widest = max(group.stop - group.start for group in group_slices(source.num_hidden_layers, groups))
         return target.num_hidden_layers, target.num_hidden_layers * widest
 
-    def flat() -> int:
-        layers, logits = layers_and_logits("flat", 1)
+    def linear(mode: str) -> int:
+        layers, logits = layers_and_logits(mode, 1)
         width_x, width_y = heads_x * source.head_dim, heads_y * target.head_dim
         return logits + layers * (width_x + 1) * width_y
 
@@ -75,8 +76,20 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[
         projections = (1 if share_dim else layers * heads_y) * source.head_dim * target.head_dim
         return logits + mixes + projections + layers * heads_y * target.head_dim
 
-    counts = {"flat": flat(), "structured": structured(False), "structured, share_dim": structured(True)}
-    return {mode: len(PARTS[settings.kv_parts]) * count for mode, count in counts.items()}
+    counts = {
+        "flat": linear("flat"),
+        "structural_kv": linear("structural_kv"),
+        "structured": structured(False),
+        "structured, share_dim": structured(True),
+    }
+    counts["relation"] = layers_and_logits("relation", 1)[1]
+    counts = {mode: len(PARTS[settings.kv_parts]) * count for mode, count in counts.items()}
+    if source.hidden_size and target.hidden_size:  # one part, where the shapes say how wide the models are
+        layers, logits = layers_and_logits("hidden", 1)
+        counts["hidden"] = logits + layers * (source.hidden_size + 1) * target.hidden_size
+        shared = source.hidden_size * target.hidden_size
+        counts["hidden, share_dim"] = logits + shared + layers * target.hidden_size
+    return counts
 
 
 def _parts(aligner: KVAligner) -> dict[str, AlignerPart]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from kvds.align.aligner import KVAligner
 from kvds.align.part import AlignerPart, compute_dtype, random_start
-from kvds.errors import InputError
 from kvds.kv import KVShape, gather_positions
 from kvds.ops.reference import penalty
 
@@ -85,13 +84,3 @@ class FlatAligner(KVAligner):
     def map_widths(cls, student: KVShape, teacher: KVShape) -> tuple[int, int]:
         """All heads of a layer together."""
         return student.num_key_value_heads * student.head_dim, teacher.num_key_value_heads * teacher.head_dim
-
-    @classmethod
-    def _check(cls, student: KVShape, teacher: KVShape, settings: Any) -> None:
-        for name in ("layer_groups", "head_groups"):
-            if getattr(settings, name) != 1:
-                raise InputError(
-                    f"{name}={getattr(settings, name)}: expected 1 with --alignment_mode flat, which flattens heads "
-                    f"(or --alignment_mode structured)"
-                )
-        super()._check(student, teacher, settings)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What an aligner has a part for; the place is that of the part's random start.
+PART_NAMES = ("key", "value", "hidden_state")
 PARTS = {"kv": ("key", "value"), "k": ("key",), "v": ("value",)}
 
 
@@ -21,6 +23,7 @@ class AlignmentLoss(NamedTuple):
         value_loss: Of values, detached; None when values are not matched.
         key_layers: ``[L_y]`` per target layer (per pair with a hard layer map), detached.
         value_layers: The same for values.
+        attention_loss: Of the attention that keys receive, detached; None where it is not compared.
     """
 
     loss: Tensor
@@ -28,10 +31,11 @@ class AlignmentLoss(NamedTuple):
     value_loss: Tensor | None
     key_layers: Tensor | None
     value_layers: Tensor | None
+    attention_loss: Tensor | None = None
 
 
 def average_parts(parts: dict[str, tuple[Tensor, Tensor]]) -> AlignmentLoss:
-    """Average the parts, ``"key"`` and ``"value"``, each a loss with a graph and losses per layer."""
+    """Average the parts, those of :data:`PART_NAMES` that there are, each a loss with a graph and losses per layer."""
     loss = torch.stack([part for part, _ in parts.values()]).mean()
     keys, values = parts.get("key"), parts.get("value")
     return AlignmentLoss(

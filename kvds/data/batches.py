@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
+from kvds.data.steps import encode_steps
 from kvds.errors import InputError
 from kvds.losses import IGNORED_LABEL
 
@@ -44,11 +45,21 @@ class EncodedSample:
         input_ids: Token ids.
         segment_ids: Their :class:`Segment`, as many.
         example: Position of the row in the list that was encoded.
+        step_ids: The reasoning step of each token, counted from 1, 0 = none; empty where steps were not asked for.
+        teacher: The row as the teacher reads it; None = the same text.
     """
 
     input_ids: tuple[int, ...]
     segment_ids: tuple[int, ...]
     example: int
+    step_ids: tuple[int, ...] = ()
+    teacher: EncodedSample | None = None
+
+    @property
+    def step_count(self) -> int:
+        """Steps that both texts have."""
+        own = max(self.step_ids, default=0)
+        return own if self.teacher is None else min(own, self.teacher.step_count)
 
     @property
     def label_count(self) -> int:
@@ -85,16 +96,19 @@ def _has_start(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedCorpus:
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, *, steps: bool = False
+) -> EncodedCorpus:
     """Tokenise ``prompt⏎ | rationale⏎ | #### answer<end>``, all rows at once.
 
     Args:
         examples: Rows.
         tokenizer: With an end-of-text token.
         max_length: Tokens; rows with more are left out and counted, never cut (a cut row would teach a wrong answer).
+        steps: Also number the reasoning steps, and encode the teacher's own text where a row has one.
 
     Raises:
-        InputError: the tokenizer has no end-of-text token, so that no answer could end.
+        InputError: the tokenizer has no end-of-text token, so that no answer could end; or cannot number steps.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -102,8 +116,9 @@ def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerB
             f"tokenizer {tokenizer.name_or_path}: has no end-of-text token; expected an eos_token, which ends each "
             "answer (name another with --tokenizer_name)"
         )
+    texts = [rationale_text(example) for example in examples]
     prompts = prompt_ids(examples, tokenizer)
-    rationales = _segments([rationale_text(example) for example in examples], tokenizer)
+    rationales, numbers = encode_steps(texts, tokenizer) if steps else (_segments(texts, tokenizer), None)
     answers = _segments([answer_text(example) for example in examples], tokenizer)
     samples = []
     for position, (prompt, rationale, answer) in enumerate(zip(prompts, rationales, answers, strict=True)):
@@ -115,8 +130,27 @@ def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerB
                 (Segment.ANSWER, len(answer) + 1),
             )
             segments = tuple(int(segment) for segment, length in lengths for _ in range(length))
-            samples.append(EncodedSample(ids, segments, position))
+            own = () if numbers is None else ((0,) * len(prompt) + numbers[position] + (0,) * (len(answer) + 1))
+            samples.append(EncodedSample(ids, segments, position, own))
+    if steps:
+        samples = _with_teachers_text(samples, examples, tokenizer, max_length)
     return EncodedCorpus(samples, len(examples) - len(samples))
+
+
+def _with_teachers_text(
+    samples: list[EncodedSample], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[EncodedSample]:
+    """Rows with what their teacher reads; those whose teacher reads too long a text are left out, too."""
+    own = {i: e.teacher_rationale for i, e in enumerate(examples) if e.teacher_rationale is not None}
+    texts = [replace(examples[i], rationale=text, teacher_rationale=None) for i, text in own.items()]
+    places = list(own)
+    encoded = encode_examples(texts, tokenizer, max_length, steps=True).samples if texts else []
+    teachers = {places[row.example]: replace(row, example=places[row.example]) for row in encoded}
+    return [
+        replace(row, teacher=teachers.get(row.example))
+        for row in samples
+        if row.example not in own or row.example in teachers
+    ]
 
 
 @dataclass
@@ -130,7 +164,12 @@ class TokenBatch:
         segment_ids: ``[B, T]`` int64, see :class:`Segment`.
         sample_ids: ``[B]`` int64, position of each row in the loader's samples; -1 = a row of padding.
         label_normalizer: Tokens that the task loss counts in the whole global step, per rank and micro-batch.
-        position_normalizer: Positions whose keys and values count in the whole global step, per rank and micro-batch.
+        position_normalizer: Positions (or steps) whose keys and values count in the whole global step, per rank and
+            micro-batch.
+        step_ids: ``[B, T]`` int64, the reasoning step of each token, counted from 1, 0 = none; None where positions
+            are matched.
+        num_steps: Steps of the row that has the most, in either text.
+        teacher_text: The same rows as the teacher reads them; None = these.
     """
 
     input_ids: Tensor
@@ -140,6 +179,9 @@ class TokenBatch:
     sample_ids: Tensor
     label_normalizer: float
     position_normalizer: float
+    step_ids: Tensor | None = None
+    num_steps: int = 0
+    teacher_text: TokenBatch | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
@@ -150,6 +192,8 @@ class TokenBatch:
             labels=self.labels.to(device, non_blocking=True),
             segment_ids=self.segment_ids.to(device, non_blocking=True),
             sample_ids=self.sample_ids.to(device, non_blocking=True),
+            step_ids=None if self.step_ids is None else self.step_ids.to(device, non_blocking=True),
+            teacher_text=None if self.teacher_text is None else self.teacher_text.to(device),
         )
 
 
@@ -175,7 +219,26 @@ def collate(
             attention_mask[position, :length] = 1
     labels = torch.where(segment_ids >= Segment.RATIONALE, input_ids, IGNORED_LABEL)
     ids = torch.tensor(list(sample_ids))
-    return TokenBatch(input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer)
+    batch = TokenBatch(input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer)
+    return _with_steps(batch, rows, pad_token_id)
+
+
+def _with_steps(batch: TokenBatch, rows: Sequence[EncodedSample | None], pad_token_id: int) -> TokenBatch:
+    """The batch with the steps of its rows and with what their teacher reads, where they have either."""
+    if not any(row is not None and row.step_ids for row in rows):
+        return batch
+    step_ids = torch.zeros_like(batch.segment_ids)
+    for position, row in enumerate(rows):
+        if row is not None:
+            step_ids[position, : len(row.step_ids)] = torch.tensor(row.step_ids)
+    text = None
+    if any(row is not None and row.teacher is not None for row in rows):
+        read = [row if row is None or row.teacher is None else row.teacher for row in rows]
+        text = collate(read, batch.sample_ids.tolist(), pad_token_id, batch.label_normalizer, batch.position_normalizer)
+    num_steps = max(1, int(step_ids.max()), 0 if text is None else text.num_steps)
+    if text is not None:
+        text = replace(text, num_steps=num_steps)
+    return replace(batch, step_ids=step_ids, num_steps=num_steps, teacher_text=text)
 
 
 class BatchLoader:
@@ -193,7 +256,7 @@ class BatchLoader:
         world_size: Number of ranks.
         seed: Of the order, which differs from epoch to epoch.
         pad_token_id: Fills up rows.
-        position_count: Real length of a row → positions whose keys and values count.
+        position_count: Real length of a row → positions whose keys and values count; rows with steps count those.
         shuffle: False keeps the order of ``samples``.
 
     Raises:
@@ -221,7 +284,9 @@ class BatchLoader:
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle, self._pad = seed, shuffle, pad_token_id
         self._labels = [sample.label_count for sample in samples]
-        self._positions = [position_count(len(sample.input_ids)) for sample in samples]
+        self._positions = [
+            sample.step_count if sample.step_ids else position_count(len(sample.input_ids)) for sample in samples
+        ]
         self._global_batch = batch_size * gradient_accumulation_steps * world_size
         self._order: tuple[int, list[int]] = (-1, [])
 

@@ -25,7 +25,8 @@ from typing import Any
 from kvds.data.example import plain_number
 from kvds.data.rows import BadRow
 
-Parts = tuple[str, str, str]
+# Prompt, rationale, answer, and where there is one the teacher's own rationale.
+Parts = tuple[str, str, str] | tuple[str, str, str, str]
 
 SVAMP_TRAINING_ROWS = 700
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -134,12 +135,18 @@ def _arc_choices(row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
 
 
 def plain(row: dict[str, Any]) -> Parts:
-    """A row that already has ``prompt``, ``rationale`` (may be empty or missing) and ``answer`` (text or number)."""
+    """A row that already has ``prompt``, ``rationale`` (may be empty or missing) and ``answer`` (text or number).
+
+    With ``teacher_rationale``, too, the teacher reads that where steps are matched (``--align_tokens segment``).
+    """
     rationale = _text(row, "rationale", empty=True) if row.get("rationale") is not None else ""
     answer = row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
-        return _text(row, "prompt"), rationale, _number(answer, "answer")
-    return _text(row, "prompt"), rationale, " ".join(_text(row, "answer").split())
+        answer = _number(answer, "answer")
+    else:
+        answer = " ".join(_text(row, "answer").split())
+    parts = _text(row, "prompt"), rationale, answer
+    return parts if row.get("teacher_rationale") is None else (*parts, _text(row, "teacher_rationale"))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ class Example:
         answer: The answer alone, on one line.
         corpus: Name of the corpus it came from.
         place: Where it stood, such as ``"train.jsonl:12"``.
+        teacher_rationale: What the teacher reads in place of ``rationale`` where steps, not positions, are matched;
+            None = the same text.
     """
 
     prompt: str
@@ -31,6 +33,7 @@ class Example:
     answer: str
     corpus: str
     place: str
+    teacher_rationale: str | None = None
 
 
 def prompt_text(example: Example) -> str:

@@ -207,14 +207,16 @@ def _examples(
             parts = read(row)
             if parts is None:
                 continue
-            prompt, rationale, answer = parts
+            prompt, rationale, answer, *teachers = parts
             _check_text(prompt, rationale, answer)
+            if teachers:
+                _check_text(prompt, teachers[0], answer)
         except BadRow as fault:
             if on_bad_row == "error":
                 raise InputError(f"{source}:{line}: {fault} (mend the row, or --on_bad_row skip)") from fault
             skipped[source] = skipped.get(source, 0) + 1
             continue
-        yield Example(prompt, rationale, answer, corpus, f"{name}:{line}")
+        yield Example(prompt, rationale, answer, corpus, f"{name}:{line}", *teachers)
 
 
 def _check_text(prompt: str, rationale: str, answer: str) -> None:

@@ -103,6 +103,7 @@ def _alignment(settings: dict[str, Any]) -> str:
         return "none"
     method, budget = settings.get("kv_method", "full"), settings.get("kv_budget")
     shared = ", shared dim" if mode == "structured" and settings.get("map_proj_share_dim") else ""
+    shared += ", by step" if settings.get("align_tokens") == "segment" else ""
     return f"{mode}{shared}" + ("" if method == "full" else f", {method} {budget}")
 
 

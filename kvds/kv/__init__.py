@@ -2,16 +2,30 @@
 
 from kvds.kv.capture import KVCapture
 from kvds.kv.gather import gather_positions, group_slices
+from kvds.kv.hidden import HiddenCapture, HiddenStates, hidden_shape
+from kvds.kv.pool import common_steps, pool_steps
+from kvds.kv.queries import AttentionStates, LayerQueries
+from kvds.kv.reading import Capture, States, open_capture
 from kvds.kv.select import Selection, select_tokens, selected_count
 from kvds.kv.states import KVShape, KVStates
 
 __all__ = [
+    "AttentionStates",
+    "Capture",
+    "HiddenCapture",
+    "HiddenStates",
     "KVCapture",
     "KVShape",
     "KVStates",
+    "LayerQueries",
     "Selection",
+    "States",
+    "common_steps",
     "gather_positions",
     "group_slices",
+    "hidden_shape",
+    "open_capture",
+    "pool_steps",
     "select_tokens",
     "selected_count",
 ]
