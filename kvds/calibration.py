@@ -19,7 +19,7 @@ from kvds.engine import all_reduce_sum, discard_gradients, gradient_norm
 from kvds.errors import InputError
 from kvds.kv import KVCapture, Selection
 from kvds.models import backbone
-from kvds.teacher import Teacher
+from kvds.teacher import Teacher, TeacherOutput
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def calibrate_aligner(
     student: nn.Module,
     teacher: Teacher,
     batches: Iterable[TokenBatch],
-    select: Callable[[TokenBatch], Selection],
+    select: Callable[[TokenBatch, TeacherOutput], Selection],
     *,
     rope: str,
 ) -> None:
@@ -39,7 +39,7 @@ def calibrate_aligner(
         student: On its device; sharded by ZeRO-3 or whole. Its parameters are gathered for these forwards only.
         teacher: The fixed side.
         batches: This rank's calibration batches; equally many on every rank.
-        select: The positions of a batch that count.
+        select: From a batch and the teacher's output to the positions that count.
         rope: ``"pre"`` or ``"post"``.
     """
     moments = AlignmentMoments(aligner)
@@ -50,10 +50,10 @@ def calibrate_aligner(
         for batch in batches:
             with KVCapture(backbone(student), rope=rope) as capture:
                 backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            states = teacher(batch).states
-            if states is None:
+            output = teacher(batch)
+            if output.states is None:
                 raise RuntimeError("calibration needs a teacher that captures keys and values")
-            moments.update(capture.states, states, select(batch))
+            moments.update(capture.states, output.states, select(batch, output))
     student.train(was_training)
     moments.reduce(all_reduce_sum)
     moments.apply()

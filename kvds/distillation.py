@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kvds.align.diagnostics import effective_rank
-from kvds.data.batches import TokenBatch
-from kvds.kv import KVCapture, KVStates, Selection
+from kvds.data.batches import Segment, TokenBatch
+from kvds.kv import KVCapture, KVStates, Selection, selected_shares
 from kvds.losses import Head, LabelledPositions, head_losses
 from kvds.models import backbone
 from kvds.teacher import TeacherOutput
@@ -145,6 +145,9 @@ class DistillationModule(nn.Module):
             states = capture.states
             if step.watch:
                 metrics |= _state_metrics(states, step.selection)
+                if step.selection is not None:
+                    segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
+                    metrics |= selected_shares(step.selection, batch.segment_ids, segments)
                 if torch.is_grad_enabled():
                     self.gradient_watch = GradientWatch()
                     self.gradient_watch.attach(capture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
-from kvds.kv import KVCapture, KVShape, KVStates
+from kvds.kv import KVCapture, KVShape, KVStates, Observed, ObservingRows
 from kvds.models import backbone, kv_shape
 
 
@@ -22,10 +23,12 @@ class TeacherOutput:
         states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]``; None where no alignment reads
             them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
+        observed: Query rows and keys for the selection of tokens; None where it reads none.
     """
 
     states: KVStates | None
     hidden: Tensor | None
+    observed: Observed | None = None
 
 
 class _TeacherModule(nn.Module):
@@ -57,6 +60,8 @@ class Teacher:
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
         wants_states: Capture keys and values.
         wants_hidden: Return hidden states for logit distillation.
+        observe: From a batch to the tokens whose queries the selection reads, or to None; see
+            :func:`kvds.kv.observing_rows`.
     """
 
     def __init__(
@@ -68,10 +73,12 @@ class Teacher:
         rope: str = "pre",
         wants_states: bool = True,
         wants_hidden: bool = False,
+        observe: Callable[[TokenBatch], ObservingRows | None] | None = None,
     ) -> None:
         model.requires_grad_(False).eval()
         self.config = model.config
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
+        self._observe = observe
         module = _TeacherModule(model)
         if engine_config is None:
             self._forward: nn.Module = module.to(device)
@@ -91,9 +98,12 @@ class Teacher:
         """Run the backbone once; the language-model head is not touched."""
         if not self._wants_states:
             return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
-        with KVCapture(self._backbone, rope=self._rope) as capture:
+        rows = None if self._observe is None else self._observe(batch)
+        query_rows = None if rows is None else rows.positions
+        with KVCapture(self._backbone, rope=self._rope, query_rows=query_rows) as capture:
             hidden = self._forward(batch.input_ids, batch.attention_mask)
-        return TeacherOutput(capture.states, hidden if self._wants_hidden else None)
+        observed = None if rows is None else Observed(rows, capture.observed)
+        return TeacherOutput(capture.states, hidden if self._wants_hidden else None, observed)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:

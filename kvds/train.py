@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from kvds.engine import all_reduce_sum, build_engine, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
-from kvds.kv import Selection, select_tokens
+from kvds.kv import ObservingRows, Selection, observing_rows, row_draws, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
@@ -52,7 +53,7 @@ from kvds.models import (
 )
 from kvds.run_data import load_run_data
 from kvds.run_folder import open_run_folder
-from kvds.teacher import Teacher
+from kvds.teacher import Teacher, TeacherOutput
 from kvds.tracking import Tracker, collect_versions
 
 log = logging.getLogger("kvds")
@@ -189,7 +190,7 @@ class TrainingRun:
         )  # fmt: skip
         return Teacher(
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
-            wants_states=cfg.uses_kv, wants_hidden=cfg.logit_kd_weight > 0,
+            wants_states=cfg.uses_kv, wants_hidden=cfg.logit_kd_weight > 0, observe=self.observing,
         )  # fmt: skip
 
     def _calibration_batches(self) -> list[TokenBatch]:
@@ -235,21 +236,32 @@ class TrainingRun:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def select(self, batch: TokenBatch) -> Selection:
-        """The positions of ``batch`` whose keys and values are matched."""
+    def observing(self, batch: TokenBatch) -> ObservingRows | None:
+        """The tokens of ``batch`` whose queries the selection reads; None where it reads none."""
+        count = self.cfg.observing_tokens
+        return observing_rows(self.cfg.kv_method, batch.segment_ids, batch.attention_mask, observing_tokens=count)
+
+    def select(self, batch: TokenBatch, teacher: TeacherOutput, step: int = 0) -> Selection:
+        """The positions of ``batch`` whose keys and values are matched in ``step`` (which random draws depend on)."""
         cfg = self.cfg
         return select_tokens(
-            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=cfg.mask_first_token
-        )
+            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask,
+            mask_first_token=cfg.mask_first_token, observed=teacher.observed, rkv_lambda=cfg.rkv_lambda,
+            draws=row_draws(cfg.seed, step, batch.sample_ids),
+        )  # fmt: skip
 
-    def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool) -> StepInput:
+    def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool, step: int = 0) -> StepInput:
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
         batch = batch.to(self.device)
         teacher = self.teacher(batch) if self.teacher is not None else None
+        selection = None
+        if teacher is not None and self.cfg.uses_kv:
+            selection = self.select(batch, teacher, step)
+            teacher = replace(teacher, observed=None)
         return StepInput(
             batch=batch,
             labelled=labelled,
-            selection=self.select(batch) if self.cfg.uses_kv else None,
+            selection=selection,
             teacher=teacher,
             teacher_head=self.teacher.head if self.teacher is not None and self.cfg.logit_kd_weight else None,
             weights=weights,
@@ -279,7 +291,7 @@ class TrainingRun:
             for batch in self.loader.step(self.step):
                 tokens = int(batch.attention_mask.sum()) if int(batch.sample_ids.max()) >= 0 else 0
                 with timer.phase("teacher"):
-                    inputs = self._step_input(batch, weights, watch=watch)
+                    inputs = self._step_input(batch, weights, watch=watch, step=self.step)
                 with timer.phase("forward"):
                     loss, metrics = self.engine(step=inputs)
                 with timer.phase("backward"):

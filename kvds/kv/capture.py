@@ -1,8 +1,9 @@
-"""Keys and values of one forward, read off the projections by hooks, with their graph."""
+"""Keys, values and chosen query rows of one forward, read off the projections by hooks, with their graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
 from kvds.kv.families import FAMILIES, AttentionLayout
+from kvds.kv.observed import ObservedLayer
 from kvds.kv.states import KVShape, KVStates
 
 
@@ -28,11 +30,16 @@ class KVCapture:
             uses them.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
         layers: Which layers to capture, in this order; None = all.
+        query_rows: ``[B, Q]`` int64, the positions whose queries are captured, too; None = no queries. Only these rows
+            are kept.
 
     Attributes:
         key_outputs: Per layer, the projection's output tensor and the columns of it that hold keys.
         value_outputs: The same for values.
         key_heads: Per layer, the unrotated keys as views that only a loss on ``states`` sends gradients to.
+        observed: Per layer, what attention compares: the query rows ``[B, num_attention_heads, Q, head_dim]`` and all
+            keys, both rotated whatever ``rope`` says (:class:`kvds.kv.observed.ObservedLayer`); empty without
+            ``query_rows``.
 
     Raises:
         InputError: unknown model family, layers that differ in heads or head_dim, or a layer that is not there.
@@ -46,6 +53,7 @@ class KVCapture:
         rope: str = "pre",
         require_grad: bool = False,
         layers: Sequence[int] | None = None,
+        query_rows: Tensor | None = None,
     ) -> None:
         config: Any = model.config
         self._shape = KVShape.from_config(config)
@@ -60,9 +68,11 @@ class KVCapture:
         self._attentions: dict[int, nn.Module] = {layer: attentions[layer] for layer in self._layers}
         self._layouts: dict[int, AttentionLayout] = {layer: family.layout(attentions[layer]) for layer in self._layers}
         self._rope, self._require_grad = rope, require_grad
+        self._query_rows = query_rows
         self._handles: list[RemovableHandle] = []
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._queries: dict[int, Tensor] = {}
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
         self._states: KVStates | None = None
         self._forget()
@@ -74,11 +84,13 @@ class KVCapture:
         # A forward begins at the backbone; a recomputed layer comes without that, and finds its slot taken.
         self._handles.append(self._backbone.register_forward_pre_hook(lambda *_: self._forget()))
         for layer, layout in self._layouts.items():
-            if self._rope == "post" and layout.rotary is not None:
+            if layout.rotary is not None and (self._rope == "post" or self._query_rows is not None):
                 hook = self._rotation_hook(layer)
                 self._handles.append(self._attentions[layer].register_forward_pre_hook(hook, with_kwargs=True))
             self._handles.append(layout.key_module.register_forward_hook(self._output_hook(self._keys, layer)))
             self._handles.append(layout.value_module.register_forward_hook(self._output_hook(self._values, layer)))
+            if self._query_rows is not None:
+                self._handles.append(layout.query_module.register_forward_hook(self._query_hook(layer)))
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
@@ -105,7 +117,9 @@ class KVCapture:
         # Emptied in place: the open hooks hold these very dictionaries.
         self._keys.clear()
         self._values.clear()
+        self._queries.clear()
         self._rotations.clear()
+        self.observed: tuple[ObservedLayer, ...] = ()
         self.key_outputs: list[tuple[Tensor, slice]] = []
         self.value_outputs: list[tuple[Tensor, slice]] = []
         self.key_heads: list[Tensor] = []
@@ -115,6 +129,17 @@ class KVCapture:
     def _output_hook(slots: dict[int, Tensor], layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             slots.setdefault(layer, output)
+
+        return hook
+
+    def _query_hook(self, layer: int) -> Callable[..., None]:
+        columns = self._layouts[layer].query_columns
+
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            output = output.flatten(2)[..., columns]
+            # With a graph the rows are picked after the forward: gathering saves tensors, and a checkpointed layer
+            # must save the same in its recomputation, when these hooks may be gone. Without one, the rest is let go.
+            self._queries.setdefault(layer, output if output.requires_grad else _rows(output, self._query_rows))
 
         return hook
 
@@ -134,9 +159,13 @@ class KVCapture:
         keys = [self._heads("keys", i, *output) for i, output in zip(self._layers, self.key_outputs, strict=True)]
         values = [self._heads("values", i, *output) for i, output in zip(self._layers, self.value_outputs, strict=True)]
         self.key_heads = keys
-        states = KVStates(tuple(self._rotated(i, k) for i, k in zip(self._layers, keys, strict=True)), tuple(values))
+        if self._query_rows is not None:
+            self.observed = tuple(self._observed(i, k) for i, k in zip(self._layers, keys, strict=True))
+        if self._rope == "post":
+            keys = [rotate(k) if (rotate := self._rotation(i)) else k for i, k in zip(self._layers, keys, strict=True)]
+        self._queries.clear()
         self._rotations.clear()
-        return states
+        return KVStates(tuple(keys), tuple(values))
 
     def _heads(self, part: str, layer: int, output: Tensor, columns: slice) -> Tensor:
         heads, dim = self._shape.num_key_value_heads, self._shape.head_dim
@@ -156,12 +185,36 @@ class KVCapture:
             )
         return output.transpose(1, 2)  # [B, H, T, D]
 
-    def _rotated(self, layer: int, key: Tensor) -> Tensor:
+    def _observed(self, layer: int, keys: Tensor) -> ObservedLayer:
+        layout, shape = self._layouts[layer], self._shape
+        rows = self._queries[layer]
+        if rows.requires_grad:
+            rows = _rows(rows, self._query_rows)
+        rows = rows.unflatten(-1, (shape.num_attention_heads, shape.head_dim)).transpose(1, 2)
+        if rotate := self._rotation(layer, self._query_rows):
+            rows = rotate(rows)
+        return ObservedLayer(rows, keys, self._rotation(layer), layout.scaling, layout.sliding_window)
+
+    def _rotation(self, layer: int, rows: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+        """The rotation of one layer, at all positions or at ``rows [B, Q]``; None where the model rotates nothing."""
         rotary = self._layouts[layer].rotary
-        if self._rope == "pre" or rotary is None:
-            return key
+        if rotary is None:
+            return None
         if layer not in self._rotations:
             raise RuntimeError(f"attention layer {layer} was given no position embeddings to rotate its keys by")
-        # The function rotates queries and keys alike; an empty query costs nothing.
-        rotated: Tensor = rotary(torch.empty_like(key[:, :0]), key, *self._rotations[layer])[1]
-        return rotated
+        cos, sin = self._rotations[layer]
+        if rows is not None:
+            cos, sin = (_rows(part.expand(rows.shape[0], -1, -1), rows) for part in (cos, sin))
+        return partial(_rotate, rotary, cos, sin)
+
+
+def _rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """``[B, T, width]`` at ``rows [B, Q]`` → ``[B, Q, width]``."""
+    assert rows is not None
+    return tensor.gather(1, rows.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
+
+
+def _rotate(rotary: Callable[..., Any], cos: Tensor, sin: Tensor, states: Tensor) -> Tensor:
+    # The function rotates queries and keys alike; an empty query costs nothing.
+    rotated: Tensor = rotary(torch.empty_like(states[:, :0]), states, cos, sin)[1]
+    return rotated
