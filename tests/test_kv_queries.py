@@ -38,7 +38,7 @@ def check(model: nn.Module, batch: dict[str, Tensor], rope: str = "pre") -> None
         wanted = whole.gather(2, ROWS[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3]))
         wanted = torch.where(rows.mask[:, None, :, None], wanted, 0.0)
         torch.testing.assert_close(found.flatten(1, 2), wanted, rtol=1e-4, atol=1e-6)
-        assert layer.queries.shape == (2, model.config.num_attention_heads, 3, layer.queries.shape[-1])
+        assert layer.queries().shape[:3] == (2, model.config.num_attention_heads, 3)
         torch.testing.assert_close(found.sum(-1), rows.mask[:, None, None].float().expand_as(found[..., 0]))
         wrong = attention_rows(replace(layer, scaling=1.5 * layer.scaling), layer.keys(), rows, real)
         assert float((wrong - found).abs().max()) > 1e-3  # far enough from uniform for a wrong scaling to show
@@ -99,7 +99,7 @@ def test_query_rows_carry_a_gradient(checkpointing: bool) -> None:
         model.zero_grad()
         with KVCapture(model, query_rows=rows) as capture:
             backbone(model)(**batch, use_cache=False)
-        queries = [layer.queries for layer in capture.observed]
+        queries = [layer.queries() for layer in capture.observed]
         if pick:
             queries = [q.gather(2, ROWS[:, None, :, None].expand(-1, 4, -1, q.shape[-1])) for q in queries]
         weights = torch.linspace(0.5, 2, queries[0].numel()).view_as(queries[0])

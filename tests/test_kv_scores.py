@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kvds.data.batches import Segment
 from kvds.kv import Observed, Selection, observing_rows, select_tokens
-from kvds.kv.observed import ANSWER_SEGMENT, ObservedLayer
+from kvds.kv.observed import ANSWER_SEGMENT, ObservedLayer, merged_layers
 from kvds.kv.scores import SCORES
 
 LAYERS, HEADS, GROUP, DIM = 2, 2, 3, 5
@@ -268,6 +269,21 @@ def test_memory_of_pairs_is_bounded_and_long_rows_agree(monkeypatch: pytest.Monk
     whole = chosen(select([sample], case, "rkv_window", 0, False))
     monkeypatch.setattr(scores, "_PAIR_ROWS", 7)
     assert chosen(select([sample], case, "rkv_window", 0, False)) == whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_scored_together_are_the_same_scores(method: str) -> None:
+    sample = Sample(5, 4, 6, 3)
+    segments, mask, observed = stacked([sample, Sample(6, 2, 3, 2)], 15, False, method, 3, None, 0.0)
+    assert observed is not None
+    keys = observed.layers[0].unrotated_keys.numel()
+    assert [len(list(merged_layers(observed.layers, most))) for most in (0, keys, 2 * keys, 2**30)] == [2, 2, 1, 1]
+    [both] = merged_layers(observed.layers, 2 * keys)
+    real = mask.bool() & (segments != 0)
+    one_by_one = [SCORES[method](layer, observed.rows, real, 0.3) for layer in observed.layers]
+    torch.testing.assert_close(SCORES[method](both, observed.rows, real, 0.3), torch.cat(one_by_one, 1))
+    other = replace(observed.layers[1], sliding_window=5)
+    assert len(list(merged_layers((observed.layers[0], other), 2**30))) == 2
 
 
 def test_answer_segment_is_the_data_rooms() -> None:

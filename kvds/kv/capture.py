@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
 from kvds.kv.families import FAMILIES, AttentionLayout
-from kvds.kv.observed import ObservedLayer
+from kvds.kv.observed import ObservedLayer, Rotation, gather_rows
 from kvds.kv.states import KVShape, KVStates
 
 
@@ -38,7 +36,7 @@ class KVCapture:
         value_outputs: The same for values.
         key_heads: Per layer, the unrotated keys as views that only a loss on ``states`` sends gradients to.
         observed: Per layer, what attention compares: the query rows ``[B, num_attention_heads, Q, head_dim]`` and all
-            keys, both rotated whatever ``rope`` says (:class:`kvds.kv.observed.ObservedLayer`); empty without
+            keys, which it rotates whatever ``rope`` says (:class:`kvds.kv.observed.ObservedLayer`); empty without
             ``query_rows``.
 
     Raises:
@@ -90,7 +88,9 @@ class KVCapture:
             self._handles.append(layout.key_module.register_forward_hook(self._output_hook(self._keys, layer)))
             self._handles.append(layout.value_module.register_forward_hook(self._output_hook(self._values, layer)))
             if self._query_rows is not None:
-                self._handles.append(layout.query_module.register_forward_hook(self._query_hook(layer)))
+                self._handles.append(
+                    layout.query_module.register_forward_hook(self._query_hook(layer, self._query_rows))
+                )
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
@@ -132,14 +132,14 @@ class KVCapture:
 
         return hook
 
-    def _query_hook(self, layer: int) -> Callable[..., None]:
+    def _query_hook(self, layer: int, rows: Tensor) -> Callable[..., None]:
         columns = self._layouts[layer].query_columns
 
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             output = output.flatten(2)[..., columns]
             # With a graph the rows are picked after the forward: gathering saves tensors, and a checkpointed layer
             # must save the same in its recomputation, when these hooks may be gone. Without one, the rest is let go.
-            self._queries.setdefault(layer, output if output.requires_grad else _rows(output, self._query_rows))
+            self._queries.setdefault(layer, output if output.requires_grad else gather_rows(output, rows))
 
         return hook
 
@@ -159,10 +159,12 @@ class KVCapture:
         keys = [self._heads("keys", i, *output) for i, output in zip(self._layers, self.key_outputs, strict=True)]
         values = [self._heads("values", i, *output) for i, output in zip(self._layers, self.value_outputs, strict=True)]
         self.key_heads = keys
-        if self._query_rows is not None:
-            self.observed = tuple(self._observed(i, k) for i, k in zip(self._layers, keys, strict=True))
-        if self._rope == "post":
-            keys = [rotate(k) if (rotate := self._rotation(i)) else k for i, k in zip(self._layers, keys, strict=True)]
+        if self._query_rows is not None or self._rope == "post":
+            rotations = self._layer_rotations()
+            if self._query_rows is not None:
+                self.observed = tuple(map(self._observed, self._layers, keys, rotations))
+            if self._rope == "post":
+                keys = [key if r is None else r.keys(key) for key, r in zip(keys, rotations, strict=True)]
         self._queries.clear()
         self._rotations.clear()
         return KVStates(tuple(keys), tuple(values))
@@ -185,36 +187,28 @@ class KVCapture:
             )
         return output.transpose(1, 2)  # [B, H, T, D]
 
-    def _observed(self, layer: int, keys: Tensor) -> ObservedLayer:
+    def _observed(self, layer: int, keys: Tensor, rotation: Rotation | None) -> ObservedLayer:
         layout, shape = self._layouts[layer], self._shape
         rows = self._queries[layer]
         if rows.requires_grad:
-            rows = _rows(rows, self._query_rows)
+            assert self._query_rows is not None
+            rows = gather_rows(rows, self._query_rows)
         rows = rows.unflatten(-1, (shape.num_attention_heads, shape.head_dim)).transpose(1, 2)
-        if rotate := self._rotation(layer, self._query_rows):
-            rows = rotate(rows)
-        return ObservedLayer(rows, keys, self._rotation(layer), layout.scaling, layout.sliding_window)
+        return ObservedLayer(rows, keys, rotation, layout.scaling, layout.sliding_window)
 
-    def _rotation(self, layer: int, rows: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
-        """The rotation of one layer, at all positions or at ``rows [B, Q]``; None where the model rotates nothing."""
-        rotary = self._layouts[layer].rotary
-        if rotary is None:
-            return None
-        if layer not in self._rotations:
-            raise RuntimeError(f"attention layer {layer} was given no position embeddings to rotate its keys by")
-        cos, sin = self._rotations[layer]
-        if rows is not None:
-            cos, sin = (_rows(part.expand(rows.shape[0], -1, -1), rows) for part in (cos, sin))
-        return partial(_rotate, rotary, cos, sin)
-
-
-def _rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """``[B, T, width]`` at ``rows [B, Q]`` → ``[B, Q, width]``."""
-    assert rows is not None
-    return tensor.gather(1, rows.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
-
-
-def _rotate(rotary: Callable[..., Any], cos: Tensor, sin: Tensor, states: Tensor) -> Tensor:
-    # The function rotates queries and keys alike; an empty query costs nothing.
-    rotated: Tensor = rotary(torch.empty_like(states[:, :0]), states, cos, sin)[1]
-    return rotated
+    def _layer_rotations(self) -> list[Rotation | None]:
+        """Per layer; layers that were given the same position embeddings share one."""
+        shared: dict[int, Rotation] = {}
+        found: list[Rotation | None] = []
+        for layer in self._layers:
+            rotary = self._layouts[layer].rotary
+            if rotary is None:
+                found.append(None)
+                continue
+            if layer not in self._rotations:
+                raise RuntimeError(f"attention layer {layer} was given no position embeddings to rotate its keys by")
+            cos, sin = self._rotations[layer]
+            if id(cos) not in shared:
+                shared[id(cos)] = Rotation(rotary, cos, sin, self._query_rows)
+            found.append(shared[id(cos)])
+        return found

@@ -1,7 +1,7 @@
 """How much a token is worth keeping, from a model's keys and the attention that observing tokens pay to them.
 
 Every score is computed per layer and KV head, each sample on its own, and averaged over both, since one selection
-serves all layers and heads. Layers are taken one at a time: memory stays that of one.
+serves all layers and heads. Layers are taken a few at a time: memory stays that of a few.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvds.kv.observed import Observed, ObservedLayer, ObservingRows, attention_rows
+from kvds.kv.observed import Observed, ObservedLayer, ObservingRows, attention_rows, merged_layers
 
 SNAPKV_KERNEL = 5
 RKV_KERNEL = 7
 NEAR_DUPLICATE = 0.5
 """R-KV's threshold: keys with a larger cosine similarity are near-duplicates."""
 _PAIR_ROWS = 128  # rows of the matrix of pairs that are alive at a time
+# Keys that are scored at once: on a GPU some layers in one go, so that starting kernels costs little; on the CPU layer
+# by layer, which stay in its cache.
+_GPU_ELEMENTS = 2**24
 
 
 def _unit(keys: Tensor, real: Tensor) -> Tensor:
@@ -134,5 +137,6 @@ def token_scores(method: str, observed: Observed, real: Tensor, *, rkv_lambda: f
     Source: SnapKV, arXiv 2404.14469; KeyDiff, arXiv 2504.15364; R-KV, arXiv 2505.24133; KaVa, arXiv 2510.02312.
     """
     score = SCORES[method]
-    total = torch.stack([score(layer, observed.rows, real, rkv_lambda).mean(1) for layer in observed.layers])
-    return total.mean(0)
+    most = _GPU_ELEMENTS if real.device.type == "cuda" else 0
+    runs = [score(layer, observed.rows, real, rkv_lambda) for layer in merged_layers(observed.layers, most)]
+    return torch.cat(runs, 1).mean(1)
