@@ -20,7 +20,7 @@ from kvds.engine import all_reduce_sum, discard_gradients, gradient_norm
 from kvds.errors import InputError
 from kvds.kv import Selection, open_capture, pool_steps
 from kvds.models import backbone
-from kvds.teacher import Teacher
+from kvds.teacher import Teacher, TeacherOutput
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def calibrate_aligner(
     student: nn.Module,
     teacher: Teacher,
     batches: Iterable[TokenBatch],
-    select: Callable[[TokenBatch], Selection],
+    select: Callable[[TokenBatch, TeacherOutput], Selection],
     *,
     rope: str,
 ) -> None:
@@ -40,7 +40,7 @@ def calibrate_aligner(
         student: On its device; sharded by ZeRO-3 or whole. Its parameters are gathered for these forwards only.
         teacher: The fixed side.
         batches: This rank's calibration batches; equally many on every rank.
-        select: The positions of a batch that count.
+        select: From a batch and the teacher's output to the positions that count.
         rope: ``"pre"`` or ``"post"``.
     """
     moments = AlignmentMoments(aligner)
@@ -51,13 +51,13 @@ def calibrate_aligner(
         for batch in batches:
             with open_capture(backbone(student), aligner.reads, rope=rope) as capture:
                 backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            states = teacher(batch).states
-            if states is None:
+            output = teacher(batch)
+            if output.states is None:
                 raise RuntimeError("calibration needs a teacher whose states are captured")
             own = capture.states
             if batch.step_ids is not None:
                 own = pool_steps(own, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
-            moments.update(own, states, select(batch))
+            moments.update(own, output.states, select(batch, output))
     student.train(was_training)
     moments.reduce(all_reduce_sum)
     moments.apply()

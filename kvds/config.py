@@ -73,7 +73,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number, at least 1")
         for name in _AT_LEAST_ZERO:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a finite number, at least 0")
-        for name in ("subset_size", "max_steps"):
+        for name in ("subset_size", "max_steps", "observing_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, f"at least 1 (or leave --{name} away)")
         for name in ("lr", "aligner_lr", "logit_kd_temperature"):
@@ -114,6 +114,11 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             )
         for rule in mode_rules(self):
             _require(*rule)
+        _require(0 <= self.rkv_lambda <= 1, "rkv_lambda", self.rkv_lambda, "a weight from 0 to 1")
+        if self.kv_method in ("snapkv", "rkv_window") and isinstance(budget, int):
+            window = self.observing_tokens or 8
+            expected = f"more tokens than the {window} observing ones, all of which are kept (--observing_tokens)"
+            _require(budget > window, "kv_budget", budget, expected)
         frozen_random = self.alignment_mode != "none" and self.aligner_update == "frozen" and self.map_start == "random"
         _require(
             not frozen_random,

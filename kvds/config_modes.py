@@ -35,6 +35,8 @@ _FIXED: dict[str, dict[str, tuple[object, str]]] = {
         "head_groups": (1, "groups are structured's"),
     },
 }  # fmt: skip
+READS_KEYS = ("snapkv", "keydiff", "rkv", "rkv_window")
+"""Selection methods that score tokens by the teacher's keys."""
 _OWN: dict[str, dict[str, object]] = {
     "relation": {"relation_kind": "softmax", "relation_heads": None, "relation_units": "standard"},
     "structural_kv": {"attention_loss_weight": 1.0},
@@ -55,6 +57,10 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[tuple[bool, str, object,
                 mode == owner or found == default, name, found,
                 f"{shown} with --alignment_mode {mode} (or --alignment_mode {owner})",
             )  # fmt: skip
+    yield (
+        mode != "hidden" or settings.kv_method not in READS_KEYS, "kv_method", settings.kv_method,
+        "full, right_crop, uniform or random with --alignment_mode hidden (no keys are captured to choose by)",
+    )  # fmt: skip
     if settings.align_tokens == "segment":
         yield (
             settings.kv_method == "full", "kv_method", settings.kv_method,

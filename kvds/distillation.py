@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kvds.align import KVAligner
 from kvds.align.diagnostics import effective_rank
-from kvds.data.batches import TokenBatch
-from kvds.kv import Capture, Selection, States, open_capture, pool_steps
+from kvds.data.batches import Segment, TokenBatch
+from kvds.kv import Capture, Selection, States, open_capture, pool_steps, selected_shares
 from kvds.losses import Head, LabelledPositions, head_losses
 from kvds.models import backbone
 from kvds.teacher import TeacherOutput
@@ -147,6 +147,9 @@ class DistillationModule(nn.Module):
                 states = pool_steps(states, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
             if step.watch:
                 metrics |= _state_metrics(states, step.selection)
+                if step.selection is not None and batch.step_ids is None:
+                    segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
+                    metrics |= selected_shares(step.selection, batch.segment_ids, segments)
                 if torch.is_grad_enabled():
                     self.gradient_watch = GradientWatch()
                     self.gradient_watch.attach(capture)

@@ -78,8 +78,16 @@ class AlignmentSettings:
         "position",
         choices=("position", "segment"),
     )
-    kv_method: str = setting("positions that count", "full", choices=("full", "right_crop"))
+    kv_method: str = setting(
+        "positions that count", "full",
+        choices=("full", "right_crop", "uniform", "random", "snapkv", "keydiff", "rkv", "rkv_window"),
+    )  # fmt: skip
     kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
+    rkv_lambda: float = setting("rkv, rkv_window: weight of importance against redundancy, from 0 to 1", 0.1)
+    observing_tokens: int | None = setting(
+        "tokens per row whose queries say what is important; unset: 32 of the answer (rkv), the last 8 (snapkv, "
+        "rkv_window)", None,
+    )  # fmt: skip
     kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
     relation_kind: str = setting(

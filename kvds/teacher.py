@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
-from kvds.kv import KVShape, States, open_capture, pool_steps
+from kvds.kv import Capture, KVCapture, KVShape, Observed, ObservingRows, States, open_capture, pool_steps
 from kvds.models import backbone, kv_shape
 
 
@@ -22,10 +23,12 @@ class TeacherOutput:
         states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]`` (or hidden states); None where no
             alignment reads them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
+        observed: Query rows and keys for the selection of tokens; None where it reads none.
     """
 
     states: States | None
     hidden: Tensor | None
+    observed: Observed | None = None
 
 
 class _TeacherModule(nn.Module):
@@ -58,6 +61,8 @@ class Teacher:
         wants_states: Capture what ``reads`` names.
         reads: ``"kv"`` or ``"hidden"``, see :func:`kvds.kv.open_capture`.
         wants_hidden: Return hidden states for logit distillation.
+        observe: From a batch to the tokens whose queries the selection reads, or to None; see
+            :func:`kvds.kv.observing_rows`.
     """
 
     def __init__(
@@ -70,11 +75,12 @@ class Teacher:
         wants_states: bool = True,
         reads: str = "kv",
         wants_hidden: bool = False,
+        observe: Callable[[TokenBatch], ObservingRows | None] | None = None,
     ) -> None:
         model.requires_grad_(False).eval()
         self.config = model.config
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
-        self._reads = reads
+        self._reads, self._observe = reads, observe
         module = _TeacherModule(model)
         if engine_config is None:
             self._forward: nn.Module = module.to(device)
@@ -98,12 +104,19 @@ class Teacher:
         batch, steps = batch.teacher_text or batch, batch.num_steps
         if not self._wants_states:
             return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
-        with open_capture(self._backbone, self._reads, rope=self._rope) as capture:
+        rows = None if self._observe is None else self._observe(batch)
+        with self._capture(rows) as capture:
             hidden = self._forward(batch.input_ids, batch.attention_mask)
         states = capture.states
         if batch.step_ids is not None:
             states = pool_steps(states, batch.step_ids, steps)  # type: ignore[type-var]
-        return TeacherOutput(states, hidden if self._wants_hidden else None)
+        observed = Observed(rows, capture.observed) if rows is not None and isinstance(capture, KVCapture) else None
+        return TeacherOutput(states, hidden if self._wants_hidden else None, observed)
+
+    def _capture(self, rows: ObservingRows | None) -> Capture:
+        if rows is None:
+            return open_capture(self._backbone, self._reads, rope=self._rope)
+        return KVCapture(self._backbone, rope=self._rope, query_rows=rows.positions)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from kvds.engine import all_reduce_sum, build_engine, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
-from kvds.kv import Selection, common_steps, select_tokens
+from kvds.kv import ObservingRows, Selection, common_steps, observing_rows, row_draws, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
@@ -53,7 +54,7 @@ from kvds.models import (
 from kvds.provenance import write_provenance
 from kvds.run_data import load_run_data
 from kvds.run_folder import open_run_folder
-from kvds.teacher import Teacher
+from kvds.teacher import Teacher, TeacherOutput
 from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 
 log = logging.getLogger("kvds")
@@ -193,6 +194,7 @@ class TrainingRun:
         return Teacher(
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
             wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
+            observe=self.observing,
         )  # fmt: skip
 
     def _calibration_batches(self) -> list[TokenBatch]:
@@ -239,24 +241,37 @@ class TrainingRun:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def select(self, batch: TokenBatch) -> Selection:
-        """The positions of ``batch`` whose keys and values are matched, or its steps."""
+    def observing(self, batch: TokenBatch) -> ObservingRows | None:
+        """The tokens of ``batch`` whose queries the selection reads; None where it reads none."""
+        count = self.cfg.observing_tokens
+        return observing_rows(self.cfg.kv_method, batch.segment_ids, batch.attention_mask, observing_tokens=count)
+
+    def select(self, batch: TokenBatch, teacher: TeacherOutput, step: int = 0) -> Selection:
+        """The positions of ``batch`` whose keys and values are matched in ``step`` (which random draws depend on), or
+        its steps of reasoning.
+        """
         cfg = self.cfg
         if batch.step_ids is not None:
             teachers = (batch.teacher_text or batch).step_ids
             return common_steps(batch.step_ids, batch.step_ids if teachers is None else teachers, batch.num_steps)
         return select_tokens(
-            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=cfg.mask_first_token
-        )
+            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask,
+            mask_first_token=cfg.mask_first_token, observed=teacher.observed, rkv_lambda=cfg.rkv_lambda,
+            draws=row_draws(cfg.seed, step, batch.sample_ids),
+        )  # fmt: skip
 
-    def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool) -> StepInput:
+    def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool, step: int = 0) -> StepInput:
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
         batch = batch.to(self.device)
         teacher = self.teacher(batch) if self.teacher is not None else None
+        selection = None
+        if teacher is not None and self.cfg.uses_kv:
+            selection = self.select(batch, teacher, step)
+            teacher = replace(teacher, observed=None)
         return StepInput(
             batch=batch,
             labelled=labelled,
-            selection=self.select(batch) if self.cfg.uses_kv else None,
+            selection=selection,
             teacher=teacher,
             teacher_head=self.teacher.head if self.teacher is not None and self.cfg.logit_kd_weight else None,
             weights=weights,
@@ -286,7 +301,7 @@ class TrainingRun:
             for batch in self.loader.step(self.step):
                 tokens = int(batch.attention_mask.sum()) if int(batch.sample_ids.max()) >= 0 else 0
                 with timer.phase("teacher"):
-                    inputs = self._step_input(batch, weights, watch=watch)
+                    inputs = self._step_input(batch, weights, watch=watch, step=self.step)
                 with timer.phase("forward"):
                     loss, metrics = self.engine(step=inputs)
                 with timer.phase("backward"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvds.errors import InputError
-from kvds.kv import gather_positions, group_slices, select_tokens, selected_count
+from kvds.kv import gather_positions, group_slices, row_draws, select_tokens, selected_count, selected_shares
 
 
 def batch(lengths: list[int], tokens: int, left: bool) -> tuple[Tensor, Tensor]:
@@ -39,6 +39,10 @@ def oracle(method: str, budget: Any, segments: Tensor, attention: Tensor, mask_f
         eligible = real[1:] if mask_first else real
         rows.append(eligible[max(0, len(eligible) - kept) :])
     return rows
+
+
+def kept_of(budget: Any, length: int) -> int:
+    return math.ceil(round(budget * length, 9)) if isinstance(budget, float) else budget
 
 
 def chosen(selection: Any) -> list[list[int]]:
@@ -111,6 +115,85 @@ def test_first_real_token_is_left_out_also_behind_left_padding() -> None:
     ]
 
 
+budgeted = st.one_of(st.integers(1, 15), st.integers(1, 20).map(lambda n: n / 20))
+
+
+@given(lengths_in, budgeted, st.booleans(), st.booleans())
+def test_uniform_takes_the_end_of_equal_stretches(
+    rows: tuple[int, list[int]], budget: Any, left: bool, mask_first: bool
+) -> None:
+    tokens, lengths = rows
+    found = chosen(select_tokens("uniform", budget, *batch(lengths, tokens, left), mask_first_token=mask_first))
+    for length, positions in zip(lengths, found, strict=True):
+        begin = tokens - length if left else 0
+        eligible = list(range(begin, begin + length))[1 if mask_first else 0 :]
+        kept = min(kept_of(budget, length), len(eligible))
+        assert positions == [eligible[math.ceil((i + 1) * len(eligible) / kept) - 1] for i in range(kept)]
+
+
+def plain_hash(x: int) -> int:
+    """splitmix64's last steps with whole numbers of any size."""
+    x &= 2**64 - 1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> shift) * factor % 2**64
+    return x ^ x >> 31
+
+
+@given(lengths_in, budgeted, st.booleans(), st.booleans(), st.integers(0, 99), st.integers(0, 10**6))
+def test_random_takes_the_largest_draws_of_seed_step_and_sample(
+    rows: tuple[int, list[int]], budget: Any, left: bool, mask_first: bool, seed: int, step: int
+) -> None:
+    tokens, lengths = rows
+    samples = [7 * i - 1 for i in range(len(lengths))]
+    draws = row_draws(seed, step, torch.tensor(samples))
+    found = chosen(
+        select_tokens("random", budget, *batch(lengths, tokens, left), mask_first_token=mask_first, draws=draws)
+    )
+    for sample, length, positions in zip(samples, lengths, found, strict=True):
+        row = plain_hash(plain_hash(sample + seed * 1_000_003 + step))
+        draw = {t: plain_hash(row ^ plain_hash(t + 1)) % 2**62 for t in range(length)}
+        best = sorted(range(1 if mask_first else 0, length), key=lambda t: -draw[t])[: kept_of(budget, length)]
+        assert [t - (tokens - length if left else 0) for t in positions] == sorted(best)
+
+
+def test_random_is_uniform_over_positions_steps_and_samples() -> None:
+    segments, attention = batch([21] * 2000, 21, False)
+    masks = []
+    for step in (0, 1):
+        draws = row_draws(3, step, torch.arange(2000))
+        selection = select_tokens("random", 5, segments, attention, draws=draws)
+        masks.append(torch.zeros(2000, 21).scatter_(1, selection.index, 1.0))  # type: ignore[arg-type]
+    for mask in masks:
+        assert float(mask[:, 0].sum()) == 0
+        # A quarter of 2000, standard deviation 19; neighbours in a row are chosen together 4/19 of the time.
+        assert float((mask[:, 1:].sum(0) - 500).abs().max()) < 5 * 19
+        together = float((mask[:, 1:-1] * mask[:, 2:]).mean() / mask[:, 1:].mean())
+        assert together == pytest.approx(4 / 19, abs=0.02)
+    # Another step, or the next sample, is chosen independently: a quarter of the positions is common.
+    assert float((masks[0] * masks[1]).sum(1).mean()) == pytest.approx(5 / 4, abs=0.1)
+    assert float((masks[0][1:] * masks[0][:-1]).sum(1).mean()) == pytest.approx(5 / 4, abs=0.1)
+
+
+def test_random_needs_draws() -> None:
+    with pytest.raises(ValueError, match="kv_method=random reads draws"):
+        select_tokens("random", 3, *batch([5], 5, False))
+
+
+def test_shares_are_counts_over_counts() -> None:
+    segments = torch.tensor([[1, 1, 2, 2, 2, 3, 0], [1, 2, 2, 3, 0, 0, 0]])
+    attention = (segments != 0).long()
+    names = {"prompt": 1, "rationale": 2, "answer": 3, "absent": 4}
+    crop = selected_shares(select_tokens("right_crop", 3, segments, attention), segments, names)
+    assert {key: float(value) for key, value in crop.items()} == pytest.approx(
+        {"kv/selected_share": 6 / 10, "kv/selected_share_prompt": 0.0, "kv/selected_share_rationale": 4 / 5,
+         "kv/selected_share_answer": 1.0}
+    )  # fmt: skip
+    full = selected_shares(select_tokens("full", None, segments, attention), segments, names)
+    assert float(full["kv/selected_share"]) == pytest.approx(8 / 10)
+    assert float(full["kv/selected_share_prompt"]) == pytest.approx(1 / 3)
+    assert selected_shares(select_tokens("full", None, segments * 0, attention), segments * 0, names) == {}
+
+
 @given(
     st.integers(1, 12).flatmap(
         lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=4)
@@ -139,7 +222,7 @@ def test_budget_that_keeps_nothing_is_an_input_error(budget: Any) -> None:
 
 
 def test_unknown_method_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="kv_method=left_crop: expected full or right_crop"):
+    with pytest.raises(InputError, match="kv_method=left_crop: expected full, right_crop, uniform, .* or rkv_window"):
         select_tokens("left_crop", 3, *batch([3], 4, False))
     with pytest.raises(InputError, match="kv_method=left_crop"):
         selected_count("left_crop", 3, 3)

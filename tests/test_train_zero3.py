@@ -3,6 +3,7 @@ batches.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from kvds.align.fitting import AlignmentMoments
 from kvds.checkpoint import load_aligner
 from kvds.config import RunConfig, parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.kv import KVShape, common_steps, open_capture, pool_steps, select_tokens
+from kvds.kv import KVShape, Selection, common_steps, open_capture, pool_steps, row_draws, select_tokens
 from kvds.run_data import load_run_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -68,6 +69,8 @@ RUNS: dict[str, dict[str, object]] = {
     "teacher_offload": {"teacher_placement": "zero3_offload"},
     "checkpointing": {"gradient_checkpointing": "true"},
     "crop": {"kv_method": "right_crop", "kv_budget": 6},
+    "rkv": {"kv_method": "rkv", "kv_budget": 0.4, "rkv_lambda": 0.3, "teacher_placement": "zero3"},
+    "random": {"kv_method": "random", "kv_budget": 6, "seed": 3},
     "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 4},
     "adamw": {"optimizer": "adamw", "lr": 0.001},
     "logit_kd": {"logit_kd_weight": 0.5, "logit_kd_temperature": 2.0},
@@ -121,6 +124,29 @@ def distributed(models, tmp_path_factory) -> Path:
     return folder
 
 
+@torch.no_grad()
+def plain_rkv(folder: Path, batch, budget: float, weight: float) -> Selection:
+    """R-KV's selection with the answer's queries, row by row, from whole attention matrices and all pairs of keys."""
+    teacher = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    mask = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+    for row in range(len(mask)):
+        n = int((batch.segment_ids[row] != 0).sum())
+        output = teacher(input_ids=batch.input_ids[row : row + 1, :n], output_attentions=True, use_cache=True)
+        answer = batch.segment_ids[row, :n] == 3
+        scores = torch.zeros(n, dtype=torch.float64)
+        layers = output.past_key_values.layers
+        for attention, layer in zip(output.attentions, layers, strict=True):
+            for head in range(2):
+                important = attention[0, 2 * head : 2 * head + 2, answer].double().amax(0).mean(0)
+                keys = layer.keys[0, head].double()
+                similar = F.cosine_similarity(keys[:, None], keys[None], dim=-1).fill_diagonal_(0)
+                redundant = similar.mean(0).softmax(0)
+                scores += (weight * important - (1 - weight) * redundant) / (2 * len(layers))
+        scores[0] = -torch.inf
+        mask[row, scores.topk(math.ceil(budget * n)).indices] = True
+    return Selection(None, mask)
+
+
 def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]], nn.Module, nn.Module | None]:
     """The same training as a plain loop: full logits, Hugging Face's models, torch's SGD, whole global batches of 8."""
     tokenizer = AutoTokenizer.from_pretrained(models / "tokenizer")
@@ -136,12 +162,15 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         steps = batch.step_ids
         return capture.states if steps is None else pool_steps(capture.states, steps, batch.num_steps), logits
 
-    def selection(batch):
+    def selection(batch, step=0):
         if batch.step_ids is not None:
             return common_steps(batch.step_ids, batch.step_ids, batch.num_steps)
+        if cfg.kv_method == "rkv":
+            return plain_rkv(models / "teacher", batch, cfg.kv_budget, cfg.rkv_lambda)
         return select_tokens(
-            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=True
-        )
+            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=True,
+            draws=row_draws(cfg.seed, step, batch.sample_ids),
+        )  # fmt: skip
 
     if cfg.uses_kv:
         aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher.config), cfg)
@@ -186,7 +215,7 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         with torch.no_grad():
             teacher_states, teacher_logits = states(teacher, batch)
         if aligner is not None:
-            kv = aligner(student_states, teacher_states, selection(batch)).loss
+            kv = aligner(student_states, teacher_states, selection(batch, step)).loss
             record["kv/weight"] = kv_weight * (1 - step / STEPS if cfg.kv_weight_schedule == "linear" else 1)
             loss = loss + record["kv/weight"] * kv
             record["loss/kv"] = kv.item()

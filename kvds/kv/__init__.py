@@ -1,12 +1,15 @@
 """Keys and values of a model as data: shapes, capture, selection of positions, groups."""
 
 from kvds.kv.capture import KVCapture
+from kvds.kv.draws import row_draws
 from kvds.kv.gather import gather_positions, group_slices
 from kvds.kv.hidden import HiddenCapture, HiddenStates, hidden_shape
+from kvds.kv.observed import Observed, ObservingRows
 from kvds.kv.pool import common_steps, pool_steps
 from kvds.kv.queries import AttentionStates, LayerQueries
 from kvds.kv.reading import Capture, States, open_capture
-from kvds.kv.select import Selection, select_tokens, selected_count
+from kvds.kv.select import Selection, observing_rows, select_tokens, selected_count
+from kvds.kv.shares import selected_shares
 from kvds.kv.states import KVShape, KVStates
 
 __all__ = [
@@ -18,6 +21,8 @@ __all__ = [
     "KVShape",
     "KVStates",
     "LayerQueries",
+    "Observed",
+    "ObservingRows",
     "Selection",
     "States",
     "common_steps",
@@ -26,6 +31,9 @@ __all__ = [
     "hidden_shape",
     "open_capture",
     "pool_steps",
+    "observing_rows",
+    "row_draws",
     "select_tokens",
     "selected_count",
+    "selected_shares",
 ]

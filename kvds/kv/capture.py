@@ -1,16 +1,16 @@
-"""Keys and values of one forward, read off the projections by hooks, with their graph."""
+"""Keys, values and chosen query rows of one forward, read off the projections by hooks, with their graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
 from kvds.kv.families import FAMILIES, AttentionLayout
+from kvds.kv.observed import ObservedLayer, Rotation, gather_rows
 from kvds.kv.states import KVShape, KVStates
 
 
@@ -28,11 +28,16 @@ class KVCapture:
             uses them.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
         layers: Which layers to capture, in this order; None = all.
+        query_rows: ``[B, Q]`` int64, the positions whose queries are captured, too, and no others; ``"all"`` = every
+            position, without a copy; None = no queries.
 
     Attributes:
         key_outputs: Per layer, the projection's output tensor and the columns of it that hold keys.
         value_outputs: The same for values.
         key_heads: Per layer, the unrotated keys as views that only a loss on ``states`` sends gradients to.
+        observed: Per layer, what attention compares: the query rows ``[B, num_attention_heads, Q, head_dim]`` and all
+            keys, which it rotates whatever ``rope`` says (:class:`kvds.kv.observed.ObservedLayer`); empty without
+            ``query_rows``.
 
     Raises:
         InputError: unknown model family, layers that differ in heads or head_dim, or a layer that is not there.
@@ -46,6 +51,7 @@ class KVCapture:
         rope: str = "pre",
         require_grad: bool = False,
         layers: Sequence[int] | None = None,
+        query_rows: Tensor | Literal["all"] | None = None,
     ) -> None:
         config: Any = model.config
         self._shape = KVShape.from_config(config)
@@ -60,9 +66,11 @@ class KVCapture:
         self._attentions: dict[int, nn.Module] = {layer: attentions[layer] for layer in self._layers}
         self._layouts: dict[int, AttentionLayout] = {layer: family.layout(attentions[layer]) for layer in self._layers}
         self._rope, self._require_grad = rope, require_grad
+        self._query_rows = query_rows
         self._handles: list[RemovableHandle] = []
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._queries: dict[int, Tensor] = {}
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
         self._states: KVStates | None = None
         self._forget()
@@ -74,11 +82,15 @@ class KVCapture:
         # A forward begins at the backbone; a recomputed layer comes without that, and finds its slot taken.
         self._handles.append(self._backbone.register_forward_pre_hook(lambda *_: self._forget()))
         for layer, layout in self._layouts.items():
-            if self._rope == "post" and layout.rotary is not None:
+            if layout.rotary is not None and (self._rope == "post" or self._query_rows is not None):
                 hook = self._rotation_hook(layer)
                 self._handles.append(self._attentions[layer].register_forward_pre_hook(hook, with_kwargs=True))
             self._handles.append(layout.key_module.register_forward_hook(self._output_hook(self._keys, layer)))
             self._handles.append(layout.value_module.register_forward_hook(self._output_hook(self._values, layer)))
+            if self._query_rows is not None:
+                self._handles.append(
+                    layout.query_module.register_forward_hook(self._query_hook(layer, self._query_rows))
+                )
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
@@ -112,7 +124,9 @@ class KVCapture:
         # Emptied in place: the open hooks hold these very dictionaries.
         self._keys.clear()
         self._values.clear()
+        self._queries.clear()
         self._rotations.clear()
+        self.observed: tuple[ObservedLayer, ...] = ()
         self.key_outputs: list[tuple[Tensor, slice]] = []
         self.value_outputs: list[tuple[Tensor, slice]] = []
         self.key_heads: list[Tensor] = []
@@ -122,6 +136,19 @@ class KVCapture:
     def _output_hook(slots: dict[int, Tensor], layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             slots.setdefault(layer, output)
+
+        return hook
+
+    def _query_hook(self, layer: int, rows: Tensor | Literal["all"]) -> Callable[..., None]:
+        columns = self._layouts[layer].query_columns
+
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            output = output.flatten(2)[..., columns]
+            # With a graph the rows are picked after the forward: gathering saves tensors, and a checkpointed layer
+            # must save the same in its recomputation, when these hooks may be gone. Without one, the rest is let go.
+            if isinstance(rows, Tensor) and not output.requires_grad:
+                output = gather_rows(output, rows)
+            self._queries.setdefault(layer, output)
 
         return hook
 
@@ -141,9 +168,15 @@ class KVCapture:
         keys = [self._heads("keys", i, *output) for i, output in zip(self._layers, self.key_outputs, strict=True)]
         values = [self._heads("values", i, *output) for i, output in zip(self._layers, self.value_outputs, strict=True)]
         self.key_heads = keys
-        states = KVStates(tuple(self._rotated(i, k) for i, k in zip(self._layers, keys, strict=True)), tuple(values))
+        if self._query_rows is not None or self._rope == "post":
+            rotations = self._layer_rotations()
+            if self._query_rows is not None:
+                self.observed = tuple(map(self._observed, self._layers, keys, rotations))
+            if self._rope == "post":
+                keys = [key if r is None else r.keys(key) for key, r in zip(keys, rotations, strict=True)]
+        self._queries.clear()
         self._rotations.clear()
-        return states
+        return KVStates(tuple(keys), tuple(values))
 
     def _heads(self, part: str, layer: int, output: Tensor, columns: slice) -> Tensor:
         heads, dim = self._shape.num_key_value_heads, self._shape.head_dim
@@ -163,12 +196,28 @@ class KVCapture:
             )
         return output.transpose(1, 2)  # [B, H, T, D]
 
-    def _rotated(self, layer: int, key: Tensor) -> Tensor:
-        rotary = self._layouts[layer].rotary
-        if self._rope == "pre" or rotary is None:
-            return key
-        if layer not in self._rotations:
-            raise RuntimeError(f"attention layer {layer} was given no position embeddings to rotate its keys by")
-        # The function rotates queries and keys alike; an empty query costs nothing.
-        rotated: Tensor = rotary(torch.empty_like(key[:, :0]), key, *self._rotations[layer])[1]
-        return rotated
+    def _observed(self, layer: int, keys: Tensor, rotation: Rotation | None) -> ObservedLayer:
+        layout, shape = self._layouts[layer], self._shape
+        rows = self._queries[layer]
+        if rows.requires_grad and isinstance(self._query_rows, Tensor):
+            rows = gather_rows(rows, self._query_rows)
+        rows = rows.unflatten(-1, (shape.num_attention_heads, shape.head_dim)).transpose(1, 2)
+        return ObservedLayer(rows, keys, rotation, layout.scaling, layout.sliding_window)
+
+    def _layer_rotations(self) -> list[Rotation | None]:
+        """Per layer; layers that were given the same position embeddings share one."""
+        rows = self._query_rows if isinstance(self._query_rows, Tensor) else None
+        shared: dict[int, Rotation] = {}
+        found: list[Rotation | None] = []
+        for layer in self._layers:
+            rotary = self._layouts[layer].rotary
+            if rotary is None:
+                found.append(None)
+                continue
+            if layer not in self._rotations:
+                raise RuntimeError(f"attention layer {layer} was given no position embeddings to rotate its keys by")
+            cos, sin = self._rotations[layer]
+            if id(cos) not in shared:
+                shared[id(cos)] = Rotation(rotary, cos, sin, rows)
+            found.append(shared[id(cos)])
+        return found

@@ -1,13 +1,13 @@
-"""Where the supported model families compute keys and values: one entry a family.
+"""Where the supported model families compute queries, keys and values: one entry a family.
 
-A family says which sub-modules' outputs hold an attention layer's keys and values before the rotary embedding, and in
-which columns of the output.
+A family says which sub-modules' outputs hold an attention layer's queries, keys and values before the rotary embedding,
+in which columns of the output, and how attention compares them. None of these families caps its attention logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,28 +15,39 @@ from torch import nn
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """The modules of one attention layer whose outputs hold keys and values.
+    """The modules of one attention layer whose outputs hold queries, keys and values.
 
     Attributes:
+        query_module: As ``key_module``, for queries; its heads are the ``num_attention_heads``.
+        query_columns: As ``key_columns``, for queries.
         key_module: Its output ends as ``[B, T, heads · head_dim]`` or ``[B, T, heads, head_dim]``.
         key_columns: Which part of the last dimension holds keys.
         value_module: As ``key_module``, for values.
         value_columns: As ``key_columns``, for values.
         rotary: Function ``(q, k, cos, sin) -> (q, k)`` of the model, or None where positions are learned.
+        scaling: What attention multiplies ``q · k`` by.
+        sliding_window: A query sees itself and the ``sliding_window - 1`` positions before it; None = all before it.
     """
 
+    query_module: nn.Module
+    query_columns: slice
     key_module: nn.Module
     key_columns: slice
     value_module: nn.Module
     value_columns: slice
     rotary: Callable[..., Any] | None
+    scaling: float
+    sliding_window: int | None
 
 
 ALL = slice(None)
 
 
 def _separate(attention: Any, rotary: Callable[..., Any]) -> AttentionLayout:
-    return AttentionLayout(attention.k_proj, ALL, attention.v_proj, ALL, rotary)
+    window = getattr(attention, "sliding_window", None)
+    return AttentionLayout(
+        attention.q_proj, ALL, attention.k_proj, ALL, attention.v_proj, ALL, rotary, attention.scaling, window
+    )
 
 
 def _qwen2(attention: Any) -> AttentionLayout:
@@ -54,7 +65,8 @@ def _llama(attention: Any) -> AttentionLayout:
 def _mistral(attention: Any) -> AttentionLayout:
     from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
-    return _separate(attention, apply_rotary_pos_emb)
+    # The window is the configuration's, the same for all layers.
+    return replace(_separate(attention, apply_rotary_pos_emb), sliding_window=attention.config.sliding_window)
 
 
 def _gemma(attention: Any) -> AttentionLayout:
@@ -66,14 +78,16 @@ def _gemma(attention: Any) -> AttentionLayout:
 def _qwen3(attention: Any) -> AttentionLayout:
     from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-    # Keys are normalised per head before they are rotated: what attention compares is the norm's output.
-    return AttentionLayout(attention.k_norm, ALL, attention.v_proj, ALL, apply_rotary_pos_emb)
+    # Queries and keys are normalised per head before they are rotated: what attention compares is the norm's output.
+    separate = _separate(attention, apply_rotary_pos_emb)
+    return replace(separate, query_module=attention.q_norm, key_module=attention.k_norm)
 
 
 def _gpt2(attention: Any) -> AttentionLayout:
     width = attention.split_size
-    keys, values = slice(width, 2 * width), slice(2 * width, 3 * width)
-    return AttentionLayout(attention.c_attn, keys, attention.c_attn, values, None)
+    queries, keys, values = (slice(i * width, (i + 1) * width) for i in range(3))
+    fused = attention.c_attn
+    return AttentionLayout(fused, queries, fused, keys, fused, values, None, attention.scaling, None)
 
 
 @dataclass(frozen=True)

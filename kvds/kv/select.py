@@ -7,13 +7,21 @@ from the budget and the padded length, so no device is asked; rows with fewer el
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvds.errors import InputError
+from kvds.kv.draws import token_draws
+from kvds.kv.observed import ANSWER_SEGMENT, Observed, ObservingRows, last_rows
+from kvds.kv.scores import SCORES, token_scores
+
+METHODS = ("full", "right_crop", "uniform", "random", *SCORES)
+KEEPS_WINDOW = ("snapkv", "rkv_window")
+"""Methods whose observers are the last tokens of a row, all of which are kept."""
+OBSERVING_TOKENS = {"snapkv": 8, "rkv_window": 8, "rkv": 32, "keydiff": 0}
+"""Observing tokens per row where their number is left open (``rkv``: at most as many of the answer)."""
 
 Budget = int | float | None
 
@@ -55,26 +63,40 @@ def _compact(chosen: Tensor, slots: int) -> Selection:
     return Selection(index, chosen.gather(1, index))
 
 
-def _full(eligible: Tensor, real_length: Tensor, budget: Budget) -> Selection:
-    return Selection(None, eligible)
-
-
-def _right_crop(eligible: Tensor, real_length: Tensor, budget: Budget) -> Selection:
-    tokens = eligible.shape[1]
+def _kept(real_length: Tensor, budget: Budget, tokens: int) -> Tensor:
+    """``[B]`` :func:`row_budget` of each row, on its device."""
     if isinstance(budget, float):
-        kept = (budget * real_length.double() - 1e-9).ceil().clamp_min(1)  # row_budget of each row, in the same float64
-    else:
-        kept = torch.full_like(real_length, row_budget(budget, tokens))
+        return (budget * real_length.double() - 1e-9).ceil().clamp_min(1).long()  # in row_budget's float64
+    return torch.full_like(real_length, row_budget(budget, tokens))
+
+
+def _right_crop(eligible: Tensor, kept: Tensor) -> Tensor:
     from_end = eligible.flip(1).cumsum(1).flip(1)  # 1 at the last eligible position, growing leftwards
-    return _compact(eligible & (from_end <= kept[:, None]), min(row_budget(budget, tokens), tokens))
+    return eligible & (from_end <= kept[:, None])
 
 
-METHODS: dict[str, Callable[[Tensor, Tensor, Budget], Selection]] = {"full": _full, "right_crop": _right_crop}
+def _uniform(eligible: Tensor, kept: Tensor) -> Tensor:
+    """The last position of each of ``kept`` stretches of equal length (within one position)."""
+    place, count = eligible.cumsum(1), eligible.sum(1, keepdim=True)  # 1, 2, … at eligible positions
+    kept = torch.minimum(kept[:, None], count)
+    count = count.clamp_min(1)
+    return eligible & (place * kept // count > (place - 1) * kept // count)
+
+
+def _best(eligible: Tensor, kept: Tensor, scores: Tensor) -> Tensor:
+    """The ``kept`` eligible positions of largest score; of equal ones the latest."""
+    lowest = -torch.inf if scores.is_floating_point() else -1
+    scores = torch.where(eligible, scores, lowest)
+    # Backwards in time, so that a stable sort puts the latest of equals first; then each position's rank.
+    order = scores.flip(1).sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places).flip(1)
+    return eligible & (rank < kept[:, None])
 
 
 def _check(method: str, budget: Budget) -> None:
     if method not in METHODS:
-        raise InputError(f"kv_method={method}: expected {' or '.join(METHODS)}")
+        raise InputError(f"kv_method={method}: expected {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     if method == "full":
         return
     # Whole numbers count tokens, so 1 is one token and 1.0 the whole row.
@@ -85,27 +107,86 @@ def _check(method: str, budget: Budget) -> None:
         )
 
 
-def select_tokens(
-    method: str, budget: Budget, segment_ids: Tensor, attention_mask: Tensor, *, mask_first_token: bool = True
-) -> Selection:
-    """Choose the positions to distil.
+def observing_rows(
+    method: str, segment_ids: Tensor, attention_mask: Tensor, *, observing_tokens: int | None = None
+) -> ObservingRows | None:
+    """The tokens whose queries a method wants captured; None where it looks at no keys either.
+
+    ``rkv``: the last ``observing_tokens`` of the answer; ``snapkv`` and ``rkv_window``: the last of the row;
+    ``keydiff``: none, only keys. Their number of slots comes from the setting and the padded length alone.
 
     Args:
-        method: ``"full"`` (every real token) or ``"right_crop"`` (the last ``budget`` real tokens).
-        budget: Tokens per row (int), a fraction of the row's real length in (0, 1] (float), or None with ``full``.
+        method: A selection method.
+        segment_ids: ``[B, T]``, 0 = padding, 3 = answer.
+        attention_mask: ``[B, T]``, 1 = real token.
+        observing_tokens: Per row; None = the method's own number.
+    """
+    if method not in SCORES:
+        return None
+    real = attention_mask.bool() & (segment_ids != 0)
+    if method == "rkv":
+        real &= segment_ids == ANSWER_SEGMENT
+    own = OBSERVING_TOKENS[method]
+    return last_rows(real, own if observing_tokens is None or own == 0 else observing_tokens)
+
+
+def select_tokens(
+    method: str,
+    budget: Budget,
+    segment_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    mask_first_token: bool = True,
+    observed: Observed | None = None,
+    rkv_lambda: float = 0.1,
+    draws: Tensor | None = None,
+) -> Selection:
+    """Choose the positions to distil, each row on its own.
+
+    Args:
+        method: ``"full"`` (every real token), ``"right_crop"`` (the last), ``"uniform"`` (evenly spaced), ``"random"``,
+            or those of the largest :func:`kvds.kv.scores.token_scores`: ``"snapkv"``, ``"keydiff"``, ``"rkv"``,
+            ``"rkv_window"``. The two with a window keep their observing tokens first (the latest, where the budget is
+            smaller than the window).
+        budget: Tokens per row (int), a fraction of the row's real length in (0, 1] (float), or None with ``full``. A
+            row with fewer eligible tokens keeps all of them.
         segment_ids: ``[B, T]``, 0 = padding.
         attention_mask: ``[B, T]``, 1 = real token.
         mask_first_token: Leave out each row's first real token, an attention sink.
+        observed: Keys and query rows of the model whose attention decides, captured at :func:`observing_rows`.
+        rkv_lambda: Weight of importance against redundancy.
+        draws: ``[B]`` from :func:`kvds.kv.draws.row_draws`, for ``random``.
 
     Returns:
         The selection, on the same device; no host sync.
 
     Raises:
         InputError: unknown method, or a budget that keeps no token.
+        ValueError: ``observed`` or ``draws`` is missing where the method reads it.
     """
     _check(method, budget)
-    real_length = (attention_mask.bool() & (segment_ids != 0)).sum(1)
-    return METHODS[method](_eligible(segment_ids, attention_mask, mask_first_token), real_length, budget)
+    real = attention_mask.bool() & (segment_ids != 0)
+    eligible = _eligible(segment_ids, attention_mask, mask_first_token)
+    if method == "full":
+        return Selection(None, eligible)
+    tokens = eligible.shape[1]
+    kept = _kept(real.sum(1), budget, tokens)
+    if method == "right_crop":
+        chosen = _right_crop(eligible, kept)
+    elif method == "uniform":
+        chosen = _uniform(eligible, kept)
+    elif method == "random":
+        if draws is None:
+            raise ValueError("kv_method=random reads draws: one number for each row")
+        chosen = _best(eligible, kept, token_draws(draws, real))
+    else:
+        if observed is None:
+            raise ValueError(f"kv_method={method} reads observed keys and query rows")
+        scores = token_scores(method, observed, real, rkv_lambda=rkv_lambda)
+        if method in KEEPS_WINDOW:
+            scores = scores.masked_fill(observed.rows.at(tokens), torch.inf)
+        chosen = _best(eligible, kept, scores)
+    return _compact(chosen, min(row_budget(budget, tokens), tokens))
 
 
 def selected_count(method: str, budget: Budget, length: int, *, mask_first_token: bool = True) -> int:
