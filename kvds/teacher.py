@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +75,8 @@ class Teacher:
         if engine_config is None:
             self._forward: nn.Module = module.to(device)
         else:
+            import deepspeed  # a replicated teacher runs where DeepSpeed is not installed
+
             self._forward = deepspeed.initialize(model=module, config=engine_config)[0]
             self._forward.eval()
         self._backbone = backbone(model)
