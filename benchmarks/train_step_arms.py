@@ -129,10 +129,11 @@ def kvds_step(bench: Workbench, *, weights: LossWeights, checkpointing: bool = F
         with bench.clock.phase("teacher"):
             labelled = LabelledPositions.from_labels(batch.labels).to(bench.device)
             batch = batch.to(bench.device)
-            output = teacher(batch) if teacher is not None else None
             selection = None
             if uses_kv:
                 selection = select_tokens(cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask)
+            index = None if selection is None else selection.index
+            output = teacher(batch, index) if teacher is not None else None
         with bench.clock.phase("forward"):
             head = teacher.head if teacher is not None and weights.logit_kd else None
             loss, _ = module(StepInput(batch, labelled, selection, output, head, weights))

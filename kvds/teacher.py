@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
 from kvds.kv import KVCapture, KVShape, KVStates
+from kvds.kv.last_layer import only_keys_and_values
+from kvds.kv.selected import SelectedCapture
 from kvds.models import backbone, kv_shape
 
 
@@ -18,8 +21,8 @@ class TeacherOutput:
     """What one teacher forward leaves, without gradient.
 
     Attributes:
-        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]``; None where no alignment reads
-            them.
+        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]`` (``M`` in place of ``T`` where only
+            selected positions were asked for); None where no alignment reads them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
     """
 
@@ -88,11 +91,20 @@ class Teacher:
 
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()
-    def __call__(self, batch: TokenBatch) -> TeacherOutput:
-        """Run the backbone once; the language-model head is not touched."""
+    def __call__(self, batch: TokenBatch, index: Tensor | None = None) -> TeacherOutput:
+        """Run the backbone once; the language-model head is not touched.
+
+        Args:
+            batch: On the teacher's device.
+            index: ``[B, M]``, the positions whose keys and values are wanted; None = all, without a copy.
+        """
         if not self._wants_states:
             return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
-        with KVCapture(self._backbone, rope=self._rope) as capture:
+        capture: KVCapture | SelectedCapture = KVCapture(self._backbone, rope=self._rope)
+        if index is not None:
+            capture = SelectedCapture(self._backbone, index, rope=self._rope)
+        rest = contextlib.nullcontext() if self._wants_hidden else only_keys_and_values(self._backbone)
+        with capture, rest:
             hidden = self._forward(batch.input_ids, batch.attention_mask)
         return TeacherOutput(capture.states, hidden if self._wants_hidden else None)
 

@@ -245,11 +245,13 @@ class TrainingRun:
     def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool) -> StepInput:
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
         batch = batch.to(self.device)
-        teacher = self.teacher(batch) if self.teacher is not None else None
+        selection = self.select(batch) if self.cfg.uses_kv else None
+        index = None if selection is None else selection.index
+        teacher = self.teacher(batch, index) if self.teacher is not None else None
         return StepInput(
             batch=batch,
             labelled=labelled,
-            selection=self.select(batch) if self.cfg.uses_kv else None,
+            selection=selection,
             teacher=teacher,
             teacher_head=self.teacher.head if self.teacher is not None and self.cfg.logit_kd_weight else None,
             weights=weights,
