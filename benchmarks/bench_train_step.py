@@ -127,13 +127,13 @@ class TrlProcess:
         self._folder.cleanup()
 
 
-def memory_of_arm(name: str, make: Any, batches: list[TokenBatch]) -> int:
+def memory_of_arm(name: str, make: Any, batches: list[TokenBatch], shared: list[TokenBatch]) -> int:
     """Peak resident bytes of two steps of an arm, in a forked process of its own."""
 
     def run(pipe: Any) -> None:
         memory = MemoryPeak(torch.device("cpu"))
         arm = ARMS[name](make())
-        for batch in batches[:2]:
+        for batch in (shared if arm.packed else batches)[:2]:
             arm.step(batch)
         pipe.send(memory.end(0))
 
@@ -160,6 +160,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     samples, data = load_samples(arguments.data_dir, pair.student.vocab_size, arguments.max_length, count)
     loader = make_loader(samples, arguments.batch_size)
     batches = [loader.step(i)[0] for i in range(loader.steps_per_epoch)][: arguments.rounds]
+    packer = make_loader(samples, arguments.batch_size, pack_to=arguments.max_length)
+    shared = [packer.step(i)[0] for i in range(len(batches))]
     tokens = [real_tokens(batch) for batch in batches]
     names = [name for name in arguments.arms if name != "trl_gkd"]
     notes: dict[str, str] = {}
@@ -170,7 +172,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     peaks: dict[str, list[int]] = {name: [] for name in arguments.arms}
     if device.type == "cpu" and not arguments.no_memory:  # before this process has models or threads of its own
         for name in names:
-            peaks[name].append(memory_of_arm(name, make, batches))
+            peaks[name].append(memory_of_arm(name, make, batches, shared))
     trl = None
     if "trl_gkd" in arguments.arms:
         log = arguments.output_dir / "train_step_trl.log"
@@ -204,7 +206,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
                 arms[name] = ARMS[name](bench)
             memory.begin()
             with clock.phase("step"):
-                loss = arms[name].step(batches[number])
+                loss = arms[name].step((shared if arms[name].packed else batches)[number])
             spent = clock.read()
             if device.type == "cuda":
                 peaks[name].append(memory.end(arms[name].held()))
@@ -254,13 +256,17 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
             row["seconds_p20"], row["seconds_p80"] = quantile(steps, 0.2), quantile(steps, 0.8)
             row["tokens_per_second"] = sum(used) / sum(steps)
             row |= {f"seconds_{p}": statistics.median(s.get(p, 0.0) for s in per_phase) for p in PHASES}
+            if f"{name}_packed" in names or name.endswith("_packed"):
+                other = name.removesuffix("_packed") if name.endswith("_packed") else f"{name}_packed"
+                pairs = zip(steps, (s["step"] for s in seconds.get(other, [])), strict=False)
+                row["speed_to_other_rows"] = statistics.median([b / a for a, b in pairs] or [float("nan")])
             if floor is not None:
                 row["ratio_to_floor"] = statistics.median(s / f for s, f in zip(steps, floor, strict=False))
                 row["alignment_share"] = 1 - 1 / row["ratio_to_floor"] if "kvds" in name or name == "earlier" else None
             row["peak_bytes"] = max(peaks[name], default=None)
             row["loss_first_batch"] = losses.get(name)
             if best is not None:
-                trains, uses = name != "teacher_forward", name not in ("task_only", "plain_task")
+                trains, uses = name != "teacher_forward", name not in ("task_only", "task_only_packed", "plain_task")
                 logits = name in ("kvds_logit_kd", "trl_gkd")
                 need = sum(
                     (needed_flops(pair.student, b, train=True, head=True) if trains else 0.0)
@@ -269,12 +275,13 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
                 )
                 row["mfu"] = need / sum(steps) / best
         table.append(row)
-    padded = sum(b.input_ids.numel() for b in batches)
+    padded, packed = (sum(b.input_ids.numel() for b in some) for some in (batches, shared))
     facts = {
         "pair": arguments.pair, "dtype": str(pair.dtype).removeprefix("torch."), "device": device_name(device),
         "clock": clock.kind, "threads": torch.get_num_threads(), "data": data, "batch_size": arguments.batch_size,
         "max_length": arguments.max_length, "rounds": done, "real_tokens": sum(tokens[:done]),
-        "padding_share": round(1 - sum(tokens) / padded, 4), "vocab_size": pair.student.vocab_size,
+        "padding_share": round(1 - sum(tokens) / padded, 4),
+        "padding_share_packed": round(1 - sum(tokens) / packed, 4), "vocab_size": pair.student.vocab_size,
         "torch": torch.__version__, "transformers": transformers.__version__,
         "trl": trl.versions["trl"] if trl is not None else "", "git": git_revision(),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),

@@ -14,6 +14,7 @@ from benchmarks.train_step_workbench import Clock, Pair, build_model, held_bytes
 from kvds.align import build_aligner
 from kvds.align.layer_map import endpoint_map
 from kvds.data.batches import TokenBatch
+from kvds.data.packing import repacked, unpacked
 from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.kv import KVShape, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count
@@ -32,12 +33,14 @@ class Arm:
         held: Bytes of weights and optimizer state that it needs between steps.
         uses_teacher: Whether a teacher runs.
         trains: Whether a student is trained.
+        packed: Whether it is given the samples in shared rows.
     """
 
     step: Callable[[TokenBatch], Tensor]
     held: Callable[[], int]
     uses_teacher: bool = True
     trains: bool = True
+    packed: bool = False
 
 
 class Workbench:
@@ -107,7 +110,15 @@ def _time_forward(module: nn.Module, clock: Clock) -> None:
     module.register_forward_hook(end)
 
 
-def kvds_step(bench: Workbench, *, weights: LossWeights, checkpointing: bool = False, **alignment: Any) -> Arm:
+def kvds_step(
+    bench: Workbench,
+    *,
+    weights: LossWeights,
+    checkpointing: bool = False,
+    offload: bool = False,
+    packed: bool = False,
+    **alignment: Any,
+) -> Arm:
     """A step as ``kvds.train`` does it, without an engine; ``alignment`` are fields of ``AlignmentSettings``."""
     cfg = AlignmentSettings(**{"alignment_mode": "none", **alignment})
     uses_kv, uses_teacher = cfg.alignment_mode != "none", cfg.alignment_mode != "none" or weights.logit_kd > 0
@@ -117,7 +128,7 @@ def kvds_step(bench: Workbench, *, weights: LossWeights, checkpointing: bool = F
         aligner = build_aligner(*shapes, cfg).to(bench.device)
         _time_forward(aligner, bench.clock)
     chunks = head_chunk_count(bench.tokens, bench.pair.student.vocab_size)
-    module = DistillationModule(bench.student, aligner, head_chunks=chunks)
+    module = DistillationModule(bench.student, aligner, head_chunks=chunks, offload_checkpoints=offload)
     teacher = Teacher(
         bench.teacher, device=bench.device, wants_states=uses_kv, wants_hidden=weights.logit_kd > 0
     ) if uses_teacher else None  # fmt: skip
@@ -131,7 +142,9 @@ def kvds_step(bench: Workbench, *, weights: LossWeights, checkpointing: bool = F
             batch = batch.to(bench.device)
             selection = None
             if uses_kv:
-                selection = select_tokens(cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask)
+                rows = unpacked(batch)
+                selection = select_tokens(cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask)
+                selection = repacked(selection, batch)
             index = None if selection is None else selection.index
             output = teacher(batch, index) if teacher is not None else None
         with bench.clock.phase("forward"):
@@ -143,7 +156,7 @@ def kvds_step(bench: Workbench, *, weights: LossWeights, checkpointing: bool = F
         return loss.detach()
 
     maps = [] if aligner is None else [aligner]
-    return Arm(step, lambda: bench.held(*maps, teacher=uses_teacher), uses_teacher)
+    return Arm(step, lambda: bench.held(*maps, teacher=uses_teacher), uses_teacher, packed=packed)
 
 
 def teacher_forward(bench: Workbench) -> Arm:
@@ -242,6 +255,11 @@ ARMS: dict[str, Callable[[Workbench], Arm]] = {
     "kvds_structured_checkpointing": lambda bench: kvds_step(
         bench, weights=KV, alignment_mode="structured", checkpointing=True
     ),
+    "kvds_structured_checkpointing_offload": lambda bench: kvds_step(
+        bench, weights=KV, alignment_mode="structured", checkpointing=True, offload=True
+    ),
+    "kvds_structured_packed": lambda bench: kvds_step(bench, weights=KV, alignment_mode="structured", packed=True),
+    "task_only_packed": lambda bench: kvds_step(bench, weights=LossWeights(), packed=True),
     "kvds_logit_kd": lambda bench: kvds_step(bench, weights=LossWeights(task=0.0, logit_kd=1.0)),
     "plain_task": plain_task,
     "earlier": earlier,

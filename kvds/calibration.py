@@ -14,6 +14,7 @@ from torch import nn
 
 from kvds.align.fitting import AlignmentMoments
 from kvds.data.batches import TokenBatch
+from kvds.data.packing import model_inputs
 from kvds.distillation import LossWeights, StepInput
 from kvds.engine import all_reduce_sum, discard_gradients, gradient_norm
 from kvds.errors import InputError
@@ -49,7 +50,8 @@ def calibrate_aligner(
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         for batch in batches:
             with KVCapture(backbone(student), rope=rope) as capture:
-                backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                inputs = model_inputs(batch, student.config, next(student.parameters()).dtype)
+                backbone(student)(**inputs, use_cache=False)
             states = teacher(batch).states
             if states is None:
                 raise RuntimeError("calibration needs a teacher that captures keys and values")

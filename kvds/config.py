@@ -65,6 +65,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             _check_type(field, getattr(self, field.name))
         self._check_numbers()
         self._check_alignment()
+        self._check_step()
         self._check_files()
 
     def _check_numbers(self) -> None:
@@ -140,6 +141,15 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             self.kv_weight,
             "a number when --task_weight is 0: there is no task gradient to take a share of",
         )
+
+    def _check_step(self) -> None:
+        remedy = "--no_packing with --group_by_length: packed rows hold no padding that grouping could save"
+        _require(not (self.packing and self.group_by_length), "packing", True, remedy)
+        looks_at_keys = self.uses_kv and self.kv_method not in ("full", "right_crop", "uniform", "random")
+        remedy = f"--no_packing with --kv_method {self.kv_method}, which reads keys of whole rows"
+        _require(not (self.packing and looks_at_keys), "packing", True, remedy)
+        remedy = "--gradient_checkpointing, whose layer inputs it moves (or --no_checkpoint_offload)"
+        _require(self.gradient_checkpointing or not self.checkpoint_offload, "checkpoint_offload", True, remedy)
 
     def _check_files(self) -> None:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
+from kvds.data.packing import model_inputs
 from kvds.kv import KVCapture, KVShape, KVStates
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
@@ -37,11 +38,11 @@ class _TeacherModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, inputs: Tensor, **masks: Tensor) -> Tensor:
         """``[B, T]`` ids → ``[B, T, hidden]``; or hidden states (no mask) → logits."""
-        if attention_mask is None:
+        if not masks:
             return self.model.get_output_embeddings()(inputs)  # type: ignore[operator]
-        output = backbone(self.model)(input_ids=inputs, attention_mask=attention_mask, use_cache=False)
+        output = backbone(self.model)(input_ids=inputs, use_cache=False, **masks)
         return output.last_hidden_state
 
 
@@ -72,7 +73,7 @@ class Teacher:
         wants_hidden: bool = False,
     ) -> None:
         model.requires_grad_(False).eval()
-        self.config = model.config
+        self.config, self._dtype = model.config, next(model.parameters()).dtype
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
         module = _TeacherModule(model)
         if engine_config is None:
@@ -98,17 +99,19 @@ class Teacher:
             batch: On the teacher's device.
             index: ``[B, M]``, the positions whose keys and values are wanted; None = all, without a copy.
         """
+        inputs = model_inputs(batch, self.config, self._dtype)
+        ids = inputs.pop("input_ids")
         if not self._wants_states:
-            return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
+            return TeacherOutput(None, self._forward(ids, **inputs))
         capture: KVCapture | SelectedCapture = KVCapture(self._backbone, rope=self._rope)
         if index is not None:
             capture = SelectedCapture(self._backbone, index, rope=self._rope)
         rest = contextlib.nullcontext() if self._wants_hidden else only_keys_and_values(self._backbone)
         with capture, rest:
-            hidden = self._forward(batch.input_ids, batch.attention_mask)
+            hidden = self._forward(ids, **inputs)
         return TeacherOutput(capture.states, hidden if self._wants_hidden else None)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of some hidden states ``[n, hidden]``."""
-        return self._forward(hidden, None)
+        return self._forward(hidden)

@@ -31,6 +31,7 @@ from kvds.checkpoint import (
 )
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
+from kvds.data.packing import repacked, unpacked
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
 from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.engine import all_reduce_sum, build_engine, init_distributed
@@ -148,6 +149,7 @@ class TrainingRun:
             head_chunks=head_chunk_count(cfg.batch_size * cfg.max_length, student_config.vocab_size),
             kd_temperature=cfg.logit_kd_temperature,
             kd_vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
+            offload_checkpoints=cfg.checkpoint_offload,
         )
         self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
         self.step = 0
@@ -237,10 +239,11 @@ class TrainingRun:
 
     def select(self, batch: TokenBatch) -> Selection:
         """The positions of ``batch`` whose keys and values are matched."""
-        cfg = self.cfg
-        return select_tokens(
-            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask, mask_first_token=cfg.mask_first_token
+        cfg, rows = self.cfg, unpacked(batch)
+        selection = select_tokens(
+            cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask, mask_first_token=cfg.mask_first_token
         )
+        return repacked(selection, batch)
 
     def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool) -> StepInput:
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)

@@ -66,6 +66,8 @@ RUNS: dict[str, dict[str, object]] = {
     "zero2": {"deepspeed_config": None},
     "teacher_zero3": {"teacher_placement": "zero3"},
     "checkpointing": {"gradient_checkpointing": "true"},
+    "offload": {"gradient_checkpointing": "true", "checkpoint_offload": "true"},
+    "packing": {"packing": "true", "kv_method": "right_crop", "kv_budget": 6},
     "crop": {"kv_method": "right_crop", "kv_budget": 6},
     "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 4},
     "adamw": {"optimizer": "adamw", "lr": 0.001},
@@ -186,7 +188,7 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
     changes = {
         k: v
         for k, v in RUNS[name].items()
-        if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing")
+        if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing", "checkpoint_offload", "packing")
     }
     cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, "batch_size": 8}))
     records, student, aligner = plain_training(models, cfg)
