@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvds.kv.families import FAMILIES
+from kvds.module_forward import forward_of
 
 
 @contextlib.contextmanager
@@ -37,19 +38,5 @@ def only_keys_and_values(backbone: nn.Module) -> Iterator[None]:
             attention.v_proj(hidden_states)
         return hidden_states, None
 
-    with _forward_of(attention, project), _forward_of(layer.mlp, lambda hidden_states: hidden_states):
+    with forward_of(attention, project), forward_of(layer.mlp, lambda hidden_states: hidden_states):
         yield
-
-
-@contextlib.contextmanager
-def _forward_of(module: nn.Module, forward: Any) -> Iterator[None]:
-    """``module`` with another ``forward``; one that somebody else put on the instance comes back afterwards."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
