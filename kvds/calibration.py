@@ -15,21 +15,21 @@ from torch import nn
 from kvds.align import KVAligner
 from kvds.align.fitting import AlignmentMoments
 from kvds.data.batches import TokenBatch
+from kvds.data.packing import model_inputs
 from kvds.distillation import LossWeights, StepInput
 from kvds.engine import all_reduce_sum, discard_gradients, gradient_norm
 from kvds.errors import InputError
 from kvds.kv import Selection, open_capture, pool_steps
 from kvds.models import backbone
-from kvds.teacher import Teacher, TeacherOutput
+from kvds.teacher import TeacherOutput
 
 
 @torch.no_grad()
 def calibrate_aligner(
     aligner: KVAligner,
     student: nn.Module,
-    teacher: Teacher,
     batches: Iterable[TokenBatch],
-    select: Callable[[TokenBatch, TeacherOutput], Selection],
+    match: Callable[[TokenBatch], tuple[TeacherOutput, Selection]],
     *,
     rope: str,
 ) -> None:
@@ -38,9 +38,8 @@ def calibrate_aligner(
     Args:
         aligner: Not yet sharded.
         student: On its device; sharded by ZeRO-3 or whole. Its parameters are gathered for these forwards only.
-        teacher: The fixed side.
         batches: This rank's calibration batches; equally many on every rank.
-        select: From a batch and the teacher's output to the positions that count.
+        match: From a batch to the teacher's output and the positions that count.
         rope: ``"pre"`` or ``"post"``.
     """
     moments = AlignmentMoments(aligner)
@@ -50,14 +49,15 @@ def calibrate_aligner(
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         for batch in batches:
             with open_capture(backbone(student), aligner.reads, rope=rope) as capture:
-                backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            output = teacher(batch)
+                inputs = model_inputs(batch, student.config, next(student.parameters()).dtype)
+                backbone(student)(**inputs, use_cache=False)
+            output, selection = match(batch)
             if output.states is None:
                 raise RuntimeError("calibration needs a teacher whose states are captured")
             own = capture.states
             if batch.step_ids is not None:
                 own = pool_steps(own, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
-            moments.update(own, output.states, select(batch, output))
+            moments.update(own, output.states, selection)
     student.train(was_training)
     moments.reduce(all_reduce_sum)
     moments.apply()

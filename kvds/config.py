@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from kvds.config_modes import mode_rules
+from kvds.config_modes import READS_KEYS, mode_rules
 from kvds.config_values import near_miss, number, one_line, parse_overrides, split_dataset_weight
 from kvds.deepspeed_config import load_deepspeed_config
 from kvds.errors import InputError
@@ -66,6 +66,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             _check_type(field, getattr(self, field.name))
         self._check_numbers()
         self._check_alignment()
+        self._check_step()
         self._check_files()
 
     def _check_numbers(self) -> None:
@@ -140,6 +141,24 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             self.kv_weight,
             "a number when --task_weight is 0: there is no task gradient to take a share of",
         )
+
+    def _check_step(self) -> None:
+        remedy = "--no_packing with --group_by_length: packed rows hold no padding that grouping could save"
+        _require(not (self.packing and self.group_by_length), "packing", True, remedy)
+        # Their meaning rests on whole rows: each holds one sample there.
+        for found, flag in self._needs_own_rows():
+            remedy = f"--no_packing with {flag}, which reads samples in rows of their own"
+            _require(not (self.packing and found), "packing", True, remedy)
+        remedy = "--gradient_checkpointing, whose layer inputs it moves (or --no_checkpoint_offload)"
+        _require(self.gradient_checkpointing or not self.checkpoint_offload, "checkpoint_offload", True, remedy)
+
+    def _needs_own_rows(self) -> list[tuple[bool, str]]:
+        mode = self.alignment_mode
+        return [
+            (self.uses_kv and self.kv_method in READS_KEYS, f"--kv_method {self.kv_method}"),
+            (self.uses_kv and mode in ("relation", "structural_kv"), f"--alignment_mode {mode}"),
+            (self.uses_kv and self.align_tokens == "segment", "--align_tokens segment"),
+        ]
 
     def _check_files(self) -> None:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from kvds.align import KVAligner
 from kvds.align.diagnostics import effective_rank
 from kvds.data.batches import Segment, TokenBatch
+from kvds.data.packing import model_inputs
 from kvds.kv import Capture, Selection, States, open_capture, pool_steps, selected_shares
 from kvds.losses import Head, LabelledPositions, head_losses
 from kvds.models import backbone
@@ -104,6 +107,8 @@ class DistillationModule(nn.Module):
         head_chunks: Chunks of positions at the language-model head, the same on every rank.
         kd_temperature: Temperature of logit distillation.
         kd_vocab_size: Entries of the vocabulary that carry tokens.
+        offload_checkpoints: Keep what the student's forward saves for its backward pass in host memory; with gradient
+            checkpointing that is each layer's input.
     """
 
     def __init__(
@@ -115,13 +120,21 @@ class DistillationModule(nn.Module):
         head_chunks: int = 1,
         kd_temperature: float = 1.0,
         kd_vocab_size: int | None = None,
+        offload_checkpoints: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.aligner = aligner
         self._rope, self._head_chunks = rope, head_chunks
         self._kd_temperature, self._kd_vocab_size = kd_temperature, kd_vocab_size
+        self._offload_checkpoints = offload_checkpoints
         self.gradient_watch: GradientWatch | None = None
+
+    def _storage(self, ids: Tensor) -> AbstractContextManager[Any]:
+        """Where the student's forward keeps what its backward pass reads."""
+        if not (self._offload_checkpoints and torch.is_grad_enabled()):
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=ids.is_cuda)
 
     def forward(self, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the student once.
@@ -132,15 +145,20 @@ class DistillationModule(nn.Module):
         """
         batch, weights = step.batch, step.weights
         model = backbone(self.student)
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        inputs: dict[str, Any] = {
+            **model_inputs(batch, model.config, next(self.student.parameters()).dtype),
+            "use_cache": False,
+        }
         metrics: dict[str, Tensor] = {}
         kv = None
         self.gradient_watch = None
         if self.aligner is None:
-            hidden = model(**inputs).last_hidden_state
+            with self._storage(batch.input_ids):
+                hidden = model(**inputs).last_hidden_state
         else:
             require_grad = torch.is_grad_enabled()
-            with open_capture(model, self.aligner.reads, rope=self._rope, require_grad=require_grad) as capture:
+            capture = open_capture(model, self.aligner.reads, rope=self._rope, require_grad=require_grad)
+            with capture, self._storage(batch.input_ids):
                 hidden = model(**inputs).last_hidden_state
             states = capture.states
             if batch.step_ids is not None:

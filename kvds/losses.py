@@ -1,8 +1,9 @@
 """The losses at the language-model head: task cross entropy and logit distillation, in chunks of tokens.
 
-Only positions that carry a label go through the head, and only one chunk of their logits lives at a time: the backward
-pass computes a chunk again instead of keeping it. The number of chunks is fixed by the caller, never by the data, since
-under ZeRO-3 each call of the head gathers its weight on all ranks together.
+Only positions that carry a label go through the head, and only one chunk of their logits lives at a time: its gradients
+are made at once (:mod:`kvds.head_loss`) or, with logit distillation, the backward pass computes a chunk again. The
+number of chunks is fixed by the caller, never by the data, since under ZeRO-3 each call of the head gathers its weight
+on all ranks together.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from kvds.head_loss import summed_cross_entropy
 
 IGNORED_LABEL = -100
 # Logits of one chunk: at most this many elements (256 MiB in fp32).
@@ -86,6 +89,10 @@ def head_losses(
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     teacher_rows = None if teacher_hidden is None else teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+
+    if teacher_rows is None and isinstance(head, nn.Linear) and torch.is_grad_enabled():
+        task = summed_cross_entropy(head, rows[labelled.index], labelled.target, num_chunks=num_chunks)
+        return task, task.new_zeros(())
 
     def chunk_losses(student: Tensor, target: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = head(student).float()

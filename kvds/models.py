@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.integrations import HfDeepSpeedConfig
 
 from kvds.config import RunConfig, parse_overrides
 from kvds.config_values import one_line
@@ -207,6 +206,8 @@ def _partitioned_loading(engine_config: dict[str, Any] | None) -> Iterator[None]
     if engine_config is None or engine_config["zero_optimization"]["stage"] != 3:
         yield
         return
+    from transformers.integrations import HfDeepSpeedConfig  # needs DeepSpeed, which a whole model does not
+
     reference = HfDeepSpeedConfig(engine_config)
     try:
         yield

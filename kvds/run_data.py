@@ -54,6 +54,8 @@ def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: i
                 cfg.kv_method, cfg.kv_budget, length, mask_first_token=cfg.mask_first_token
             ),
             shuffle=shuffle,
+            pack_to=cfg.max_length if cfg.packing and shuffle else None,
+            group_by_length=cfg.group_by_length,
         )
 
     mixture = _mixture(cfg, "train", cfg.subset_size)

@@ -26,6 +26,7 @@ class ModelSettings:
     tokenizer_name: str | None = setting("folder or hub name; unset: the teacher's, else the student's", None)
     attn_implementation: str = setting("attention of transformers", "sdpa", choices=("sdpa", "eager"))
     gradient_checkpointing: bool = setting("recompute the student's layers in the backward pass", False)
+    checkpoint_offload: bool = setting("gradient_checkpointing: keep the layers' inputs in host memory", False)
     teacher_placement: str = setting(
         "whole on each rank, sharded by ZeRO-3, or sharded and offloaded to host memory", "replicated",
         choices=("replicated", "zero3", "zero3_offload"),
@@ -42,6 +43,8 @@ class DataSettings:
     data_dir: str | None = setting("folder with the publishers' files; unset: hub names through `datasets`", None)
     subset_size: int | None = setting("training rows in all; unset: every row", None)
     max_length: int = setting("tokens per row; longer rows are left out and counted", 512)
+    packing: bool = setting("samples of a micro-batch share rows of max_length tokens; off: a padded row each", False)
+    group_by_length: bool = setting("samples of a step are of like length, so that less is padding", False)
     on_bad_row: str = setting("what a malformed row does", "error", choices=("error", "skip"))
     eval_subset_size: int = setting("held-out rows per corpus; 0: no evaluation", 200)
     max_new_tokens: int = setting("tokens generated per held-out row", 256)

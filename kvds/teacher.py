@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
+from kvds.data.packing import model_inputs
 from kvds.kv import Capture, KVCapture, KVShape, Observed, ObservingRows, States, open_capture, pool_steps
+from kvds.kv.last_layer import only_keys_and_values
+from kvds.kv.selected import SelectedCapture
 from kvds.models import backbone, kv_shape
 
 
@@ -20,8 +23,8 @@ class TeacherOutput:
     """What one teacher forward leaves, without gradient.
 
     Attributes:
-        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]`` (or hidden states); None where no
-            alignment reads them.
+        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]`` (``M`` in place of ``T`` where only
+            selected positions were asked for), or hidden states; None where no alignment reads them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
         observed: Query rows and keys for the selection of tokens; None where it reads none.
     """
@@ -38,11 +41,11 @@ class _TeacherModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, inputs: Tensor, **masks: Tensor) -> Tensor:
         """``[B, T]`` ids → ``[B, T, hidden]``; or hidden states (no mask) → logits."""
-        if attention_mask is None:
+        if not masks:
             return self.model.get_output_embeddings()(inputs)  # type: ignore[operator]
-        output = backbone(self.model)(input_ids=inputs, attention_mask=attention_mask, use_cache=False)
+        output = backbone(self.model)(input_ids=inputs, use_cache=False, **masks)
         return output.last_hidden_state
 
 
@@ -78,13 +81,15 @@ class Teacher:
         observe: Callable[[TokenBatch], ObservingRows | None] | None = None,
     ) -> None:
         model.requires_grad_(False).eval()
-        self.config = model.config
+        self.config, self._dtype = model.config, next(model.parameters()).dtype
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
         self._reads, self._observe = reads, observe
         module = _TeacherModule(model)
         if engine_config is None:
             self._forward: nn.Module = module.to(device)
         else:
+            import deepspeed  # a replicated teacher runs where DeepSpeed is not installed
+
             self._forward = deepspeed.initialize(model=module, config=engine_config)[0]
             self._forward.eval()
         self._backbone = backbone(model)
@@ -96,29 +101,42 @@ class Teacher:
 
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()
-    def __call__(self, batch: TokenBatch) -> TeacherOutput:
+    def __call__(self, batch: TokenBatch, index: Tensor | None = None) -> TeacherOutput:
         """Run the backbone once, on the text that the teacher reads; the language-model head is not touched.
 
         With steps, the states are those of the steps, ``[B, heads, S, head_dim]``.
+
+        Args:
+            batch: On the teacher's device.
+            index: ``[B, M]``, the positions that alone are read: keys and values of no others are kept. None = all,
+                without a copy.
         """
         batch, steps = batch.teacher_text or batch, batch.num_steps
+        inputs = model_inputs(batch, self.config, self._dtype)
+        ids = inputs.pop("input_ids")
         if not self._wants_states:
-            return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
+            return TeacherOutput(None, self._forward(ids, **inputs))
         rows = None if self._observe is None else self._observe(batch)
-        with self._capture(rows) as capture:
-            hidden = self._forward(batch.input_ids, batch.attention_mask)
+        capture = self._capture(rows, index)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(capture)
+            if self._reads == "kv" and not self._wants_hidden:
+                stack.enter_context(only_keys_and_values(self._backbone, queries=rows is not None))
+            hidden = self._forward(ids, **inputs)
         states = capture.states
         if batch.step_ids is not None:
             states = pool_steps(states, batch.step_ids, steps)  # type: ignore[type-var]
         observed = Observed(rows, capture.observed) if rows is not None and isinstance(capture, KVCapture) else None
         return TeacherOutput(states, hidden if self._wants_hidden else None, observed)
 
-    def _capture(self, rows: ObservingRows | None) -> Capture:
-        if rows is None:
-            return open_capture(self._backbone, self._reads, rope=self._rope)
-        return KVCapture(self._backbone, rope=self._rope, query_rows=rows.positions)
+    def _capture(self, rows: ObservingRows | None, index: Tensor | None) -> Capture | SelectedCapture:
+        if rows is not None:
+            return KVCapture(self._backbone, rope=self._rope, query_rows=rows.positions)
+        if index is not None and self._reads == "kv":
+            return SelectedCapture(self._backbone, index, rope=self._rope)
+        return open_capture(self._backbone, self._reads, rope=self._rope)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of some hidden states ``[n, hidden]``."""
-        return self._forward(hidden, None)
+        return self._forward(hidden)

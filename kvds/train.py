@@ -7,7 +7,6 @@ import logging
 import math
 import sys
 import warnings
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ from kvds.engine import all_reduce_sum, build_engine, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
-from kvds.kv import ObservingRows, Selection, common_steps, observing_rows, row_draws, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
@@ -54,7 +52,8 @@ from kvds.models import (
 from kvds.provenance import write_provenance
 from kvds.run_data import load_run_data
 from kvds.run_folder import open_run_folder
-from kvds.teacher import Teacher, TeacherOutput
+from kvds.teacher import Teacher
+from kvds.token_choice import TokenChoice
 from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 
 log = logging.getLogger("kvds")
@@ -104,6 +103,7 @@ class TrainingRun:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.output_dir = Path(cfg.output_dir)
         self.tracker: Tracker | None = None
+        self.choice = TokenChoice(cfg)
         self.engine_config = student_engine_config(raw, cfg, self.world_size)
         for warning in cfg.warnings:
             log.warning("%s", warning)
@@ -139,7 +139,8 @@ class TrainingRun:
             aligner.to(device)
             if resume_step is None:
                 batches = self._calibration_batches()
-                calibrate_aligner(aligner, student, self.teacher, batches, self.select, rope=cfg.kv_rope)
+                match = partial(self.choice.with_teacher, self.teacher)
+                calibrate_aligner(aligner, student, batches, match, rope=cfg.kv_rope)
         if cfg.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         if self.rank == 0:
@@ -152,6 +153,7 @@ class TrainingRun:
             head_chunks=head_chunk_count(cfg.batch_size * cfg.max_length, student_config.vocab_size),
             kd_temperature=cfg.logit_kd_temperature,
             kd_vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
+            offload_checkpoints=cfg.checkpoint_offload,
         )
         self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
         self.step = 0
@@ -194,7 +196,7 @@ class TrainingRun:
         return Teacher(
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
             wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
-            observe=self.observing,
+            observe=self.choice.observing,
         )  # fmt: skip
 
     def _calibration_batches(self) -> list[TokenBatch]:
@@ -241,33 +243,15 @@ class TrainingRun:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def observing(self, batch: TokenBatch) -> ObservingRows | None:
-        """The tokens of ``batch`` whose queries the selection reads; None where it reads none."""
-        count = self.cfg.observing_tokens
-        return observing_rows(self.cfg.kv_method, batch.segment_ids, batch.attention_mask, observing_tokens=count)
-
-    def select(self, batch: TokenBatch, teacher: TeacherOutput, step: int = 0) -> Selection:
-        """The positions of ``batch`` whose keys and values are matched in ``step`` (which random draws depend on), or
-        its steps of reasoning.
-        """
-        cfg = self.cfg
-        if batch.step_ids is not None:
-            teachers = (batch.teacher_text or batch).step_ids
-            return common_steps(batch.step_ids, batch.step_ids if teachers is None else teachers, batch.num_steps)
-        return select_tokens(
-            cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask,
-            mask_first_token=cfg.mask_first_token, observed=teacher.observed, rkv_lambda=cfg.rkv_lambda,
-            draws=row_draws(cfg.seed, step, batch.sample_ids),
-        )  # fmt: skip
-
     def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool, step: int = 0) -> StepInput:
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
         batch = batch.to(self.device)
-        teacher = self.teacher(batch) if self.teacher is not None else None
-        selection = None
-        if teacher is not None and self.cfg.uses_kv:
-            selection = self.select(batch, teacher, step)
-            teacher = replace(teacher, observed=None)
+        teacher, selection = None, None
+        if self.teacher is not None:
+            if self.cfg.uses_kv:
+                teacher, selection = self.choice.with_teacher(self.teacher, batch, step)
+            else:
+                teacher = self.teacher(batch)
         return StepInput(
             batch=batch,
             labelled=labelled,

@@ -17,7 +17,7 @@ from kvds.losses import LabelledPositions
 from kvds.models import backbone
 from kvds.run_data import _check_steps
 from kvds.settings import AlignmentSettings
-from kvds.teacher import Teacher
+from kvds.teacher import Teacher, TeacherOutput
 
 
 def row(number: int, steps: list[int], teacher: list[int] | None = None) -> EncodedSample:
@@ -87,12 +87,13 @@ def test_texts_of_different_lengths_meet_step_by_step(mode, monkeypatch):
     aligner = build_aligner(*shapes, settings)
     teacher = Teacher(teacher_model, device=CPU, reads=aligner.teacher_reads)
 
-    def select(batch: TokenBatch) -> Selection:
-        return step_input(batch, teacher).selection  # type: ignore[return-value]
+    def match(batch: TokenBatch) -> tuple[TeacherOutput, Selection]:
+        step = step_input(batch, teacher)
+        return step.teacher, step.selection  # type: ignore[return-value]
 
     batch = batch_of(list(ROWS))
     monkeypatch.setattr("kvds.calibration.all_reduce_sum", lambda tensor: None)
-    calibrate_aligner(aligner, student, teacher, [batch], select, rope="pre")
+    calibrate_aligner(aligner, student, [batch], match, rope="pre")
     module = DistillationModule(student, aligner)
     loss, metrics = module(step_input(batch, teacher, watch=True))
     assert metrics["loss/kv"] > 0

@@ -146,14 +146,16 @@ def test_padded_vocabulary_rows_do_not_count() -> None:
     assert abs(float(values[0][1]) - float(values[1][1])) > 1
 
 
-def test_every_chunk_calls_the_head_also_without_labels() -> None:
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_head_is_called_equally_often_also_without_labels(distilled: bool) -> None:
     calls = []
     head = nn.Linear(4, 5)
     head.register_forward_hook(lambda *_: calls.append(1))
     hidden = torch.randn(2, 3, 4, requires_grad=True)
     nothing = LabelledPositions.from_labels(torch.full((2, 3), -100))
-    task, _ = head_losses(head, hidden, nothing, num_chunks=3)
-    assert float(task.detach()) == 0 and len(calls) == 3
+    teacher = {"teacher_head": nn.Linear(4, 5), "teacher_hidden": torch.randn(2, 3, 4)} if distilled else {}
+    task, _ = head_losses(head, hidden, nothing, num_chunks=3, **teacher)
+    assert float(task.detach()) == 0 and len(calls) == (3 if distilled else 1)
     task.backward()
     assert hidden.grad is not None and float(hidden.grad.abs().sum()) == 0
     assert head.weight.grad is not None and float(head.weight.grad.abs().sum()) == 0

@@ -68,6 +68,8 @@ RUNS: dict[str, dict[str, object]] = {
     "teacher_zero3": {"teacher_placement": "zero3"},
     "teacher_offload": {"teacher_placement": "zero3_offload"},
     "checkpointing": {"gradient_checkpointing": "true"},
+    "offload": {"gradient_checkpointing": "true", "checkpoint_offload": "true"},
+    "packing": {"packing": "true", "kv_method": "right_crop", "kv_budget": 6},
     "crop": {"kv_method": "right_crop", "kv_budget": 6},
     "rkv": {"kv_method": "rkv", "kv_budget": 0.4, "rkv_lambda": 0.3, "teacher_placement": "zero3"},
     "random": {"kv_method": "random", "kv_budget": 6, "seed": 3},
@@ -253,7 +255,7 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
     changes = {
         k: v
         for k, v in RUNS[name].items()
-        if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing")
+        if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing", "checkpoint_offload", "packing")
     }
     whole = {"batch_size": 8, "gradient_accumulation_steps": 1}
     cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, **whole}))

@@ -11,6 +11,7 @@ from kvds.align.aligner import KVAligner
 from kvds.align.layer_map import near_diagonal_logits
 from kvds.align.part import AlignerPart, compute_dtype, random_start
 from kvds.kv import KVShape, group_slices
+from kvds.kv.gather import rows_to_read
 from kvds.ops import map_projection_loss
 
 
@@ -86,8 +87,8 @@ class StructuredPart(AlignerPart):
                     head_mix[j] if head_mix.dim() == 2 else head_mix[y, j],
                     dim_proj if dim_proj.dim() == 2 else dim_proj[y, j],
                     bias=bias[y, j],
-                    source_index=index,
-                    target_index=index,
+                    source_index=rows_to_read(source[0], index),
+                    target_index=rows_to_read(target[0], index),
                     mask=mask,
                     scale=scale[y],
                     loss=self.loss_name,

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
+from kvds.data.grouping import group_by_length
+from kvds.data.packing import Packing, pack_lengths, place_samples
 from kvds.data.steps import encode_steps
 from kvds.errors import InputError
 from kvds.losses import IGNORED_LABEL
@@ -155,14 +157,14 @@ def _with_teachers_text(
 
 @dataclass
 class TokenBatch:
-    """A micro-batch, padded on the right.
+    """A micro-batch, padded on the right; a row holds one sample, or several where ``packing`` says which.
 
     Attributes:
         input_ids: ``[B, T]`` int64.
         attention_mask: ``[B, T]`` int64, 1 = real token.
         labels: ``[B, T]`` int64, unshifted, -100 where not counted: rationale, answer and end token count.
         segment_ids: ``[B, T]`` int64, see :class:`Segment`.
-        sample_ids: ``[B]`` int64, position of each row in the loader's samples; -1 = a row of padding.
+        sample_ids: ``[B]`` int64 (``[N]`` samples where packed), positions among the loader's; -1 = padding alone.
         label_normalizer: Tokens that the task loss counts in the whole global step, per rank and micro-batch.
         position_normalizer: Positions (or steps) whose keys and values count in the whole global step, per rank and
             micro-batch.
@@ -170,6 +172,7 @@ class TokenBatch:
             are matched.
         num_steps: Steps of the row that has the most, in either text.
         teacher_text: The same rows as the teacher reads them; None = these.
+        packing: Where the samples lie; None = one in each row.
     """
 
     input_ids: Tensor
@@ -182,6 +185,7 @@ class TokenBatch:
     step_ids: Tensor | None = None
     num_steps: int = 0
     teacher_text: TokenBatch | None = None
+    packing: Packing | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
@@ -194,6 +198,7 @@ class TokenBatch:
             sample_ids=self.sample_ids.to(device, non_blocking=True),
             step_ids=None if self.step_ids is None else self.step_ids.to(device, non_blocking=True),
             teacher_text=None if self.teacher_text is None else self.teacher_text.to(device),
+            packing=None if self.packing is None else self.packing.to(device),
         )
 
 
@@ -241,6 +246,34 @@ def _with_steps(batch: TokenBatch, rows: Sequence[EncodedSample | None], pad_tok
     return replace(batch, step_ids=step_ids, num_steps=num_steps, teacher_text=text)
 
 
+def collate_packed(
+    rows: Sequence[EncodedSample | None],
+    sample_ids: Sequence[int],
+    pad_token_id: int,
+    label_normalizer: float,
+    position_normalizer: float,
+    *,
+    capacity: int,
+) -> TokenBatch:
+    """As :func:`collate`, with samples sharing rows of at most ``capacity`` tokens; None takes no place at all."""
+    samples = [row for row in rows if row is not None]
+    lengths = [len(row.input_ids) for row in samples]
+    packing, places = place_samples(pack_lengths(lengths, capacity), lengths)
+    input_ids = torch.full(packing.document_ids.shape, pad_token_id)
+    segment_ids = torch.zeros_like(input_ids)
+    first = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, (number, begin) in zip(samples, places, strict=True):
+        end = begin + len(row.input_ids)
+        input_ids[number, begin:end] = torch.tensor(row.input_ids)
+        segment_ids[number, begin:end] = torch.tensor(row.segment_ids)
+        first[number, begin] = True
+    # Nothing predicts the first token of a sample, least of all the sample before it.
+    labels = torch.where((segment_ids >= Segment.RATIONALE) & ~first, input_ids, IGNORED_LABEL)
+    mask = (packing.document_ids >= 0).long()
+    ids = torch.tensor([i for i in sample_ids if i >= 0] or [-1])
+    return TokenBatch(input_ids, mask, labels, segment_ids, ids, label_normalizer, position_normalizer, packing=packing)
+
+
 class BatchLoader:
     """This rank's micro-batches of each optimizer step.
 
@@ -258,6 +291,8 @@ class BatchLoader:
         pad_token_id: Fills up rows.
         position_count: Real length of a row → positions whose keys and values count; rows with steps count those.
         shuffle: False keeps the order of ``samples``.
+        pack_to: Tokens of a row that the samples of a micro-batch share; None = a row each.
+        group_by_length: Shuffle so that the samples of a step are of like length.
 
     Raises:
         InputError: there are no samples.
@@ -275,6 +310,8 @@ class BatchLoader:
         pad_token_id: int,
         position_count: Callable[[int], int],
         shuffle: bool = True,
+        pack_to: int | None = None,
+        group_by_length: bool = False,
     ) -> None:
         if not samples:
             raise InputError(
@@ -283,6 +320,7 @@ class BatchLoader:
         self._samples, self._batch_size, self._accumulation = samples, batch_size, gradient_accumulation_steps
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle, self._pad = seed, shuffle, pad_token_id
+        self._pack_to, self._group_by_length = pack_to, group_by_length
         self._labels = [sample.label_count for sample in samples]
         self._positions = [
             sample.step_count if sample.step_ids else position_count(len(sample.input_ids)) for sample in samples
@@ -299,7 +337,11 @@ class BatchLoader:
         if self._order[0] != epoch:
             order = list(range(len(self._samples)))
             if self._shuffle:
-                random.Random(self._seed * 1_000_003 + epoch).shuffle(order)
+                draw = random.Random(self._seed * 1_000_003 + epoch)
+                draw.shuffle(order)
+                if self._group_by_length:
+                    lengths = [len(sample.input_ids) for sample in self._samples]
+                    order = group_by_length(order, lengths, self._global_batch, draw)
             self._order = (epoch, order)
         return self._order[1]
 
@@ -322,5 +364,9 @@ class BatchLoader:
             begin = (micro * self._world_size + self._rank) * self._batch_size
             mine = ids[begin : begin + self._batch_size]
             rows = [self._samples[i] if i >= 0 else None for i in mine]
-            batches.append(collate(rows, mine, self._pad, labels, positions))
+            if self._pack_to is None:
+                batches.append(collate(rows, mine, self._pad, labels, positions))
+            else:
+                packed = collate_packed(rows, mine, self._pad, labels, positions, capacity=self._pack_to)
+                batches.append(packed)
         return batches

@@ -1,0 +1,395 @@
+"""A whole training step, side by side with what it must cost at least and with what one would use instead.
+
+    python benchmarks/bench_train_step.py --data_dir DATA                  # small models, CPU or GPU
+    python benchmarks/bench_train_step.py --pair qwen2 --data_dir DATA     # Qwen2-1.5B and 0.5B, random weights, bf16
+    python benchmarks/bench_train_step.py --quick                          # a minute, no data needed
+
+All arms of a run share one teacher, one student, the rows and their batches. They take turns on each batch, in an order
+drawn anew, so that neither a neighbour's load nor a warm card favours one; ratios are medians of the rounds' own
+ratios. Writes a CSV row per arm and a picture below ``benchmarks/results/`` and prints the table last. TRL runs in the
+interpreter that ``--trl_python`` names (default: this one), as a process of its own that takes its turns too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.memory_peak import MemoryPeak
+from benchmarks.train_step_arms import ARMS, LR, Arm, Workbench
+from benchmarks.train_step_workbench import (
+    Clock,
+    Pair,
+    device_name,
+    load_samples,
+    make_loader,
+    make_pair,
+    needed_flops,
+    peak_flops,
+    real_tokens,
+)
+from kvds.data.batches import TokenBatch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PHASES = ("teacher", "forward", "align", "backward", "optimizer")
+QUICK_ARMS = ("task_only", "teacher_forward", "kvds_flat", "kvds_structured", "earlier")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default=None, choices=("tiny", "small", "small_152k", "qwen2"), help="(small)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="unset: bf16 for qwen2 on a GPU, else fp32")
+    parser.add_argument("--data_dir", type=Path, default=REPOSITORY.parent / "shared" / "data")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per batch (8)")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens per row (512)")
+    parser.add_argument("--rounds", type=int, default=20, help="batches that each arm is timed on (20)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no further round after so many minutes (8)")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, "trl_gkd"], help="(all)")
+    parser.add_argument("--clock", choices=("wall", "cpu_time"), help="on the CPU; unset: cpu_time with one thread")
+    parser.add_argument("--trl_python", default=sys.executable, help="interpreter with trl (this one)")
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    parser.add_argument("--name", help="of the files; unset: train_step_PAIR_DEVICE")
+    parser.add_argument("--no_memory", action="store_true", help="leave out the CPU's memory pass, a process per arm")
+    parser.add_argument("--quick", action="store_true", help="tiny models, 3 rounds, few arms")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.rounds, arguments.batch_size, arguments.max_length = 3, 4, 256
+    arguments.pair = arguments.pair or ("tiny" if arguments.quick else "small")
+    arguments.arms = arguments.arms or (list(QUICK_ARMS) if arguments.quick else [*ARMS, "trl_gkd"])
+    return arguments
+
+
+class TrlProcess:
+    """TRL's trainer in its own interpreter; raises ``RuntimeError`` with the reason where it cannot run."""
+
+    def __init__(self, python: str, pair: Pair, batches: list[TokenBatch], device: torch.device, clock: Clock,
+                 batch_size: int, tokenizer: Path, log: Path) -> None:  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory()
+        spec = Path(self._folder.name) / "spec.pt"
+        torch.save(
+            {
+                "teacher": pair.teacher, "student": pair.student, "dtype": pair.dtype, "device": str(device),
+                "clock": None if clock.kind == "cuda_events" else clock.kind, "batch_size": batch_size, "lr": LR,
+                "folder": self._folder.name, "tokenizer": str(tokenizer) if tokenizer.is_dir() else None,
+                "batches": [
+                    {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "labels": b.labels} for b in batches
+                ],
+            },
+            spec,
+        )  # fmt: skip
+        self._log = open(log, "w")  # noqa: SIM115 (closed with the process)
+        script = REPOSITORY / "benchmarks" / "train_step_trl.py"
+        self._process = subprocess.Popen(
+            [python, str(script), str(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self.versions = self._read(log)["ready"]
+
+    def _read(self, log: Path | None = None) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            reason = log.read_text().strip().splitlines()[-1:] if log is not None else []
+            raise RuntimeError(f"its process ended with {code}: {' '.join(reason)}")
+        return json.loads(line)
+
+    def step(self, number: int) -> dict[str, Any]:
+        """One training step on batch ``number``."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{number}\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        self._folder.cleanup()
+
+
+def memory_of_arm(name: str, make: Any, batches: list[TokenBatch], shared: list[TokenBatch]) -> int:
+    """Peak resident bytes of two steps of an arm, in a forked process of its own."""
+
+    def run(pipe: Any) -> None:
+        memory = MemoryPeak(torch.device("cpu"))
+        arm = ARMS[name](make())
+        for batch in (shared if arm.packed else batches)[:2]:
+            arm.step(batch)
+        pipe.send(memory.end(0))
+
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=run, args=(send,))
+    child.start()
+    send.close()
+    try:
+        return int(receive.recv())
+    except EOFError:
+        return 0
+    finally:
+        child.join()
+
+
+def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run all arms; rows of the table, and what is true of the whole run."""
+    begun = time.monotonic()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    pair = make_pair(arguments.pair, arguments.data_dir, arguments.dtype)
+    clock = Clock(device, arguments.clock)
+    count = min(7000, arguments.batch_size * (arguments.rounds + 2))
+    samples, data = load_samples(arguments.data_dir, pair.student.vocab_size, arguments.max_length, count)
+    loader = make_loader(samples, arguments.batch_size)
+    batches = [loader.step(i)[0] for i in range(loader.steps_per_epoch)][: arguments.rounds]
+    packer = make_loader(samples, arguments.batch_size, pack_to=arguments.max_length)
+    shared = [packer.step(i)[0] for i in range(len(batches))]
+    tokens = [real_tokens(batch) for batch in batches]
+    names = [name for name in arguments.arms if name != "trl_gkd"]
+    notes: dict[str, str] = {}
+
+    def make() -> Workbench:
+        return Workbench(pair, device, clock, batch_size=arguments.batch_size, max_length=arguments.max_length)
+
+    peaks: dict[str, list[int]] = {name: [] for name in arguments.arms}
+    if device.type == "cpu" and not arguments.no_memory:  # before this process has models or threads of its own
+        for name in names:
+            peaks[name].append(memory_of_arm(name, make, batches, shared))
+    trl = None
+    if "trl_gkd" in arguments.arms:
+        log = arguments.output_dir / "train_step_trl.log"
+        own = arguments.trl_python == sys.executable
+        if own and importlib.util.find_spec("trl") is None:
+            notes["trl_gkd"] = "not run: trl is not installed in this interpreter (--trl_python PATH)"
+        else:
+            try:
+                tokenizer = arguments.data_dir / "tokenizers" / "qwen2"
+                trl = TrlProcess(
+                    arguments.trl_python, pair, batches, device, clock, arguments.batch_size, tokenizer, log
+                )
+                names.append("trl_gkd")
+            except (RuntimeError, OSError) as error:
+                notes["trl_gkd"] = f"not run: {error}"
+    bench = make()
+    arms: dict[str, Arm] = {}
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    losses: dict[str, float] = {}
+    memory = MemoryPeak(device)
+
+    def run(name: str, number: int) -> dict[str, float] | None:
+        try:
+            if name == "trl_gkd":
+                assert trl is not None
+                answer = trl.step(number)
+                losses.setdefault(name, answer["loss"])
+                peaks[name].append(answer["peak"])
+                return answer["seconds"]
+            if name not in arms:
+                arms[name] = ARMS[name](bench)
+            memory.begin()
+            with clock.phase("step"):
+                loss = arms[name].step((shared if arms[name].packed else batches)[number])
+            spent = clock.read()
+            if device.type == "cuda":
+                peaks[name].append(memory.end(arms[name].held()))
+            losses.setdefault(name, float(loss))
+            return spent
+        except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+            notes[name] = f"not run: {str(error).splitlines()[0][:160]}"
+            names.remove(name)
+            clock.read()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            return None
+
+    longest = max(range(len(batches)), key=lambda i: batches[i].input_ids.numel())
+    for number in dict.fromkeys((longest, 0)):  # warm-up; the longest first, so that no later batch grows the memory
+        for name in list(names):
+            run(name, number)
+    for name in names:
+        peaks[name] = peaks[name][:1] if device.type == "cpu" and name != "trl_gkd" else []
+    losses.clear()
+    draw = random.Random(0)
+    done = 0
+    for number in range(len(batches)):
+        if time.monotonic() - begun > 60 * arguments.minutes and done:
+            break
+        for name in draw.sample(names, len(names)):
+            spent = run(name, number)
+            if spent is not None:
+                seconds[name].append(spent)
+        done += 1
+    if trl is not None and "trl_gkd" in names:
+        trl.close()
+
+    table = []
+    floor = None
+    if {"task_only", "teacher_forward"} <= set(names):
+        floor = [a["step"] + b["step"] for a, b in zip(seconds["task_only"], seconds["teacher_forward"], strict=True)]
+    best = peak_flops(device, pair.dtype)
+    for name in arguments.arms:
+        row: dict[str, Any] = {"arm": name, "note": notes.get(name, "")}
+        if name in names:
+            per_phase = seconds[name]
+            steps = [spent.get("step", sum(spent.values())) for spent in per_phase]
+            used = tokens[: len(steps)]
+            row["seconds_p50"] = statistics.median(steps)
+            row["seconds_p20"], row["seconds_p80"] = quantile(steps, 0.2), quantile(steps, 0.8)
+            row["tokens_per_second"] = sum(used) / sum(steps)
+            row |= {f"seconds_{p}": statistics.median(s.get(p, 0.0) for s in per_phase) for p in PHASES}
+            if f"{name}_packed" in names or name.endswith("_packed"):
+                other = name.removesuffix("_packed") if name.endswith("_packed") else f"{name}_packed"
+                pairs = zip(steps, (s["step"] for s in seconds.get(other, [])), strict=False)
+                row["speed_to_other_rows"] = statistics.median([b / a for a, b in pairs] or [float("nan")])
+            if floor is not None:
+                row["ratio_to_floor"] = statistics.median(s / f for s, f in zip(steps, floor, strict=False))
+                row["alignment_share"] = 1 - 1 / row["ratio_to_floor"] if "kvds" in name or name == "earlier" else None
+            row["peak_bytes"] = max(peaks[name], default=None)
+            row["loss_first_batch"] = losses.get(name)
+            if best is not None:
+                trains, uses = name != "teacher_forward", name not in ("task_only", "task_only_packed", "plain_task")
+                logits = name in ("kvds_logit_kd", "trl_gkd")
+                need = sum(
+                    (needed_flops(pair.student, b, train=True, head=True) if trains else 0.0)
+                    + (needed_flops(pair.teacher, b, train=False, head=logits) if uses else 0.0)
+                    for b in batches[: len(steps)]
+                )
+                row["mfu"] = need / sum(steps) / best
+        table.append(row)
+    padded, packed = (sum(b.input_ids.numel() for b in some) for some in (batches, shared))
+    facts = {
+        "pair": arguments.pair, "dtype": str(pair.dtype).removeprefix("torch."), "device": device_name(device),
+        "clock": clock.kind, "threads": torch.get_num_threads(), "data": data, "batch_size": arguments.batch_size,
+        "max_length": arguments.max_length, "rounds": done, "real_tokens": sum(tokens[:done]),
+        "padding_share": round(1 - sum(tokens) / padded, 4),
+        "padding_share_packed": round(1 - sum(tokens) / packed, 4), "vocab_size": pair.student.vocab_size,
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "trl": trl.versions["trl"] if trl is not None else "", "git": git_revision(),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+    }  # fmt: skip
+    return table, facts
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which ``share`` of them lie."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def git_revision() -> str:
+    """Revision of the checkout, with a + where files differ from it; ``KVDS_REVISION`` where git is not at hand."""
+    if os.environ.get("KVDS_REVISION"):
+        return os.environ["KVDS_REVISION"]
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "--short=10", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=REPOSITORY, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return (revision.stdout.strip() or "unknown") + ("+" if dirty.stdout.strip() else "")
+
+
+def write_csv(path: Path, table: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """One row per arm, the facts of the run in each."""
+    columns = list(dict.fromkeys(key for row in table for key in row if key != "note"))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, "note", *facts], restval="")
+        writer.writeheader()
+        for row in table:
+            rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(rounded | facts)
+
+
+def draw_picture(path: Path, table: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Seconds per phase, stacked, an arm a bar."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in table if "seconds_p50" in row][::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(rows) + 1.6))
+    left = [0.0] * len(rows)
+    # The map's forward lies inside the student's: shown apart, it is taken out of that.
+    parts = {
+        "teacher": [row["seconds_teacher"] for row in rows],
+        "student forward": [max(0.0, row["seconds_forward"] - row["seconds_align"]) for row in rows],
+        "alignment forward": [row["seconds_align"] for row in rows],
+        "backward": [row["seconds_backward"] for row in rows],
+        "optimizer": [row["seconds_optimizer"] for row in rows],
+    }
+    for name, values in parts.items():
+        widths = [1000 * value for value in values]
+        axes.barh([row["arm"] for row in rows], widths, left=left, label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for position, row in enumerate(rows):
+        axes.text(left[position], position, f" {row['tokens_per_second']:,.0f} tok/s", va="center", fontsize=8)
+    axes.set_xlabel(f"ms per step ({facts['clock']}), {facts['pair']}, batch {facts['batch_size']}, {facts['device']}")
+    axes.set_xlim(0, max(left) * 1.18)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def format_table(table: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The table as text."""
+    lines = [", ".join(f"{key} {value}" for key, value in facts.items() if key != "command")]
+    head = ("arm", "ms", "teacher", "fwd", "align", "bwd", "optim", "tok/s", "x (a+b)", "peak MiB", "MFU", "loss")
+    lines.append(("{:<30}" + "{:>9}" * (len(head) - 1)).format(*head))
+    for row in table:
+        if "seconds_p50" not in row:
+            lines.append(f"{row['arm']:<30} {row['note']}")
+            continue
+        cells = [f"{1000 * row['seconds_p50']:.1f}", *(f"{1000 * row[f'seconds_{phase}']:.1f}" for phase in PHASES)]
+        cells.append(f"{row['tokens_per_second']:,.0f}")
+        cells.append(f"{row['ratio_to_floor']:.3f}" if "ratio_to_floor" in row else "")
+        cells.append(f"{row['peak_bytes'] / 2**20:,.0f}" if row.get("peak_bytes") else "")
+        cells.append(f"{100 * row['mfu']:.1f} %" if row.get("mfu") else "")
+        cells.append(f"{row['loss_first_batch']:.4f}" if row.get("loss_first_batch") is not None else "")
+        lines.append(f"{row['arm']:<30}" + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write, print."""
+    arguments = parse(argv)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    table, facts = measure(arguments)
+    place = "cpu" if not torch.cuda.is_available() else facts["device"].replace("NVIDIA ", "").split()[0].lower()
+    stem = arguments.output_dir / (arguments.name or f"train_step_{arguments.pair}_{place}")
+    write_csv(stem.with_suffix(".csv"), table, facts)
+    draw_picture(stem.with_suffix(".png"), table, facts)
+    print(f"written: {stem}.csv .png")
+    print(format_table(table, facts), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Several samples in one row, without padding between them.
+
+Each sample keeps its own positions, counted from 0, and sees itself alone: attention is causal within a sample and
+blocked between samples. Losses, selections and segments stay those of the sample, wherever it lies.
+
+Source: Krell et al., Efficient Sequence Packing without Cross-contamination (2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvds.kv.packed import packed_selection
+from kvds.kv.select import Selection
+
+if TYPE_CHECKING:
+    from kvds.data.batches import TokenBatch
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the samples of a packed micro-batch lie.
+
+    Attributes:
+        document_ids: ``[B, T]`` int64, number of the sample that a token belongs to; -1 = padding.
+        position_ids: ``[B, T]`` int64, position of a token within its sample.
+        token_index: ``[N, S]`` int64, for each sample the flat positions in ``[B · T]`` of its tokens, in order; ``S``
+            is the longest sample's length.
+        token_mask: ``[N, S]`` bool, True where the sample has a token.
+        samples_per_row: Most samples that share a row.
+    """
+
+    document_ids: Tensor
+    position_ids: Tensor
+    token_index: Tensor
+    token_mask: Tensor
+    samples_per_row: int
+
+    def to(self, device: torch.device) -> Packing:
+        """The same with its tensors on ``device``."""
+        names = ("document_ids", "position_ids", "token_index", "token_mask")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def attention_mask(self, implementation: str, dtype: torch.dtype) -> Tensor:
+        """``[B, 1, T, T]``: which tokens see which, in the form that an attention of transformers takes as it is.
+
+        Args:
+            implementation: ``"sdpa"`` (bool, True = sees) or ``"eager"`` (added to the logits).
+            dtype: Of the attention logits, for ``"eager"``.
+        """
+        tokens = self.document_ids.shape[1]
+        same = self.document_ids[:, :, None] == self.document_ids[:, None, :]
+        sees = (same & torch.ones(tokens, tokens, dtype=torch.bool, device=same.device).tril())[:, None]
+        if implementation == "sdpa":
+            return sees
+        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=same.device)
+        return torch.where(sees, hidden.new_zeros(()), hidden)
+
+
+def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Deal samples out to rows of at most ``capacity`` tokens, so that rows come out nearly alike and few.
+
+    Args:
+        lengths: Tokens of each sample, none over ``capacity``.
+        capacity: Tokens of a row.
+
+    Returns:
+        For each row its samples, ascending. Of the row counts that do, one with the fewest tokens in all, padding
+        counted; the same for the same lengths.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best: tuple[int, list[list[int]]] | None = None
+    fewest = max(1, -(-sum(lengths) // capacity))
+    for count in range(fewest, max(fewest, len(lengths)) + 1):
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for i in order:  # the longest first, each into the emptiest row
+            row = filled.index(min(filled))
+            rows[row].append(i)
+            filled[row] += lengths[i]
+        area = count * max(filled)
+        if max(filled) <= capacity and (best is None or area < best[0]):
+            best = area, [sorted(row) for row in rows]
+        if best is not None and count >= fewest + 2:
+            break
+    assert best is not None, "a sample is longer than a row"
+    return best[1]
+
+
+def place_samples(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[Packing, list[tuple[int, int]]]:
+    """The layout of samples dealt out to rows, and each sample's row and first column.
+
+    Args:
+        rows: For each row its samples in order; at least one row, which may be empty.
+        lengths: Tokens of each sample.
+    """
+    tokens = max(1, max(sum(lengths[i] for i in row) for row in rows))
+    document_ids = torch.full((len(rows), tokens), -1)
+    position_ids = torch.zeros(len(rows), tokens, dtype=torch.int64)
+    longest = max(lengths, default=1)
+    token_index = torch.zeros(max(1, len(lengths)), longest, dtype=torch.int64)
+    token_mask = torch.zeros(max(1, len(lengths)), longest, dtype=torch.bool)
+    places = [(0, 0)] * len(lengths)
+    for number, row in enumerate(rows):
+        begin = 0
+        for i in row:
+            end = begin + lengths[i]
+            document_ids[number, begin:end] = i
+            position_ids[number, begin:end] = torch.arange(lengths[i])
+            token_index[i, : lengths[i]] = torch.arange(number * tokens + begin, number * tokens + end)
+            token_mask[i, : lengths[i]] = True
+            places[i] = (number, begin)
+            begin = end
+    return Packing(document_ids, position_ids, token_index, token_mask, max(1, *map(len, rows))), places
+
+
+def model_inputs(batch: TokenBatch, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a backbone is called with for ``batch``.
+
+    Args:
+        batch: On the model's device.
+        config: The model's, for its attention.
+        dtype: The model's.
+    """
+    if batch.packing is None:
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    mask = batch.packing.attention_mask(config._attn_implementation, dtype)
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.packing.position_ids}
+
+
+def unpacked(batch: TokenBatch) -> TokenBatch:
+    """The same samples, a row each, padded on the right; ``batch`` itself where it is not packed. No host sync."""
+    packing = batch.packing
+    if packing is None:
+        return batch
+
+    def rows(tensor: Tensor, padding: int) -> Tensor:
+        return tensor.flatten()[packing.token_index].masked_fill(~packing.token_mask, padding)
+
+    return replace(
+        batch,
+        input_ids=rows(batch.input_ids, 0),
+        attention_mask=rows(batch.attention_mask, 0),
+        labels=rows(batch.labels, -100),
+        segment_ids=rows(batch.segment_ids, 0),
+        packing=None,
+    )
+
+
+def repacked(selection: Selection, batch: TokenBatch) -> Selection:
+    """A selection made on ``unpacked(batch)``, for the rows of ``batch``."""
+    packing = batch.packing
+    if packing is None:
+        return selection
+    rows, tokens = batch.input_ids.shape
+    return packed_selection(
+        selection, packing.token_index, packing.token_mask, rows=rows, tokens=tokens,
+        samples_per_row=packing.samples_per_row,
+    )  # fmt: skip

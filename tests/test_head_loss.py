@@ -1,0 +1,110 @@
+"""Cross entropy whose gradients are made in the forward pass, against autograd on the full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvds.head_loss import summed_cross_entropy
+from kvds.losses import LabelledPositions, head_losses
+
+
+def problem(dtype: torch.dtype, count: int = 13, bias: bool = True) -> tuple[nn.Linear, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    head = nn.Linear(6, 17, bias=bias)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    rows = torch.randn(count, 6, generator=generator).to(dtype).requires_grad_()
+    return head.to(dtype), rows, torch.randint(0, 17, (count,), generator=generator)
+
+
+def gradients(loss: Tensor, head: nn.Linear, rows: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [rows, *head.parameters()]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunks", [1, 3, 13, 20])
+def test_loss_and_gradients_are_autograds(chunks: int, bias: bool) -> None:
+    head, rows, target = problem(torch.float64, bias=bias)
+    expected = F.cross_entropy(head(rows), target, reduction="sum")
+    found = summed_cross_entropy(head, rows, target, num_chunks=chunks)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    for a, b in zip(gradients(2.5 * found, head, rows), gradients(2.5 * expected, head, rows), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_bf16_is_no_further_off_than_autograd_in_bf16() -> None:
+    head, rows, target = problem(torch.bfloat16, count=400)
+    exact_head, exact_rows = nn.Linear(6, 17).double(), rows.detach().double().requires_grad_()
+    exact_head.load_state_dict({name: p.double() for name, p in head.state_dict().items()})
+    exact = F.cross_entropy(exact_head(exact_rows), target, reduction="sum")
+    wanted = gradients(0.3 * exact, exact_head, exact_rows)
+    eager = F.cross_entropy(head(rows).float(), target, reduction="sum")
+    found = summed_cross_entropy(head, rows, target, num_chunks=1)
+    assert found.dtype == torch.float32
+
+    def errors(loss: Tensor) -> list[float]:
+        return [
+            float((g.double() - w).norm() / w.norm())
+            for g, w in zip(gradients(0.3 * loss, head, rows), wanted, strict=True)
+        ]
+
+    assert abs(float(found) - float(exact)) <= 1.1 * abs(float(eager) - float(exact)) + 1e-6 * float(exact)
+    assert all(a <= 1.1 * b for a, b in zip(errors(found), errors(eager), strict=True))
+
+
+def test_no_tensor_of_all_logits_exists_and_each_chunk_is_made_once() -> None:
+    head, rows, target = problem(torch.float32, count=40)
+    products: list[tuple[int, ...]] = []
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape[-1:] == (17,):
+                largest = max(largest, out.numel())
+                if "mm" in str(func):
+                    products.append(tuple(out.shape))
+            return out
+
+    with Watch():
+        summed_cross_entropy(head, rows, target, num_chunks=4).backward()
+    assert largest == 10 * 17 and products == [(10, 17)] * 4
+
+
+@pytest.mark.parametrize("frozen", ["rows", "weight"])
+def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
+    head, rows, target = problem(torch.float64, bias=False)
+    (rows if frozen == "rows" else head.weight).requires_grad_(False)
+    summed_cross_entropy(head, rows, target, num_chunks=2).backward()
+    assert (rows.grad is None) == (frozen == "rows") and (head.weight.grad is None) == (frozen == "weight")
+
+
+def test_two_backward_passes_add_up_and_the_heads_own_forward_comes_back() -> None:
+    head, rows, target = problem(torch.float64)
+    calls: list[int] = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    loss = summed_cross_entropy(head, rows, target, num_chunks=3)
+    assert len(calls) == 1  # one call, so that ZeRO-3 gathers the weight once
+    loss.backward(retain_graph=True)
+    once = head.weight.grad.clone()  # type: ignore[union-attr]
+    loss.backward()
+    assert torch.equal(head.weight.grad, 2 * once)  # type: ignore[arg-type]
+    assert head(rows).shape == (13, 17) and "forward" not in vars(head)
+
+
+def test_head_losses_take_this_way_and_agree_with_the_other() -> None:
+    head, rows, _ = problem(torch.float64, count=12)
+    labels = torch.randint(0, 17, (3, 4), generator=torch.Generator().manual_seed(4))
+    labelled = LabelledPositions.from_labels(labels)
+    hidden = rows.view(3, 4, 6)
+    direct, _ = head_losses(head, hidden, labelled, num_chunks=2)
+    recomputed, _ = head_losses(lambda x: head(x), hidden, labelled, num_chunks=2)
+    torch.testing.assert_close(direct, recomputed.to(direct.dtype), rtol=1e-6, atol=0)
+    for a, b in zip(gradients(direct, head, rows), gradients(recomputed, head, rows), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
