@@ -101,7 +101,7 @@ class _Problem:
                 for mix in _mixes(self.stages, layer_mix.to(self.wide), head_mix.to(self.wide))
             ],
             dim_proj.contiguous(),
-            None if bias is None else bias.contiguous(),
+            None if bias is None else bias.to(self.dtype).contiguous(),
         )
 
     def run(

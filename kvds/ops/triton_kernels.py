@@ -54,6 +54,29 @@ def _offsets(
 
 
 @triton.jit
+def _tokens(
+    start, token_first, token_last, row, inside, mask, TOKENS: tl.constexpr, ROWS: tl.constexpr, HAS_MASK: tl.constexpr
+):  # fmt: skip
+    """For the rows of the tile that begins at ``start``: their token (one for all where a tile holds one), which rows
+    are there, and which count."""
+    if TOKENS == 1:
+        token = start
+        there = (start >= token_first) & (start < token_last)
+        present = row < tl.where(there, ROWS, 0)
+        keep = present
+        if HAS_MASK:
+            kept = tl.load(mask + start, mask=there, other=0) != 0
+            keep = row < tl.where(kept, ROWS, 0)
+    else:
+        token = start + row // ROWS
+        present = inside & (token >= token_first) & (token < token_last)
+        keep = present
+        if HAS_MASK:
+            keep = present & (tl.load(mask + token, mask=present, other=0) != 0)
+    return token, present, keep
+
+
+@triton.jit
 def _store(pointers, value, norm, mask, ELEMENT: tl.constexpr, NORMALIZE: tl.constexpr):
     """Write a gradient of a mean."""
     if NORMALIZE:
@@ -75,7 +98,7 @@ def map_projection_kernel(
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_DX: tl.constexpr, BLOCK_DY: tl.constexpr,
     HAS_MIX: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DIMS_FIRST: tl.constexpr, DOT_RESIDUAL: tl.constexpr, TRANSPOSED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
+    DIMS_FIRST: tl.constexpr, DOT_RESIDUAL: tl.constexpr, DELAYED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
     SOURCE_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
     MIX_GRAD: tl.constexpr, PROJ_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
     SOURCE_INDEXED: tl.constexpr, TARGET_INDEXED: tl.constexpr, SOURCE_FLAT: tl.constexpr, TARGET_FLAT: tl.constexpr,
@@ -125,7 +148,7 @@ def map_projection_kernel(
     inverse = 1.0
     if HAS_SCALE:
         inverse = 1 / tl.load(scale + layer_y, mask=inside_y, other=1).to(WIDE)
-        inverse = inverse[None, :] if TRANSPOSED else inverse[:, None]
+        inverse = inverse[:, None]
 
     # 1 / (elements of one layer that count), in the widest type at hand.
     counted = tl.maximum(tl.load(valid), 1).to(WIDE) if HAS_MASK else total.to(WIDE)
@@ -135,9 +158,9 @@ def map_projection_kernel(
     if MIX_GRAD:
         d_mix = tl.zeros((BLOCK_Y, BLOCK_X), WIDE)
     if PROJ_GRAD:
-        d_proj = tl.zeros((BLOCK_DY, BLOCK_DX) if TRANSPOSED else (BLOCK_DX, BLOCK_DY), WIDE)
+        d_proj = tl.zeros((BLOCK_DX, BLOCK_DY), WIDE)
     if BIAS_GRAD:
-        d_bias = tl.zeros((BLOCK_DY, BLOCK_Y) if TRANSPOSED else (BLOCK_Y, BLOCK_DY), WIDE)
+        d_bias = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
     bias_pointers = bias + (place_y * DIM_Y)[:, None] + dim_y[None, :]
     bias_inside = inside_y[:, None] & columns_y
     if DOT_RESIDUAL:
@@ -151,29 +174,20 @@ def map_projection_kernel(
         losses = tl.zeros((BLOCK_Y,), WIDE)
 
     tiles = (token_last - token_first + TOKENS - 1) // TOKENS
-    for tile in tl.range(split, tiles, splits, num_stages=STAGES):
+    if DELAYED:
+        # A tile's gradients are computed beside the next tile's residual. Products that do not feed one another within a
+        # turn may share out their columns among eight warps, which otherwise would repeat each other, and overlap.
+        x_before = tl.zeros((BLOCK_X, BLOCK_DX), ELEMENT)
+        mixed_before = tl.zeros((BLOCK_Y, BLOCK_DX), ELEMENT)
+        g_before = tl.zeros((BLOCK_Y, BLOCK_DY), ELEMENT)
+    for tile in tl.range(split, tiles + splits if DELAYED else tiles, splits, num_stages=STAGES):
         start = token_first + tile * TOKENS
-        if TOKENS == 1:
-            token_x = start
-            token_y = start
-            present_x = inside_x
-            present_y = inside_y
-            keep_x = inside_x
-            keep_y = inside_y
-            if HAS_MASK:
-                kept = tl.load(mask + start) != 0
-                keep_x = row_x < tl.where(kept, ROWS_X, 0)
-                keep_y = row_y < tl.where(kept, ROWS_Y, 0)
-        else:
-            token_x = start + row_x // ROWS_X
-            token_y = start + row_y // ROWS_Y
-            present_x = inside_x & (token_x < token_last)
-            present_y = inside_y & (token_y < token_last)
-            keep_x = present_x
-            keep_y = present_y
-            if HAS_MASK:
-                keep_x = present_x & (tl.load(mask + token_x, mask=present_x, other=0) != 0)
-                keep_y = present_y & (tl.load(mask + token_y, mask=present_y, other=0) != 0)
+        token_x, present_x, keep_x = _tokens(
+            start, token_first, token_last, row_x, inside_x, mask, TOKENS, ROWS_X, HAS_MASK
+        )  # fmt: skip
+        token_y, present_y, keep_y = _tokens(
+            start, token_first, token_last, row_y, inside_y, mask, TOKENS, ROWS_Y, HAS_MASK
+        )  # fmt: skip
         x_at = _offsets(
             token_x, token_last, source_index, positions, token_first, x_batch, x_token, SOURCE_INDEXED, SOURCE_FLAT
         )
@@ -199,17 +213,13 @@ def map_projection_kernel(
                 d_bias += t.to(WIDE)
         else:
             # The bias is where the accumulators start: no registers of its own.
-            if HAS_BIAS and TRANSPOSED:
-                start_at = tl.dot(tl.trans(offset), one, out_dtype=WIDE)
-            elif HAS_BIAS and DOT_RESIDUAL:
+            if HAS_BIAS and DOT_RESIDUAL:
                 start_at = tl.dot(one, offset, out_dtype=WIDE)
             elif HAS_BIAS:
                 start_at = tl.load(bias_pointers, mask=bias_inside, other=0).to(WIDE)
             else:
-                start_at = tl.zeros((BLOCK_DY, BLOCK_Y) if TRANSPOSED else (BLOCK_Y, BLOCK_DY), WIDE)
-            if TRANSPOSED:
-                projected = tl.dot(tl.trans(w), tl.trans(mixed), start_at, out_dtype=WIDE)  # [BDY, BY]
-            elif DIMS_FIRST:
+                start_at = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
+            if DIMS_FIRST:
                 projected = tl.dot(c, moved, start_at, input_precision=PRECISION, out_dtype=WIDE)
             elif HAS_PROJ:
                 projected = tl.dot(mixed, w, start_at, input_precision=PRECISION, out_dtype=WIDE)
@@ -218,15 +228,13 @@ def map_projection_kernel(
         if MODE == "store":
             tl.store(y_rows[:, None] + dim_y[None, :], projected.to(ELEMENT), mask=present_y[:, None] & columns_y)
         if MODE == "loss":
-            if TRANSPOSED:
-                r = tl.dot(tl.trans(t), minus_one, projected, out_dtype=WIDE)
-            elif DOT_RESIDUAL:
+            if DOT_RESIDUAL:
                 r = tl.dot(minus_one, t, projected, out_dtype=WIDE)
             else:
                 r = projected - t.to(WIDE)
             if HAS_SCALE:
                 r = r * inverse
-            r = tl.where(keep_y[None, :] if TRANSPOSED else keep_y[:, None], r, 0.0)
+            r = tl.where(keep_y[:, None], r, 0.0)
             if LOSS == "mse":
                 rho = r * r
                 g = 2 * r
@@ -236,12 +244,13 @@ def map_projection_kernel(
             else:
                 g = tl.minimum(tl.maximum(r, -1.0), 1.0)
                 rho = g * (r - g * 0.5)
-            losses += tl.sum(rho, axis=0 if TRANSPOSED else 1)
+            losses += tl.sum(rho, axis=1)
             if HAS_SCALE:
                 g = g * inverse
             g_low = g.to(ELEMENT)
             if BIAS_GRAD:
-                if DOT_RESIDUAL and not TRANSPOSED:
+                if DOT_RESIDUAL and not DELAYED:
+                    # As a product, too: where eight warps repeat each other in g, they share this accumulator.
                     d_bias = tl.dot(one, g_low, d_bias, out_dtype=WIDE)
                 else:
                     d_bias += g
@@ -251,9 +260,16 @@ def map_projection_kernel(
                 )  # fmt: skip
                 dy_rows = _rows(target_grad_table, place_y, inside_y, dy_at, ELEMENT, ALIGNED)
                 store_y = (keep_y if TARGET_INDEXED else present_y)[:, None]
-                d_y = -(tl.trans(g) if TRANSPOSED else g)
-                _store(dy_rows[:, None] + dim_y[None, :], d_y, norm, store_y & columns_y, ELEMENT, NORMALIZE)
+                _store(dy_rows[:, None] + dim_y[None, :], -g, norm, store_y & columns_y, ELEMENT, NORMALIZE)
 
+        if DELAYED:
+            # What is worked on from here on is the tile before.
+            x, x_before = x_before, x
+            mixed, mixed_before = mixed_before, mixed
+            g_low, g_before = g_before, g_low
+            token_x, present_x, keep_x = _tokens(
+                start - splits * TOKENS, token_first, token_last, row_x, inside_x, mask, TOKENS, ROWS_X, HAS_MASK
+            )  # fmt: skip
         if DIMS_FIRST:
             if MIX_GRAD:
                 d_mix = tl.dot(g_low, tl.trans(moved), d_mix, input_precision=PRECISION, out_dtype=WIDE)
@@ -264,17 +280,14 @@ def map_projection_kernel(
                 if SOURCE_GRAD:
                     d_x = tl.dot(d_moved, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)
         else:
-            if TRANSPOSED:
-                if PROJ_GRAD:
-                    d_proj = tl.dot(g_low, mixed, d_proj, out_dtype=WIDE)  # [BDY, BDX]
-                if SOURCE_GRAD or MIX_GRAD:
-                    d_mixed = tl.dot(tl.trans(g_low), tl.trans(w), out_dtype=WIDE)  # [BY, BDX]
-            elif PROJ_GRAD:
+            if PROJ_GRAD:
                 d_proj = tl.dot(tl.trans(mixed), g_low, d_proj, input_precision=PRECISION, out_dtype=WIDE)
-            if (SOURCE_GRAD or MIX_GRAD) and HAS_PROJ and not TRANSPOSED:
-                d_mixed = tl.dot(g_low, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)  # [BY, BDX]
             if SOURCE_GRAD or MIX_GRAD:
-                d_low = d_mixed.to(ELEMENT) if HAS_PROJ else g_low
+                if HAS_PROJ:
+                    d_mixed = tl.dot(g_low, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)  # [BY, BDX]
+                    d_low = d_mixed.to(ELEMENT)
+                else:
+                    d_low = g_low
                 if MIX_GRAD:
                     d_mix = tl.dot(d_low, tl.trans(x), d_mix, input_precision=PRECISION, out_dtype=WIDE)
                 if SOURCE_GRAD:
@@ -290,9 +303,8 @@ def map_projection_kernel(
             )  # fmt: skip
             dx_rows = _rows(source_grad_table, place_x, inside_x, dx_at, ELEMENT, ALIGNED)
             store_x = (keep_x if SOURCE_INDEXED else present_x)[:, None]
-            _store(
-                dx_rows[:, None] + dim_x[None, :], d_x, norm, store_x & columns_x, ELEMENT, MODE == "loss" and NORMALIZE
-            )
+            normalize: tl.constexpr = MODE == "loss" and NORMALIZE
+            _store(dx_rows[:, None] + dim_x[None, :], d_x, norm, store_x & columns_x, ELEMENT, normalize)
 
     MIX_SIZE: tl.constexpr = BLOCK_Y * BLOCK_X if MIX_GRAD else 0
     PROJ_SIZE: tl.constexpr = BLOCK_DX * BLOCK_DY if PROJ_GRAD else 0
@@ -303,12 +315,8 @@ def map_projection_kernel(
     if MIX_GRAD:
         tl.store(out + row_y[:, None] * BLOCK_X + row_x[None, :], d_mix * weight_norm)
     if PROJ_GRAD:
-        if TRANSPOSED:
-            d_proj = tl.trans(d_proj)
         tl.store(out + MIX_SIZE + dim_x[:, None] * BLOCK_DY + dim_y[None, :], d_proj * weight_norm)
     if BIAS_GRAD:
-        if TRANSPOSED:
-            d_bias = tl.trans(d_bias)
         tl.store(out + MIX_SIZE + PROJ_SIZE + row_y[:, None] * BLOCK_DY + dim_y[None, :], d_bias * weight_norm)
     if MODE == "loss":
         tl.store(out + MIX_SIZE + PROJ_SIZE + BIAS_SIZE + row_y, losses * layer_norm)

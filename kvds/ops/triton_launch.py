@@ -209,7 +209,7 @@ def launch(
         BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y, BLOCK_DX=tile.block_dim_x, BLOCK_DY=tile.block_dim_y,
         HAS_MIX=mix is not None, HAS_PROJ=proj is not None, HAS_BIAS=bias is not None,
         HAS_SCALE=call.scale is not None and mode == "loss", HAS_MASK=call.mask is not None,
-        DIMS_FIRST=stage.dims_first, DOT_RESIDUAL=tile.dot_residual and mode == "loss", TRANSPOSED=tile.transposed and mode == "loss",
+        DIMS_FIRST=stage.dims_first, DOT_RESIDUAL=tile.dot_residual and mode == "loss", DELAYED=tile.delayed and mode == "loss",
         MODE=mode, LOSS=call.loss, NORMALIZE=call.dtype != torch.float16,
         SOURCE_GRAD=source_grad is not None, TARGET_GRAD=target_grad is not None,
         MIX_GRAD=needs.mix, PROJ_GRAD=needs.proj, BIAS_GRAD=needs.bias,

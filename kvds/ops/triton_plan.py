@@ -80,8 +80,8 @@ class Stage:
 class Tile:
     """Block sizes of a launch: ``tokens`` per tile, padded rows and dimensions, and how it is compiled.
 
-    ``dot_residual``: bias and target join the projection as matrix products (16-bit states), not element by element. ``transposed``:
-    the residual is computed with the target's dimensions as rows, so that 8 warps share it.
+    ``dot_residual``: bias and target join the projection as matrix products (16-bit states), not element by element. ``delayed``:
+    a tile's gradients are computed beside the next tile's residual.
     """
 
     tokens: int
@@ -92,7 +92,7 @@ class Tile:
     num_warps: int
     num_stages: int
     dot_residual: bool = False
-    transposed: bool = False
+    delayed: bool = False
 
 
 def _power_of_two(value: int) -> int:
@@ -135,8 +135,8 @@ def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int) -> Tile:
     block_dx, block_dy = _power_of_two(dims[0]), _power_of_two(dims[1])
     accumulators = block_y * block_x * stage.mixes + (block_dx + block_y) * block_dy * stage.projects
     num_warps = 8 if accumulators > 8192 else 4
-    transposed = itemsize == 2 and stage.projects and not stage.dims_first and block_dy == 128
-    return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, 1, itemsize == 2, transposed)
+    delayed = itemsize == 2 and stage.projects and not stage.dims_first and block_dy == 128
+    return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, 1, itemsize == 2, delayed)
 
 
 def count_splits(stage: Stage, tile: Tile, tokens: int, processors: int) -> int:
