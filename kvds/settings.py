@@ -69,6 +69,10 @@ class AlignmentSettings:
     calibration_batches: int = setting("steps of batches that statistics and closed-form starts are fitted on", 4)
     kv_method: str = setting("positions that count", "full", choices=("full", "right_crop"))
     kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
+    teacher_kv: str = setting(
+        "teacher's keys and values of the row itself, or as a control of another row of the batch", "matched",
+        choices=("matched", "shuffled"),
+    )  # fmt: skip
     kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
     kv_weight: str | float = setting(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
-from kvds.kv import KVCapture, KVShape, KVStates
+from kvds.kv import KVCapture, KVShape, KVStates, shuffled_states
 from kvds.models import backbone, kv_shape
 
 
@@ -57,6 +57,7 @@ class Teacher:
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
         wants_states: Capture keys and values.
         wants_hidden: Return hidden states for logit distillation.
+        shuffled: Exchange the rows' keys and values, a control (:func:`kvds.kv.shuffled_states`).
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Teacher:
         rope: str = "pre",
         wants_states: bool = True,
         wants_hidden: bool = False,
+        shuffled: bool = False,
     ) -> None:
         model.requires_grad_(False).eval()
         self.config = model.config
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
+        self._shuffled = shuffled
         module = _TeacherModule(model)
         if engine_config is None:
             self._forward: nn.Module = module.to(device)
@@ -93,7 +96,10 @@ class Teacher:
             return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
         with KVCapture(self._backbone, rope=self._rope) as capture:
             hidden = self._forward(batch.input_ids, batch.attention_mask)
-        return TeacherOutput(capture.states, hidden if self._wants_hidden else None)
+        states = capture.states
+        if self._shuffled:
+            states = shuffled_states(states, batch.attention_mask, batch.sample_ids >= 0)
+        return TeacherOutput(states, hidden if self._wants_hidden else None)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from kvds.kv.capture import KVCapture
 from kvds.kv.gather import gather_positions, group_slices
 from kvds.kv.select import Selection, select_tokens, selected_count
+from kvds.kv.shuffle import shuffled_states
 from kvds.kv.states import KVShape, KVStates
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "group_slices",
     "select_tokens",
     "selected_count",
+    "shuffled_states",
 ]
