@@ -88,7 +88,9 @@ def _train(experiments: Sequence[Experiment], runner: Runner, arguments: argpars
             next(e for e in experiments if id(e) == experiment).save_choice()
         if not in_time:
             return False
-    return runner.run([(e, job) for e in experiments for job in _reported(e, arguments)], "train")
+    work = [(e, job) for e in experiments for job in _reported(e, arguments)]
+    # The first seeds of all plans before the second ones of any: what there is when the time ends is balanced.
+    return runner.run(sorted(work, key=lambda item: item[1].seed), "train")
 
 
 def _untuned(experiment: Experiment) -> list[Job]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from kvds.errors import InputError
 from kvds.experiment.plan import PREPARED, Job, Plan, load_tuned, references, save_tuned
 from kvds.experiment.results import FAILED, FINISHED, ResultStore, Row, identity, key_of, value
-from kvds.experiment.workers import Worker, worker_environment
+from kvds.experiment.workers import WORKER_MODULE, Worker, worker_environment
 from kvds.tracking import git_revision
 
 log = logging.getLogger("kvds")
@@ -86,14 +86,15 @@ class Runner:
         ranks: Ranks of one run: 1 trains inside the worker, more start the ``deepspeed`` launcher per run.
         keep: What stays of a finished run's folder: ``metrics`` (nothing but its row), ``student``, or ``all``.
         deadline: ``time.monotonic()`` at which workers are stopped; None: never.
+        module: What workers run.
     """
 
     def __init__(
         self, logs: Path, *, workers: int = 1, devices: Sequence[str] = (), ranks: int = 1, keep: str = "metrics",
-        deadline: float | None = None,
+        deadline: float | None = None, module: str = WORKER_MODULE,
     ) -> None:  # fmt: skip
         self._logs, self._count, self._devices, self._ranks, self._keep = logs, workers, devices, ranks, keep
-        self._deadline = deadline
+        self._deadline, self._module = deadline, module
         self._workers: dict[int, Worker] = {}
         self._lock = threading.Lock()
         self._revision = git_revision()
@@ -138,7 +139,8 @@ class Runner:
                 return
             worker = self._workers.get(number)
             if worker is None:
-                worker = Worker(self._logs / f"worker-{number}.log", worker_environment(number, self._devices))
+                environment = worker_environment(number, self._devices)
+                worker = Worker(self._logs / f"worker-{number}.log", environment, self._module)
                 self._workers[number] = worker
             row = self._train(worker, experiment, job)
             if row is None or row["status"] == FAILED:  # what is left of a run must not reach the next

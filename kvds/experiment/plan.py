@@ -76,12 +76,14 @@ class Arm:
         settings: What it sets differently from the recipe.
         tune: Settings to choose from on the tuning seeds; empty: nothing is chosen.
         tuned_as: The arm whose choice this one takes over (a control with everything else equal); None: its own.
+        versus: The arms that it is compared with; empty: the plan's baseline.
     """
 
     name: str
     settings: dict[str, Any]
     tune: tuple[dict[str, Any], ...] = ()
     tuned_as: str | None = None
+    versus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ class Plan:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The family of comparisons: each arm with the baseline, then the plan's further pairs."""
-        with_baseline = [(arm, self.baseline) for arm in self.arms if arm != self.baseline]
-        return with_baseline + [pair for pair in self.comparisons if pair not in with_baseline]
+        """The family of comparisons: each arm with what it is compared with, then the plan's further pairs."""
+        pairs = [(arm.name, other) for arm in self.arms.values() for other in arm.versus or (self.baseline,)]
+        pairs += [pair for pair in self.comparisons if pair not in pairs]
+        return [(arm, other) for arm, other in pairs if arm != other]
 
     def preparation_jobs(self) -> list[Job]:
         """The runs that others build on, in the order of the file."""
@@ -157,9 +160,9 @@ class Plan:
     def _job(self, phase: str, arm: str, seed: int, variant: int, settings: dict[str, Any]) -> Job:
         merged = {**self.common, **settings}
         # A prepared run is the same for all seeds of the experiment: its seed is its own setting.
-        merged = merged if phase == PREPARE else {**merged, "seed": seed}
+        merged = {"seed": 0, **merged} if phase == PREPARE else {**merged, "seed": seed}
         needed = {name: {**self.common, **self.prepare[name]} for name in references(merged)}
-        return Job(phase, arm, merged.get("seed", 0), variant, merged, _hash({"run": merged, "prepared": needed}))
+        return Job(phase, arm, merged["seed"], variant, merged, _hash({"run": merged, "prepared": needed}))
 
 
 def references(settings: dict[str, Any]) -> list[str]:
@@ -224,7 +227,7 @@ def _check(plan: Plan, path: Path) -> None:
             raise InputError(f"{path}: {place} {one_line(name)}{near_miss(name, names)} (expected {', '.join(names)})")
 
     known(plan.baseline, "baseline", plan.arms)
-    for pair in plan.comparisons:
+    for pair in plan.pairs:
         for name in pair:
             known(name, "comparisons", plan.arms)
     for arm in plan.arms.values():
@@ -263,6 +266,7 @@ def _check(plan: Plan, path: Path) -> None:
 def _arm(name: str, value: Any, path: Path) -> Arm:
     content = _mapping(value or {}, path, f"arms.{name}")
     tune, tuned_as = content.pop("tune", None) or [], content.pop("tuned_as", None)
+    versus = content.pop("versus", None) or []
     if not isinstance(tune, list) or (tune and tuned_as is not None):
         raise InputError(f"{path}: arms.{name}: expected tune (a list of settings to choose from) or tuned_as (an arm)")
     return Arm(
@@ -270,6 +274,7 @@ def _arm(name: str, value: Any, path: Path) -> Arm:
         _settings(content, path, f"arms.{name}"),
         tuple(_settings(values, path, f"arms.{name}.tune") for values in tune),
         tuned_as,
+        tuple(versus if isinstance(versus, list) else [str(versus)]),
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+WORKER_MODULE = "kvds.commands.ab_worker"
 _STOP_SECONDS = 5.0
 
 
@@ -46,7 +47,7 @@ class Worker:
         module: What it runs.
     """
 
-    def __init__(self, log_path: Path, environment: dict[str, str], module: str = "kvds.commands.ab_worker") -> None:
+    def __init__(self, log_path: Path, environment: dict[str, str], module: str = WORKER_MODULE) -> None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log = log_path.open("a", encoding="utf-8")
         self._process = subprocess.Popen(
