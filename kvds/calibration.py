@@ -12,19 +12,20 @@ import deepspeed
 import torch
 from torch import nn
 
+from kvds.align import KVAligner
 from kvds.align.fitting import AlignmentMoments
 from kvds.data.batches import TokenBatch
 from kvds.distillation import LossWeights, StepInput
 from kvds.engine import all_reduce_sum, discard_gradients, gradient_norm
 from kvds.errors import InputError
-from kvds.kv import KVCapture, Selection
+from kvds.kv import Selection, open_capture
 from kvds.models import backbone
 from kvds.teacher import Teacher
 
 
 @torch.no_grad()
 def calibrate_aligner(
-    aligner: nn.Module,
+    aligner: KVAligner,
     student: nn.Module,
     teacher: Teacher,
     batches: Iterable[TokenBatch],
@@ -48,11 +49,11 @@ def calibrate_aligner(
     sharded = [p for p in student.parameters() if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         for batch in batches:
-            with KVCapture(backbone(student), rope=rope) as capture:
+            with open_capture(backbone(student), aligner.reads, rope=rope) as capture:
                 backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             states = teacher(batch).states
             if states is None:
-                raise RuntimeError("calibration needs a teacher that captures keys and values")
+                raise RuntimeError("calibration needs a teacher whose states are captured")
             moments.update(capture.states, states, select(batch))
     student.train(was_training)
     moments.reduce(all_reduce_sum)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from kvds.config_modes import mode_rules
 from kvds.config_values import near_miss, number, one_line, parse_overrides, split_dataset_weight
 from kvds.deepspeed_config import load_deepspeed_config
 from kvds.errors import InputError
@@ -111,6 +112,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
                 budget,
                 f"a number of tokens or a fraction with --kv_method {self.kv_method}",
             )
+        for rule in mode_rules(self):
+            _require(*rule)
         frozen_random = self.alignment_mode != "none" and self.aligner_update == "frozen" and self.map_start == "random"
         _require(
             not frozen_random,
@@ -118,14 +121,6 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             "frozen",
             "--map_start pca, procrustes or ridge: a frozen random map has no meaning",
         )
-        if self.alignment_mode == "flat":
-            for name in ("layer_groups", "head_groups"):
-                _require(
-                    getattr(self, name) == 1,
-                    name,
-                    getattr(self, name),
-                    "1 with --alignment_mode flat (groups are structured's)",
-                )
         alone = self.uses_kv and self.teacher_kv == "shuffled" and self.batch_size == 1
         _require(not alone, "teacher_kv", "shuffled", "a --batch_size above 1: a row alone has no other to borrow from")
         silent = self.task_weight == 0 and not self.uses_teacher

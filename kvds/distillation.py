@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kvds.align import KVAligner
 from kvds.align.diagnostics import effective_rank
 from kvds.data.batches import TokenBatch
-from kvds.kv import KVCapture, KVStates, Selection
+from kvds.kv import Capture, Selection, States, open_capture
 from kvds.losses import Head, LabelledPositions, head_losses
 from kvds.models import backbone
 from kvds.teacher import TeacherOutput
@@ -61,12 +62,10 @@ class GradientWatch:
         self._kv_squares: list[Tensor] = []
         self._rest_squares: list[Tensor] = []
 
-    def attach(self, capture: KVCapture) -> None:
+    def attach(self, capture: Capture) -> None:
         """Hang hooks on what ``capture`` took; call between forward and backward."""
-        heads = [*capture.key_heads, *capture.states.values]
-        outputs = [*capture.key_outputs, *capture.value_outputs]
-        for head, (output, columns) in zip(heads, outputs, strict=True):
-            self._watch(head, output, columns)
+        for heads, output, columns in capture.watched:
+            self._watch(heads, output, columns)
 
     def _watch(self, heads: Tensor, output: Tensor, columns: slice) -> None:
         # The view of the heads has a gradient of its own: the KV loss's alone. The projection's output sums both.
@@ -110,7 +109,7 @@ class DistillationModule(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        aligner: nn.Module | None = None,
+        aligner: KVAligner | None = None,
         *,
         rope: str = "pre",
         head_chunks: int = 1,
@@ -140,7 +139,8 @@ class DistillationModule(nn.Module):
         if self.aligner is None:
             hidden = model(**inputs).last_hidden_state
         else:
-            with KVCapture(model, rope=self._rope, require_grad=torch.is_grad_enabled()) as capture:
+            require_grad = torch.is_grad_enabled()
+            with open_capture(model, self.aligner.reads, rope=self._rope, require_grad=require_grad) as capture:
                 hidden = model(**inputs).last_hidden_state
             states = capture.states
             if step.watch:
@@ -173,7 +173,7 @@ class DistillationModule(nn.Module):
         metrics["loss/total"] = loss.detach()
         return loss, metrics
 
-    def _kv_loss(self, states: KVStates, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
+    def _kv_loss(self, states: States, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
         if self.aligner is None or step.teacher is None or step.teacher.states is None or step.selection is None:
             raise RuntimeError("an aligner needs the teacher's keys and values and a selection of positions")
         aligned = self.aligner(student=states, teacher=step.teacher.states, selection=step.selection)
@@ -192,12 +192,12 @@ class DistillationModule(nn.Module):
 
 
 @torch.no_grad()
-def _state_metrics(states: KVStates, selection: Selection | None) -> dict[str, Tensor]:
-    """RMS norm and effective rank of the student's keys and values, means over layers, of the tokens selected."""
+def _state_metrics(states: States, selection: Selection | None) -> dict[str, Tensor]:
+    """RMS norm and effective rank of the student's states, means over layers, of the tokens selected."""
     if selection is None:
         return {}
     metrics = {}
-    for name, layers in (("keys", states.keys), ("values", states.values)):
+    for name, layers in states._asdict().items():
         norms, ranks = [], []
         for layer in layers:
             rows = layer.detach().transpose(1, 2).flatten(2)  # [B, T, H·D]

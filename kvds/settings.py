@@ -53,12 +53,17 @@ class AlignmentSettings:
     """How keys and values are matched."""
 
     alignment_mode: str = setting(
-        "map between student and teacher KV", "structured", choices=("flat", "structured", "none")
+        "map between student and teacher KV; relation: no map, token-token relations are matched; hidden (a control): "
+        "hidden states in place of KV",
+        "structured",
+        choices=("flat", "structured", "relation", "hidden", "none"),
     )
-    map_proj_share_dim: bool = setting("structured: one dimension map for all layers and heads", False)
+    map_proj_share_dim: bool = setting(
+        "structured: one dimension map for all layers and heads; hidden: for all layers", False
+    )
     map_proj_init_uniform: bool = setting("structured: mixing weights start uniform, not near the diagonal", False)
     layer_map: str | None = setting(
-        "which layers are matched; unset: learned for structured, endpoint for flat", None,
+        "which layers are matched; unset: endpoint for flat, else learned", None,
         choices=("learned", "endpoint", "last_aligned"),
     )  # fmt: skip
     direction: str = setting(
@@ -75,6 +80,18 @@ class AlignmentSettings:
     )  # fmt: skip
     kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
+    relation_kind: str = setting(
+        "relation: scaled dot products under a softmax, compared by KL, or cosines, compared by kv_loss", "softmax",
+        choices=("softmax", "cosine"),
+    )  # fmt: skip
+    relation_heads: int | None = setting(
+        "relation: pieces that the heads of a layer are cut into; unset: greatest common divisor of the head counts",
+        None,
+    )
+    relation_units: str = setting(
+        "relation: states in units of their start, mean taken out, or raw as in the paper", "standard",
+        choices=("standard", "raw"),
+    )  # fmt: skip
     kv_weight: str | float = setting(
         "weight of the KV loss: a number, or auto:SHARE of the task's gradient", "auto:2.0"
     )

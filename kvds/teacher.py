@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
-from kvds.kv import KVCapture, KVShape, KVStates, shuffled_states
+from kvds.kv import KVShape, States, open_capture, shuffled_states
 from kvds.models import backbone, kv_shape
 
 
@@ -19,12 +19,12 @@ class TeacherOutput:
     """What one teacher forward leaves, without gradient.
 
     Attributes:
-        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]``; None where no alignment reads
-            them.
+        states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]`` (or hidden states); None where no
+            alignment reads them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
     """
 
-    states: KVStates | None
+    states: States | None
     hidden: Tensor | None
 
 
@@ -55,7 +55,8 @@ class Teacher:
         engine_config: A DeepSpeed inference configuration (``zero3`` and ``zero3_offload`` placement), or None:
             replicated.
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
-        wants_states: Capture keys and values.
+        wants_states: Capture what ``reads`` names.
+        reads: ``"kv"`` or ``"hidden"``, see :func:`kvds.kv.open_capture`.
         wants_hidden: Return hidden states for logit distillation.
         shuffled: Exchange the rows' keys and values, a control (:func:`kvds.kv.shuffled_states`).
     """
@@ -68,13 +69,14 @@ class Teacher:
         engine_config: dict[str, Any] | None = None,
         rope: str = "pre",
         wants_states: bool = True,
+        reads: str = "kv",
         wants_hidden: bool = False,
         shuffled: bool = False,
     ) -> None:
         model.requires_grad_(False).eval()
         self.config = model.config
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
-        self._shuffled = shuffled
+        self._reads, self._shuffled = reads, shuffled
         module = _TeacherModule(model)
         if engine_config is None:
             self._forward: nn.Module = module.to(device)
@@ -94,7 +96,7 @@ class Teacher:
         """Run the backbone once; the language-model head is not touched."""
         if not self._wants_states:
             return TeacherOutput(None, self._forward(batch.input_ids, batch.attention_mask))
-        with KVCapture(self._backbone, rope=self._rope) as capture:
+        with open_capture(self._backbone, self._reads, rope=self._rope) as capture:
             hidden = self._forward(batch.input_ids, batch.attention_mask)
         states = capture.states
         if self._shuffled:

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from kvds.align import aligner_config_dict, build_aligner
+from kvds.align import aligner_config_dict, build_aligner, what_is_read
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
 from kvds.checkpoint import (
     ALIGNER_FILE,
@@ -189,7 +189,8 @@ class TrainingRun:
         )  # fmt: skip
         return Teacher(
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
-            wants_states=cfg.uses_kv, wants_hidden=cfg.logit_kd_weight > 0, shuffled=cfg.teacher_kv == "shuffled",
+            wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
+            shuffled=cfg.teacher_kv == "shuffled",
         )  # fmt: skip
 
     def _calibration_batches(self) -> list[TokenBatch]:
@@ -312,7 +313,7 @@ class TrainingRun:
             metrics["grad_norm"] = float(norm)
         if self.cfg.uses_kv:
             metrics["kv/weight"] = weights.kv
-            norms: dict[str, float] = {k: metrics[k] for k in ("kv/norm_keys", "kv/norm_values") if k in metrics}
+            norms: dict[str, float] = {k: v for k, v in metrics.items() if k.startswith("kv/norm_")}
             if norms:
                 self.start_norms = self.start_norms or norms
                 ratios = [norms[key] / max(self.start_norms[key], 1e-30) for key in norms]

@@ -20,7 +20,7 @@ from kvds.data.batches import EncodedSample, TokenBatch, collate, encode_example
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.distillation import DistillationModule, LossWeights, StepInput
-from kvds.kv import KVCapture, KVShape, KVStates, select_tokens, selected_count
+from kvds.kv import KVCapture, KVShape, KVStates, open_capture, select_tokens, selected_count
 from kvds.losses import LabelledPositions
 from kvds.models import backbone
 from kvds.settings import AlignmentSettings
@@ -107,11 +107,11 @@ def setup(family: str = "qwen2", rope: str = "pre", **kwargs: Any) -> Setup:
     student, teacher_model = make(1, 2, 16), make(2, 3, 24)
     cfg = AlignmentSettings(**{"impl": "reference", **kwargs})
     aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher_model.config), cfg)
-    teacher = Teacher(teacher_model, device=CPU, rope=rope, wants_hidden=True)
+    teacher = Teacher(teacher_model, device=CPU, rope=rope, wants_hidden=True, reads=aligner.reads)
     module = DistillationModule(student, aligner, rope=rope, head_chunks=2, kd_temperature=2.0)
     moments = AlignmentMoments(aligner)
     calibration = batch_of(list(samples()), (1.0, 1.0))
-    with torch.no_grad(), KVCapture(student, rope=rope) as capture:
+    with torch.no_grad(), open_capture(student, aligner.reads, rope=rope) as capture:
         backbone(student)(input_ids=calibration.input_ids, attention_mask=calibration.attention_mask)
     selection = select_tokens("full", None, calibration.segment_ids, calibration.attention_mask)
     states = teacher(calibration).states
@@ -147,7 +147,13 @@ BUDGETS = [
     {"method": "right_crop", "budget": 3},
     {"method": "right_crop", "budget": 0.4},
 ]
-CASES = [("qwen2", "pre", "flat"), ("qwen2", "post", "structured"), ("gpt2", "pre", "structured")]
+CASES = [
+    ("qwen2", "pre", "flat"),
+    ("qwen2", "post", "structured"),
+    ("gpt2", "pre", "structured"),
+    ("gpt2", "pre", "hidden"),
+    ("qwen2", "post", "relation"),
+]
 
 
 @pytest.mark.parametrize("how", BUDGETS, ids=["full", "count", "fraction"])

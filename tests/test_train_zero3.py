@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds.align import build_aligner
+from kvds.align import build_aligner, what_is_read
 from kvds.align.fitting import AlignmentMoments
 from kvds.checkpoint import load_aligner
 from kvds.config import RunConfig, parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.kv import KVCapture, KVShape, select_tokens
+from kvds.kv import KVShape, open_capture, select_tokens
 from kvds.run_data import load_run_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -73,6 +73,8 @@ RUNS: dict[str, dict[str, object]] = {
     "logit_kd_teacher_zero3": {"logit_kd_weight": 0.5, "logit_kd_temperature": 2.0, "teacher_placement": "zero3"},
     "no_kv_weight": {"kv_weight": 0},
     "task_only": {"alignment_mode": "none"},
+    "hidden": {"alignment_mode": "hidden", "gradient_checkpointing": "true"},
+    "relation": {"alignment_mode": "relation"},
 }
 
 
@@ -117,8 +119,8 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
     student = AutoModelForCausalLM.from_pretrained(models / "student").train()
     aligner = None
 
-    def states(model: nn.Module, batch, **kwargs):
-        with KVCapture(model, **kwargs) as capture:
+    def states(model: nn.Module, batch):
+        with open_capture(model, what_is_read(cfg.alignment_mode)) as capture:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return capture.states, logits
 

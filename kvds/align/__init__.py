@@ -7,14 +7,21 @@ from typing import Any
 
 from kvds.align.aligner import KVAligner
 from kvds.align.flat import FlatAligner
+from kvds.align.hidden import HiddenAligner
+from kvds.align.layer_map import default_layer_map
 from kvds.align.loss import AlignmentLoss
+from kvds.align.relation import RelationAligner
 from kvds.align.structured import MapProjectionAligner
 from kvds.errors import InputError
 from kvds.kv import KVShape
 from kvds.settings import AlignmentSettings
 
-ALIGNERS: dict[str, type[KVAligner]] = {"flat": FlatAligner, "structured": MapProjectionAligner}
-DEFAULT_LAYER_MAPS = {"flat": "endpoint", "structured": "learned"}
+ALIGNERS: dict[str, type[KVAligner]] = {
+    "flat": FlatAligner,
+    "structured": MapProjectionAligner,
+    "hidden": HiddenAligner,
+    "relation": RelationAligner,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +45,13 @@ def build_aligner(student: KVShape, teacher: KVShape, settings: Any) -> KVAligne
     if own.alignment_mode not in ALIGNERS:
         raise InputError(f"alignment_mode={own.alignment_mode}: expected {' or '.join(ALIGNERS)} to build an aligner")
     if own.layer_map is None:
-        own = dataclasses.replace(own, layer_map=DEFAULT_LAYER_MAPS[own.alignment_mode])
+        own = dataclasses.replace(own, layer_map=default_layer_map(own.alignment_mode))
     return ALIGNERS[own.alignment_mode](student, teacher, own)
+
+
+def what_is_read(alignment_mode: str) -> str:
+    """What the mode compares, as :func:`kvds.kv.open_capture` takes it; ``"kv"`` where nothing is."""
+    return ALIGNERS.get(alignment_mode, KVAligner).reads
 
 
 def aligner_config_dict(aligner: KVAligner) -> dict[str, Any]:
@@ -57,9 +69,12 @@ def aligner_from_config_dict(config: dict[str, Any]) -> KVAligner:
 __all__ = [
     "AlignmentLoss",
     "FlatAligner",
+    "HiddenAligner",
     "KVAligner",
     "MapProjectionAligner",
+    "RelationAligner",
     "aligner_config_dict",
     "aligner_from_config_dict",
     "build_aligner",
+    "what_is_read",
 ]

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from kvds.align.loss import PARTS, AlignmentLoss, average_parts
+from kvds.align.loss import PART_NAMES, PARTS, AlignmentLoss, average_parts
 from kvds.align.part import AlignerPart
 from kvds.errors import InputError
-from kvds.kv import KVShape, KVStates, Selection
+from kvds.kv import KVShape, Selection, States
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,14 @@ class KVAligner(nn.Module):
 
     Attributes:
         parts: ``"key"`` and ``"value"``, or the one that ``kv_parts`` asks for.
+        reads: What it compares, as :func:`kvds.kv.open_capture` takes it.
 
     Raises:
         InputError: settings that the two shapes cannot serve.
     """
 
     part_class: ClassVar[type[AlignerPart]]
+    reads: ClassVar[str] = "kv"
 
     def __init__(self, student: KVShape, teacher: KVShape, settings: Any) -> None:
         super().__init__()
@@ -43,8 +45,10 @@ class KVAligner(nn.Module):
         # Keys and values start from different maps, each the same on every rank.
         self.parts = nn.ModuleDict(
             {
-                part: self.part_class(student, teacher, settings, 2 * seed + ("key", "value").index(part))
-                for part in PARTS[settings.kv_parts]
+                part: self.part_class(
+                    self.seen_shape(student), self.seen_shape(teacher), settings, 2 * seed + PART_NAMES.index(part)
+                )
+                for part in self.part_names(settings)
             }
         )
         if settings.aligner_update == "frozen":
@@ -52,7 +56,7 @@ class KVAligner(nn.Module):
         elif settings.direction == "teacher_to_student":
             _warn_of_collapse()
 
-    def forward(self, student: KVStates, teacher: KVStates, selection: Selection) -> AlignmentLoss:
+    def forward(self, student: States, teacher: States, selection: Selection) -> AlignmentLoss:
         """The distance between projected and given states, mean over the selected positions of this micro-batch.
 
         Args:
@@ -63,8 +67,7 @@ class KVAligner(nn.Module):
         Raises:
             InputError: states of another shape than the configurations promise.
         """
-        student.check(self.student_shape, side="student")
-        teacher.check(self.teacher_shape, side="teacher")
+        self.check_states(student, teacher)
         teacher = teacher.detach()
         return average_parts(
             {
@@ -72,6 +75,25 @@ class KVAligner(nn.Module):
                 for name, part in self.parts.items()
             }
         )
+
+    def check_states(self, student: States, teacher: States) -> None:
+        """Compare captured states with the shapes that the configurations promise.
+
+        Raises:
+            InputError: states of another shape.
+        """
+        student.check(self.seen_shape(self.student_shape), side="student")
+        teacher.check(self.seen_shape(self.teacher_shape), side="teacher")
+
+    @classmethod
+    def part_names(cls, settings: Any) -> tuple[str, ...]:
+        """The parts, as the settings ask for them."""
+        return PARTS[settings.kv_parts]
+
+    @classmethod
+    def seen_shape(cls, shape: KVShape) -> KVShape:
+        """The shape, per model, of what is compared: layers, heads and their dimension."""
+        return shape
 
     @classmethod
     def map_widths(cls, student: KVShape, teacher: KVShape) -> tuple[int, int]:

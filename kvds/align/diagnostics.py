@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvds.align.aligner import KVAligner
+from kvds.align.layer_map import default_layer_map
 from kvds.align.loss import PARTS
 from kvds.align.part import AlignerPart
 from kvds.align.structured import StructuredPart
@@ -59,7 +60,7 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[
 
     def layers_and_logits(mode: str, groups: int) -> tuple[int, int]:
         layer_map = settings.layer_map if mode == settings.alignment_mode else None
-        if (layer_map or {"flat": "endpoint", "structured": "learned"}[mode]) != "learned":
+        if (layer_map or default_layer_map(mode)) != "learned":
             return student.num_hidden_layers, 0  # one target layer per student layer
         widest = max(group.stop - group.start for group in group_slices(source.num_hidden_layers, groups))
         return target.num_hidden_layers, target.num_hidden_layers * widest
@@ -76,7 +77,14 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[
         return logits + mixes + projections + layers * heads_y * target.head_dim
 
     counts = {"flat": flat(), "structured": structured(False), "structured, share_dim": structured(True)}
-    return {mode: len(PARTS[settings.kv_parts]) * count for mode, count in counts.items()}
+    counts["relation"] = layers_and_logits("relation", 1)[1]
+    counts = {mode: len(PARTS[settings.kv_parts]) * count for mode, count in counts.items()}
+    if source.hidden_size and target.hidden_size:  # one part, where the shapes say how wide the models are
+        layers, logits = layers_and_logits("hidden", 1)
+        counts["hidden"] = logits + layers * (source.hidden_size + 1) * target.hidden_size
+        shared = source.hidden_size * target.hidden_size
+        counts["hidden, share_dim"] = logits + shared + layers * target.hidden_size
+    return counts
 
 
 def _parts(aligner: KVAligner) -> dict[str, AlignerPart]:

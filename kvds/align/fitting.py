@@ -23,7 +23,7 @@ from torch import Tensor
 from kvds.align.aligner import KVAligner
 from kvds.align.part import AlignerPart
 from kvds.errors import InputError
-from kvds.kv import KVStates, Selection, gather_positions
+from kvds.kv import Selection, States, gather_positions
 
 RIDGE = 1e-3  # λ, in units of the source's mean variance per channel
 _CHUNK = 2048  # positions in fp64 at a time
@@ -42,10 +42,10 @@ class PartMoments:
 
     def __init__(self, part: AlignerPart, start: str) -> None:
         self._part, self._start = part, start
-        width = dict(zip("xy", part.projection.shape[-2:], strict=True))
-        maps = part.bias.numel() // (part.num_targets * width["y"])  # per layer: one a head, or one
+        maps, *widths = part.map_shape
+        width = dict(zip("xy", widths, strict=True))
         products = {"pca": "yy" if part.to_teacher else "xx", "procrustes": "xy", "ridge": "xx xy", "random": ""}[start]
-        self.count = torch.zeros((), dtype=torch.float64, device=part.bias.device)
+        self.count = torch.zeros((), dtype=torch.float64, device=part.target_scale.device)
         self.sums = {
             name: self.count.new_zeros(part.num_targets, maps, *(width[side] for side in name if side in width))
             for name in ("x", "y", "x²", "y²", *products.split())
@@ -83,7 +83,7 @@ class PartMoments:
             if not bool(power[name].isfinite().all()):
                 model = "student" if (name == "x") == part.to_teacher else "teacher"
                 raise InputError(
-                    f"calibration: the {model}'s keys or values are not finite; expected weights that compute finite "
+                    f"calibration: the {model}'s {part.what} are not finite; expected weights that compute finite "
                     f"states (is its checkpoint whole, its dtype bf16 or fp32?)"
                 )
         deviation = {name: _deviation(power[name], mean[name]) for name in ("x", "y")}
@@ -103,16 +103,12 @@ class PartMoments:
                 for name in self.sums
                 if name in ("xx", "xy", "yy")
             }
+            assert part.projection is not None
             if part.projection.dim() == 2:
                 products = {name: value.mean((0, 1)) for name, value in products.items()}
             fitted = closed_form(self._start, products, (centre["x"].shape[-1], centre["y"].shape[-1]))
             part.projection.copy_(fitted.reshape(part.projection.shape))
-        projection = part.projection.double()
-        if projection.dim() == 3:  # flat: one map per layer
-            projection = projection.unsqueeze(1)
-        offset = part.target_mean.double().reshape(mean["y"].shape)
-        bias = (mean["y"] - offset) / unit["y"] - (centre["x"].unsqueeze(-2) @ projection).squeeze(-2)
-        part.bias.copy_(bias.reshape(part.bias.shape))
+        part.set_offset(mean["x"], mean["y"])
 
 
 def _selected(layers: tuple[Tensor, ...], selection: Selection) -> Tensor:
@@ -162,14 +158,13 @@ class AlignmentMoments:
             self.parts = {name: PartMoments(part, start) for name, part in aligner.parts.items()}  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def update(self, student: KVStates, teacher: KVStates, selection: Selection) -> None:
+    def update(self, student: States, teacher: States, selection: Selection) -> None:
         """Add one batch.
 
         Raises:
             InputError: its shapes are not those of the configurations.
         """
-        student.check(self._aligner.student_shape, side="student")
-        teacher.check(self._aligner.teacher_shape, side="teacher")
+        self._aligner.check_states(student, teacher)
         for name, part in self.parts.items():
             part.update(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection)
 
@@ -192,7 +187,7 @@ class AlignmentMoments:
 
 def fit_aligner(
     aligner: KVAligner,
-    batches: Iterable[tuple[KVStates, KVStates, Selection]],
+    batches: Iterable[tuple[States, States, Selection]],
     *,
     all_reduce: Callable[[Tensor], None] | None = None,
 ) -> None:

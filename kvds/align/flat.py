@@ -91,7 +91,7 @@ class FlatAligner(KVAligner):
         for name in ("layer_groups", "head_groups"):
             if getattr(settings, name) != 1:
                 raise InputError(
-                    f"{name}={getattr(settings, name)}: expected 1 with --alignment_mode flat, which flattens heads "
-                    f"(or --alignment_mode structured)"
+                    f"{name}={getattr(settings, name)}: expected 1 with --alignment_mode {settings.alignment_mode}, "
+                    f"which flattens heads (or --alignment_mode structured)"
                 )
         super()._check(student, teacher, settings)

@@ -29,6 +29,11 @@ def last_aligned_map(num_student_layers: int, num_teacher_layers: int) -> list[i
 HARD_MAPS = {"endpoint": endpoint_map, "last_aligned": last_aligned_map}
 
 
+def default_layer_map(alignment_mode: str) -> str:
+    """What ``layer_map`` means where it is unset."""
+    return "endpoint" if alignment_mode == "flat" else "learned"
+
+
 def near_diagonal_logits(num_targets: int, num_sources: int) -> Tensor:
     """``[num_targets, num_sources]`` logits whose softmax peaks at the source of the same relative depth."""
     position = torch.linspace(0, num_sources - 1, num_targets) if num_targets > 1 else torch.tensor([num_sources - 1.0])

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What an aligner has a part for; the place is that of the part's random start.
+PART_NAMES = ("key", "value", "hidden_state")
 PARTS = {"kv": ("key", "value"), "k": ("key",), "v": ("value",)}
 
 
@@ -31,7 +33,7 @@ class AlignmentLoss(NamedTuple):
 
 
 def average_parts(parts: dict[str, tuple[Tensor, Tensor]]) -> AlignmentLoss:
-    """Average the parts, ``"key"`` and ``"value"``, each a loss with a graph and losses per layer."""
+    """Average the parts, those of :data:`PART_NAMES` that there are, each a loss with a graph and losses per layer."""
     loss = torch.stack([part for part, _ in parts.values()]).mean()
     keys, values = parts.get("key"), parts.get("value")
     return AlignmentLoss(

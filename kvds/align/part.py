@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class AlignerPart(nn.Module, ABC):
         target_scale: ``[L_y]`` buffer, the unit of the loss.
         source_scale: ``[L_y]`` buffer, standard deviation at the start of what target layer i draws from.
     """
+
+    what: ClassVar[str] = "keys or values"
 
     target_mean: Tensor
     target_scale: Tensor
@@ -132,8 +134,31 @@ class AlignerPart(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def projection(self) -> nn.Parameter:
-        """The dimension maps, ``[D_x, D_y]`` or ``[L_y, …, D_x, D_y]``."""
+    def projection(self) -> nn.Parameter | None:
+        """The dimension maps, ``[D_x, D_y]`` or ``[L_y, …, D_x, D_y]``; None where nothing is mapped."""
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """Dimension maps per target layer, and the dimensions on either side of one."""
+        assert self.projection is not None
+        width_x, width_y = self.projection.shape[-2:]
+        return self.bias.numel() // (self.num_targets * width_y), width_x, width_y
+
+    def set_offset(self, mean_x: Tensor, mean_y: Tensor) -> None:
+        """Take out the means: set the bias so that the residual starts with mean zero, whatever the maps are now.
+
+        Args:
+            mean_x: ``[L_y, maps, D_x]`` of what the maps are applied to.
+            mean_y: ``[L_y, maps, D_y]`` of what they should give.
+        """
+        assert self.projection is not None
+        source_unit, target_unit = (s.double()[:, None, None] for s in (self.source_scale, self.target_scale))
+        projection = self.projection.double()
+        if projection.dim() == 3:  # one map per layer
+            projection = projection.unsqueeze(1)
+        offset = self.target_mean.double().reshape(mean_y.shape)
+        bias = (mean_y - offset) / target_unit - ((mean_x / source_unit).unsqueeze(-2) @ projection).squeeze(-2)
+        self.bias.copy_(bias.reshape(self.bias.shape))
 
     @abstractmethod
     def source_rows(self, rows: Tensor) -> Tensor:

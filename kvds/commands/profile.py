@@ -9,6 +9,8 @@ from typing import Any
 from kvds.errors import InputError
 from kvds.settings import AlignmentSettings
 
+MODES = ("flat", "structured", "relation", "hidden")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         name, changes = f"--{side}_name", f"--{side}_config_overrides"
         pair.add_argument(name, metavar="NAME", help=f"folder or hub name of the {side}; only its config.json is read")
         pair.add_argument(changes, metavar="KEY=VALUE,…", default="", help=f"changes of the {side}'s config.json")
-    pair.add_argument("--alignment_mode", choices=("flat", "structured"), default="structured", help="(structured)")
+    pair.add_argument("--alignment_mode", choices=MODES, default="structured", help="(structured)")
     pair.add_argument("--map_proj_share_dim", action="store_true", help="one dimension map for all layers and heads")
     pair.add_argument("--map_proj_init_uniform", action="store_true", help="mixing weights start uniform")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for aligner.png; unset: the run's, else none")

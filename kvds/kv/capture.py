@@ -101,6 +101,13 @@ class KVCapture:
             self._states = self._collect()
         return self._states
 
+    @property
+    def watched(self) -> list[tuple[Tensor, Tensor, slice]]:
+        """Per layer, keys first: a view that only a loss on ``states`` sends gradients to, the output, its columns."""
+        views = [*self.key_heads, *self.states.values]
+        outputs = [*self.key_outputs, *self.value_outputs]
+        return [(view, *output) for view, output in zip(views, outputs, strict=True)]
+
     def _forget(self) -> None:
         # Emptied in place: the open hooks hold these very dictionaries.
         self._keys.clear()

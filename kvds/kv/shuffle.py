@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvds.kv.states import KVStates
+from kvds.kv.reading import States
 
 
-def shuffled_states(states: KVStates, attention_mask: Tensor, real: Tensor) -> KVStates:
-    """Exchange keys and values between the rows of a batch.
+def shuffled_states(states: States, attention_mask: Tensor, real: Tensor) -> States:
+    """Exchange keys and values (or hidden states) between the rows of a batch.
 
     Rows are put in order of length, and each takes those of the next (the longest those of the shortest): partners are
     of the same length where there is such a row. Where they are not, token t of n reads the partner's token at the same
     relative position, ``⌊t · n_partner / n⌋``, so that every real token faces a real one. A single row keeps its own.
 
     Args:
-        states: Per layer ``[B, H, T, D]``.
+        states: Keys and values, or hidden states: per layer ``[B, H, T, D]``.
         attention_mask: ``[B, T]``, 1 = real token, padding on the right.
         real: ``[B]`` bool; False = a row of padding, which takes part in nothing.
     """
@@ -34,4 +34,4 @@ def shuffled_states(states: KVStates, attention_mask: Tensor, real: Tensor) -> K
     def exchanged(layer: Tensor) -> Tensor:
         return layer[partner].gather(2, index[:, None, :, None].expand(-1, layer.shape[1], -1, layer.shape[3]))
 
-    return KVStates(tuple(map(exchanged, states.keys)), tuple(map(exchanged, states.values)))
+    return type(states)(*(tuple(map(exchanged, layers)) for layers in states))

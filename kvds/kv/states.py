@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,12 +20,15 @@ class KVShape:
         num_key_value_heads: KV heads per layer (not query heads).
         head_dim: Dimension of one head.
         num_attention_heads: Query heads per layer.
+        hidden_size: Width of the hidden states; 0 where nobody asks. No part of a comparison: models of one KV shape
+            may differ in width.
     """
 
     num_hidden_layers: int
     num_key_value_heads: int
     head_dim: int
     num_attention_heads: int
+    hidden_size: int = field(default=0, compare=False)
 
     @classmethod
     def from_config(cls, config: Any) -> KVShape:
@@ -52,6 +55,7 @@ class KVShape:
             num_key_value_heads=_same_in_all_layers(config, "num_key_value_heads") or heads,
             head_dim=_same_in_all_layers(config, "head_dim") or config.hidden_size // heads,
             num_attention_heads=heads,
+            hidden_size=config.hidden_size,
         )
 
 

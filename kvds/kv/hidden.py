@@ -1,0 +1,133 @@
+"""Hidden states of one forward, read off the decoder layers by hooks, with their graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kvds.errors import InputError
+from kvds.kv.families import FAMILIES
+from kvds.kv.states import KVShape
+
+
+class HiddenStates(NamedTuple):
+    """What each decoder layer of one forward put out: ``[batch, 1, tokens, hidden_size]`` per layer.
+
+    The layout of keys and values with one head as wide as the model, so that what maps these maps those.
+    """
+
+    hidden_states: tuple[Tensor, ...]
+
+    def detach(self) -> HiddenStates:
+        """The same without a graph."""
+        return HiddenStates(tuple(layer.detach() for layer in self.hidden_states))
+
+    def check(self, shape: KVShape, *, side: str) -> None:
+        """Compare with the shape that a configuration promises, as :func:`hidden_shape` gives it.
+
+        Raises:
+            InputError: another number of layers, or another width.
+        """
+        expected = (shape.num_hidden_layers, shape.head_dim)
+        for layer in self.hidden_states:
+            found = (len(self.hidden_states), layer.shape[3])
+            if found != expected:
+                raise InputError(
+                    f"{side}: its first batch has {found[0]} layers × {found[1]} hidden dimensions; expected "
+                    f"{expected[0]} × {expected[1]} as its configuration says (do the weights belong to it?)"
+                )
+
+
+def hidden_shape(shape: KVShape) -> KVShape:
+    """The shape of a model's hidden states: as many layers, one head, ``hidden_size`` dimensions.
+
+    Raises:
+        InputError: the width is not known.
+    """
+    if shape.hidden_size < 1:
+        raise InputError(f"hidden_size={shape.hidden_size}: expected the width of the model to match hidden states")
+    return replace(shape, num_key_value_heads=1, head_dim=shape.hidden_size)
+
+
+class HiddenCapture:
+    """Context manager: after a forward of ``model`` inside it, ``states`` holds every decoder layer's output.
+
+    Views of the residual stream behind each layer, before the final norm. Gradients sent into them reach the layer and
+    all below, also under gradient checkpointing. Of several forwards the last one counts; a recomputed layer is none.
+
+    Args:
+        model: A causal language model or its backbone, of a family in :data:`kvds.kv.families.FAMILIES`.
+        require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
+
+    Raises:
+        InputError: unknown model family.
+        RuntimeError: on reading ``states``, where a layer was not run, or where ``require_grad`` finds a tensor without
+            a graph.
+    """
+
+    def __init__(self, model: nn.Module, *, require_grad: bool = False) -> None:
+        config: Any = model.config
+        KVShape.from_config(config)
+        self._backbone: nn.Module = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        self._layers: list[nn.Module] = list(getattr(self._backbone, FAMILIES[config.model_type].layers))
+        self._require_grad = require_grad
+        self._handles: list[RemovableHandle] = []
+        self._outputs: dict[int, Tensor] = {}
+        self._states: HiddenStates | None = None
+
+    def __enter__(self) -> HiddenCapture:
+        if self._handles:
+            raise RuntimeError("this HiddenCapture is already open: nest another one over the same model instead")
+        self._forget()
+        # A forward begins at the backbone; a recomputed layer comes without that, and finds its slot taken.
+        self._handles.append(self._backbone.register_forward_pre_hook(lambda *_: self._forget()))
+        for number, layer in enumerate(self._layers):
+            self._handles.append(layer.register_forward_hook(self._output_hook(number)))
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if exc_type is not None:
+            self._forget()
+            return
+        try:
+            _ = self.states
+        except BaseException:
+            self._forget()
+            raise
+
+    @property
+    def states(self) -> HiddenStates:
+        """Hidden states of the last forward; readable inside the context too, once that forward has run."""
+        if self._states is None:
+            if missing := [i for i in range(len(self._layers)) if i not in self._outputs]:
+                raise RuntimeError(f"no forward ran through decoder layers {missing} inside HiddenCapture")
+            bare = [i for i, output in self._outputs.items() if output.grad_fn is None]
+            if self._require_grad and bare:
+                raise RuntimeError(
+                    f"captured hidden states of layers {bare} carry no graph, so an alignment would train nothing: the "
+                    "forward ran under no_grad or on frozen weights"
+                )
+            self._states = HiddenStates(tuple(self._outputs[i].unsqueeze(1) for i in range(len(self._layers))))
+        return self._states
+
+    @property
+    def watched(self) -> list[tuple[Tensor, Tensor, slice]]:
+        """Per layer: the view that only a loss on ``states`` sends gradients to, the output, and its columns."""
+        return [(view, self._outputs[i], slice(None)) for i, view in enumerate(self.states.hidden_states)]
+
+    def _forget(self) -> None:
+        self._outputs.clear()
+        self._states = None
+
+    def _output_hook(self, number: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            self._outputs.setdefault(number, output[0] if isinstance(output, tuple) else output)
+
+        return hook
