@@ -42,6 +42,15 @@ def test_reported_jobs_go_seed_by_seed_and_take_the_chosen_values(tmp_path):
     assert plan.pairs == [("flat", "task"), ("shuffled", "task"), ("shuffled", "flat")]
 
 
+def test_an_arm_may_have_fewer_seeds_and_a_reference_of_its_own(tmp_path):
+    plan = load_plan(write(tmp_path, PLAN.replace("tuned_as: flat", "tuned_as: flat, seeds: [1], versus: [flat]")))
+    jobs = plan.report_jobs({"task": {}, "flat": {}})
+    assert [(job.seed, job.arm) for job in jobs] == [
+        (0, "task"), (0, "flat"), (1, "task"), (1, "flat"), (1, "shuffled"),
+    ]  # fmt: skip
+    assert plan.pairs == [("flat", "task"), ("shuffled", "flat")]
+
+
 def test_tuning_jobs_are_balanced_and_unreported(tmp_path):
     plan = load_plan(write(tmp_path))
     jobs = plan.tuning_jobs()
@@ -91,6 +100,7 @@ def test_seeds(text, seeds):
         ("baseline: task", "baseline: tsk", "baseline tsk, did you mean task"),
         ("[shuffled, flat]", "[shuffled]", "expected pairs of arms"),
         ("[shuffled, flat]", "[shuffled, structured]", "comparisons structured"),
+        ("tuned_as: flat", "seeds: 1-2", "arms.shuffled.seeds: 2: expected some of the plan's"),
         ("tuned_as: flat", "versus: fat", "comparisons fat, did you mean flat"),
         ("[{lr: 1e-3}, {lr: 2e-3}]", "[{lr: 1e-3}]", "task tunes over 1 values, flat over 2; expected equal numbers"),
         ("tuned_as: flat", "tuned_as: shuffled", "tuned_as shuffled"),

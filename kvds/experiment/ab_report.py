@@ -171,11 +171,11 @@ def write_ab_report(plan: Plan, rows: Sequence[Row], failed: Sequence[Row], fold
     numbers = {arm: [factor * value(row, plan.primary) for row in seeds.values()] for arm, seeds in arms.items()}
     save_arms(numbers, title, {arm: bootstrap_interval(found) for arm, found in numbers.items()}, paths[3])
     save_learning_curves(arms, paths[4])
-    expected = len(plan.seeds)
-    missing = [f"{arm} {len(arms.get(arm, {}))}" for arm in plan.arms if len(arms.get(arm, {})) < expected]
+    counts = {arm.name: (len(arms.get(arm.name, {})), len(arm.seeds or plan.seeds)) for arm in plan.arms.values()}
+    missing = [f"{arm} ({found} of {expected})" for arm, (found, expected) in counts.items() if found < expected]
     notes = []
     if missing:
-        notes.append(f"Not complete: of {expected} seeds there are " + ", ".join(missing) + ".")
+        notes.append("Seeds not finished: " + ", ".join(missing) + ".")
     if failed:
         told = [f"{row['arm']} seed {row['seed']} ({row['error']})" for row in failed]
         notes.append("Failed: " + "; ".join(told) + ".")

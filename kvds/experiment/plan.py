@@ -77,6 +77,7 @@ class Arm:
         tune: Settings to choose from on the tuning seeds; empty: nothing is chosen.
         tuned_as: The arm whose choice this one takes over (a control with everything else equal); None: its own.
         versus: The arms that it is compared with; empty: the plan's baseline.
+        seeds: Its own, some of the plan's; empty: all of them.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Arm:
     tune: tuple[dict[str, Any], ...] = ()
     tuned_as: str | None = None
     versus: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Plan:
         jobs = []
         for seed in self.seeds:
             for arm in self.arms.values():
+                if arm.seeds and seed not in arm.seeds:
+                    continue
                 source = arm.tuned_as or (arm.name if arm.tune else None)
                 if source is not None and source not in chosen:
                     raise InputError(
@@ -231,6 +235,10 @@ def _check(plan: Plan, path: Path) -> None:
         for name in pair:
             known(name, "comparisons", plan.arms)
     for arm in plan.arms.values():
+        if foreign := set(arm.seeds) - set(plan.seeds):
+            raise InputError(
+                f"{path}: arms.{arm.name}.seeds: {min(foreign)} is not among the plan's; expected some of them"
+            )
         if arm.tuned_as is not None:
             tuned = [name for name, other in plan.arms.items() if other.tune]
             known(arm.tuned_as, f"arms.{arm.name}.tuned_as", [arm.tuned_as] if plan.tuned_from else tuned)
@@ -266,7 +274,7 @@ def _check(plan: Plan, path: Path) -> None:
 def _arm(name: str, value: Any, path: Path) -> Arm:
     content = _mapping(value or {}, path, f"arms.{name}")
     tune, tuned_as = content.pop("tune", None) or [], content.pop("tuned_as", None)
-    versus = content.pop("versus", None) or []
+    versus, seeds = content.pop("versus", None) or [], content.pop("seeds", None)
     if not isinstance(tune, list) or (tune and tuned_as is not None):
         raise InputError(f"{path}: arms.{name}: expected tune (a list of settings to choose from) or tuned_as (an arm)")
     return Arm(
@@ -275,6 +283,7 @@ def _arm(name: str, value: Any, path: Path) -> Arm:
         tuple(_settings(values, path, f"arms.{name}.tune") for values in tune),
         tuned_as,
         tuple(versus if isinstance(versus, list) else [str(versus)]),
+        () if seeds is None else _seeds(seeds, path, f"arms.{name}.seeds"),
     )
 
 
