@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
+from mlflow import MlflowClient
 
 from kvds.cli import main
 from kvds.errors import InputError
 from kvds.experiment.ab import Experiment, Runner, choose
+from kvds.experiment.ab_tracking import track_experiment
 from kvds.experiment.plan import load_plan
 from kvds.experiment.results import ResultStore
 
@@ -180,6 +182,15 @@ arms:
     assert "shuffled − task_only | 2 |" in report
     for name in ("arms.png", "learning_curves.png"):
         assert imread(output / "tiny" / name).std() > 0.02
+    client = MlflowClient(f"sqlite:///{output}/tiny/mlflow.db")
+    parent = track_experiment(load_plan(tmp_path / "tiny.yaml"), ResultStore(output / "tiny").rows, output / "tiny")
+    children = client.search_runs(["1"], f"tags.mlflow.parentRunId = '{parent}'")
+    assert {(c.data.params["arm"], c.data.params["seed"]) for c in children} == {(r["arm"], r["seed"]) for r in rows}
+    child = next(c for c in children if c.info.run_name == "shuffled-seed1")
+    [row] = [r for r in rows if (r["arm"], r["seed"]) == ("shuffled", "1")]
+    assert child.data.metrics["auc/cross_entropy"] == pytest.approx(float(row["auc/cross_entropy"]), rel=1e-4)
+    assert [m.step for m in client.get_metric_history(child.info.run_id, "curve/cross_entropy")] == [2, 4]
+    assert {a.path for a in client.list_artifacts(parent)} >= {"report.md", "runs.csv", "arms.png"}
     before = (output / "tiny" / "runs.jsonl").read_text()
     capsys.readouterr()
     assert main(argv) == 0 and (output / "tiny" / "runs.jsonl").read_text() == before

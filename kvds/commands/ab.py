@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_minutes", type=float, metavar="M", help="stop then; finished runs are kept")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings on top of every arm's")
     parser.add_argument("--report_only", action="store_true", help="run nothing; report what there is")
+    parser.add_argument("--track", action="store_true",
+                        help="also write MLflow records: one parent run, the runs nested (DIR/PLAN/mlflow.db)")  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="list the runs that are still to be done")
 
 
@@ -160,6 +162,10 @@ def _report(experiment: Experiment, arguments: argparse.Namespace) -> int:
         log.warning("%s: no run has finished%s (logs: %s)", store.path, reason, arguments.output / "logs")
         return 1
     written = write_ab_report(experiment.plan, rows, failed, experiment.folder)
+    if arguments.track:
+        from kvds.experiment.ab_tracking import track_experiment
+
+        track_experiment(experiment.plan, rows, experiment.folder)
     print((experiment.folder / "report.md").read_text(encoding="utf-8"))
     print("written:", *written)
     return 1 if failed else 0
