@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings on top of every arm's")
     parser.add_argument("--report_only", action="store_true", help="run nothing; report what there is")
     parser.add_argument("--track", action="store_true",
-                        help="also write MLflow records: one parent run, the runs nested (DIR/PLAN/mlflow.db)")  # fmt: skip
+                        help="also write MLflow records: one parent run, the runs nested in it")  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="list the runs that are still to be done")
 
 
