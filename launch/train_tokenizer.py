@@ -1,6 +1,9 @@
 """Train a small byte-level BPE tokenizer on the training rows of a corpus, in the form that Qwen2 models load.
 
-python launch/train_tokenizer.py --datasets gsm8k --data_dir DATA --vocab_size 4096 --output outputs/tokenizer
+python launch/train_tokenizer.py --datasets gsm8k --data_dir DATA --vocab_size 4096 --output outputs/gsm8k_tokenizer
+
+The folder also gets the configuration of a small model with this vocabulary, so that it serves as --student_name with
+--student_init random and whatever --student_config_overrides says.
 
 A vocabulary of 151,936 entries makes up nearly all of a model of a few million parameters; one of its own makes
 experiments on real text affordable.
@@ -29,7 +32,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, output: Path) -> int:
     """
     from tokenizers import Tokenizer, models, trainers
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
+    from transformers import Qwen2Config, Qwen2Tokenizer
 
     template = Qwen2Tokenizer(vocab={PAD: 0, END: 1}, merges=[], unk_token=None, eos_token=END, pad_token=PAD)
     model = Tokenizer(models.BPE())
@@ -43,6 +46,11 @@ def train_tokenizer(texts: list[str], vocab_size: int, output: Path) -> int:
     merges = [tuple(pair) for pair in learned["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, unk_token=None, eos_token=END, pad_token=PAD)
     tokenizer.save_pretrained(output)
+    Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, use_cache=False,
+    ).save_pretrained(output)  # fmt: skip
     return len(tokenizer)
 
 

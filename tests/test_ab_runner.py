@@ -13,7 +13,7 @@ from kvds.cli import main
 from kvds.errors import InputError
 from kvds.experiment.ab import Experiment, Runner, choose
 from kvds.experiment.ab_tracking import track_experiment
-from kvds.experiment.plan import load_plan
+from kvds.experiment.plan import load_plan, load_tuned
 from kvds.experiment.results import ResultStore
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -82,7 +82,13 @@ def test_finished_runs_are_never_run_twice_and_failed_ones_are(fake):
     row = next(row for row in e.store.rows if row["arm"] == "b" and row["status"] == "finished")
     assert row["student"] == str(e.prepared("start"))
     # The third value of a failed arm is the worst, the best of each arm is chosen.
-    assert choose(e.plan, e.store) == ({"a": {"lr": 3.0}, "b": {"lr": 4.0}}, 1)
+    assert choose(e.plan, e.store, e.plan.tuning_jobs()) == ({"a": {"lr": 3.0}, "b": {"lr": 4.0}}, 1)
+    e.save_choice([job for job in e.plan.tuning_jobs() if job.arm == "b"])
+    assert load_tuned(e.folder / "tuned.yaml") == {"b": {"lr": 4.0}}
+    e.save_choice([job for job in e.plan.tuning_jobs() if job.arm == "a"])
+    assert load_tuned(e.folder / "tuned.yaml") == {"b": {"lr": 4.0}, "a": {"lr": 3.0}}
+    with pytest.raises(InputError, match="no tuning seed is complete"):
+        choose(e.plan, ResultStore(fake / "other"), e.plan.tuning_jobs())
     again = experiment(fake)
     with runner(fake) as r:
         assert r.run([(again, job) for job in again.plan.tuning_jobs()], "tune")

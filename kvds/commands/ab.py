@@ -86,8 +86,9 @@ def _train(experiments: Sequence[Experiment], runner: Runner, arguments: argpars
         if not tuning:
             raise InputError("--tune: no arm has values to choose from; expected `tune:` below an arm of a plan")
         in_time = runner.run(tuning, "tune")
-        for experiment in dict.fromkeys(id(e) for e, _ in tuning):
-            next(e for e in experiments if id(e) == experiment).save_choice()
+        for experiment in experiments:
+            if jobs := [job for e, job in tuning if e is experiment]:
+                experiment.save_choice(jobs)
         if not in_time:
             return False
     work = [(e, job) for e in experiments for job in _reported(e, arguments)]

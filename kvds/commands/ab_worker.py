@@ -29,7 +29,7 @@ def train_job(settings: dict[str, Any], ranks: int) -> dict[str, Any]:
         settings: All of the run, its ``output_dir`` among them.
         ranks: 1: in this process; more: through the ``deepspeed`` launcher.
     """
-    fields = {key: tuple(item) if isinstance(item, list) else item for key, item in settings.items()}
+    fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in settings.items()}
     cfg = RunConfig(**fields)
     cfg.check_paths()
     begun, begun_cpu = time.perf_counter(), time.process_time()

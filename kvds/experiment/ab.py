@@ -65,12 +65,14 @@ class Experiment:
         needed = any(arm.tune or arm.tuned_as for arm in self.plan.arms.values())
         return self.plan.report_jobs(load_tuned(file) if needed and (self.tuned or file.is_file()) else {})
 
-    def save_choice(self) -> None:
-        """Write ``tuned.yaml`` from the tuning runs that have ended."""
-        chosen, seeds = choose(self.plan, self.store)
+    def save_choice(self, jobs: Sequence[Job]) -> None:
+        """Write ``tuned.yaml`` from the tuning ``jobs`` that have ended; choices of arms not among them stay."""
+        chosen, seeds = choose(self.plan, self.store, jobs)
         values = max(len(arm.tune) for arm in self.plan.arms.values())
+        file = self.folder / TUNED_FILE
+        chosen = (load_tuned(file) if file.is_file() else {}) | chosen
         note = f"Chosen by {self.plan.primary}, mean over {seeds} tuning seed(s), {values} values per arm."
-        save_tuned(self.folder / TUNED_FILE, chosen, note)
+        save_tuned(file, chosen, note)
 
 
 Work = tuple[Experiment, Job]
@@ -212,8 +214,8 @@ def prepare(experiments: Sequence[Experiment], runner: Runner) -> bool:
     return True
 
 
-def choose(plan: Plan, store: ResultStore) -> tuple[dict[str, dict[str, Any]], int]:
-    """Each tuned arm's best value by the primary metric, mean over the tuning seeds that are complete for all arms.
+def choose(plan: Plan, store: ResultStore, jobs: Sequence[Job]) -> tuple[dict[str, dict[str, Any]], int]:
+    """Each arm's best value by the primary metric, mean over the seeds for which all of the tuning ``jobs`` have ended.
 
     A failed run, or one whose metric is not finite, counts as the worst.
 
@@ -223,7 +225,6 @@ def choose(plan: Plan, store: ResultStore) -> tuple[dict[str, dict[str, Any]], i
     Raises:
         InputError: no seed is complete.
     """
-    jobs = plan.tuning_jobs()
     rows = store.finished(jobs)
     ended = rows.keys() | {key_of(row) for row in store.failed(jobs)}
     seeds = [seed for seed in plan.tuning_seeds if all(job.key in ended for job in jobs if job.seed == seed)]

@@ -236,9 +236,7 @@ def _check(plan: Plan, path: Path) -> None:
             known(name, "comparisons", plan.arms)
     for arm in plan.arms.values():
         if foreign := set(arm.seeds) - set(plan.seeds):
-            raise InputError(
-                f"{path}: arms.{arm.name}.seeds: {min(foreign)} is not among the plan's; expected some of them"
-            )
+            raise InputError(f"{path}: arms.{arm.name}.seeds: {min(foreign)}: expected some of the plan's seeds")
         if arm.tuned_as is not None:
             tuned = [name for name, other in plan.arms.items() if other.tune]
             known(arm.tuned_as, f"arms.{arm.name}.tuned_as", [arm.tuned_as] if plan.tuned_from else tuned)
