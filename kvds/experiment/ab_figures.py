@@ -47,7 +47,10 @@ def save_learning_curves(arms: Mapping[str, Mapping[int, Row]], path: Path) -> N
 
     panels = [("exact_match", "dev exact match (%)", 100.0), ("cross_entropy", "dev cross entropy (nats/token)", 1.0),
               ("loss/task", "training task loss (nats/token)", 1.0)]  # fmt: skip
-    figure = Figure(figsize=(15, 4.4 + 0.1 * len(arms)), dpi=120, layout="constrained")
+    found = [row.get("curves", {}).get("exact_match", [[], []])[1] for seeds in arms.values() for row in seeds.values()]
+    if not any(any(curve) for curve in found):  # a task that is too hard for all of them
+        del panels[0]
+    figure = Figure(figsize=(5 * len(panels), 4.4 + 0.1 * len(arms)), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (key, label, factor) in zip(axes, panels, strict=True):
         for position, (arm, seeds) in enumerate(arms.items()):
