@@ -201,3 +201,27 @@ arms:
     capsys.readouterr()
     assert main(argv) == 0 and (output / "tiny" / "runs.jsonl").read_text() == before
     assert main([*argv, "--dry_run"]) == 0 and "0 of 4 runs" in capsys.readouterr().out
+
+
+@pytest.mark.multiprocess
+def test_a_run_on_two_ranks_through_the_launcher(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    (tmp_path / "ranks.yaml").write_text(
+        f"""
+base: {REPOSITORY}/launch/recipes/quickstart.yaml
+settings: {{batch_size: 2, max_steps: 2, logging_steps: 1, eval_subset_size: 4, max_new_tokens: 2,
+           synthetic_problems: 8, calibration_batches: 1}}
+primary: final/cross_entropy
+seeds: [3]
+baseline: flat
+arms: {{flat: {{alignment_mode: flat, kv_weight: 1.0}}}}
+"""
+    )
+    argv = ["ab", str(tmp_path / "ranks.yaml"), "--output", str(tmp_path), "--devices", "cpu", "--ranks", "2"]
+    assert main([*argv, "--keep", "all"]) == 0, (tmp_path / "logs" / "worker-0.log").read_text()[-2000:]
+    [row] = ResultStore(tmp_path / "ranks").rows
+    assert row["status"] == "finished" and row["final/cross_entropy"] > 0 and row["parameters/aligner"] > 0
+    shards = (tmp_path / "ranks" / "runs" / "report-flat-seed3" / "checkpoints" / "step-000002").glob(
+        "*_optim_states.pt"
+    )
+    assert len(list(shards)) == 2

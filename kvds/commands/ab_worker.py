@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -50,8 +51,12 @@ def _launch(cfg: RunConfig, ranks: int) -> None:
     recipe.parent.mkdir(parents=True, exist_ok=True)
     cfg.save(recipe)
     script = Path(__file__).resolve().parents[2] / "launch" / "distill.py"
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-    done = subprocess.run([*launcher, str(script), "--config", str(recipe)], stdout=sys.stderr, check=False)
+    with socket.socket() as probe:  # workers side by side must not meet at the launcher's default port
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    command = [*launcher, "--master_port", port, str(script), "--config", str(recipe)]
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode:
         raise InputError(f"the launcher ended with status {done.returncode} (its output is in this worker's log)")
     recipe.unlink()
