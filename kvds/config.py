@@ -127,6 +127,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             "frozen",
             "--map_start pca, procrustes or ridge: a frozen random map has no meaning",
         )
+        alone = self.uses_kv and self.teacher_kv == "shuffled" and self.batch_size == 1
+        _require(not alone, "teacher_kv", "shuffled", "a --batch_size above 1: a row alone has no other to borrow from")
         silent = self.task_weight == 0 and not self.uses_teacher
         _require(
             not silent,
@@ -158,6 +160,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             (self.uses_kv and self.kv_method in READS_KEYS, f"--kv_method {self.kv_method}"),
             (self.uses_kv and mode in ("relation", "structural_kv"), f"--alignment_mode {mode}"),
             (self.uses_kv and self.align_tokens == "segment", "--align_tokens segment"),
+            (self.uses_kv and self.teacher_kv == "shuffled", "--teacher_kv shuffled"),
         ]
 
     def _check_files(self) -> None:
@@ -352,6 +355,15 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, not YAML, not a mapping, or a key that is no setting.
     """
+    return checked_settings(load_mapping(path), path)
+
+
+def load_mapping(path: str | Path) -> dict[Any, Any]:
+    """A YAML file's mapping, no key given twice.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping.
+    """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
@@ -366,6 +378,15 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"--config {path}: holds a {type(content).__name__}; expected a mapping, lines of `key: value`"
         )
+    return content
+
+
+def checked_settings(content: dict[Any, Any], path: str | Path) -> dict[str, Any]:
+    """What a mapping of a YAML file says, as settings: keys known, values of the right kind.
+
+    Raises:
+        InputError: a key that is no setting, or a value of the wrong kind; the message names ``path``.
+    """
     known = {field.name for field in dataclasses.fields(RunConfig)}
     for key, value in content.items():
         if key not in known:

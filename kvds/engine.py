@@ -116,5 +116,6 @@ def gradient_norm(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Par
 def discard_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     """Forget the gradients of a backward pass that no step shall follow."""
     engine.optimizer.zero_grad()
-    engine.optimizer.averaged_gradients = {}
+    # Emptied, not replaced: below stage 3 the parameters read their gradients out of this very dictionary.
+    getattr(engine.optimizer, "averaged_gradients", {}).clear()
     engine.zero_grad()

@@ -91,6 +91,10 @@ class AlignmentSettings:
         "tokens per row whose queries say what is important; unset: 32 of the answer (rkv), the last 8 (snapkv, "
         "rkv_window)", None,
     )  # fmt: skip
+    teacher_kv: str = setting(
+        "teacher's keys and values of the row itself, or as a control of another row of the batch", "matched",
+        choices=("matched", "shuffled"),
+    )  # fmt: skip
     kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
     relation_kind: str = setting(

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
 from kvds.data.packing import model_inputs
-from kvds.kv import Capture, KVCapture, KVShape, Observed, ObservingRows, States, open_capture, pool_steps
+from kvds.kv import (
+    Capture,
+    KVCapture,
+    KVShape,
+    Observed,
+    ObservingRows,
+    States,
+    open_capture,
+    pool_steps,
+    shuffled_states,
+)
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.models import backbone, kv_shape
@@ -66,6 +76,7 @@ class Teacher:
         wants_hidden: Return hidden states for logit distillation.
         observe: From a batch to the tokens whose queries the selection reads, or to None; see
             :func:`kvds.kv.observing_rows`.
+        shuffled: Exchange the rows' keys and values, a control (:func:`kvds.kv.shuffled_states`).
     """
 
     def __init__(
@@ -79,11 +90,12 @@ class Teacher:
         reads: str = "kv",
         wants_hidden: bool = False,
         observe: Callable[[TokenBatch], ObservingRows | None] | None = None,
+        shuffled: bool = False,
     ) -> None:
         model.requires_grad_(False).eval()
         self.config, self._dtype = model.config, next(model.parameters()).dtype
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
-        self._reads, self._observe = reads, observe
+        self._reads, self._observe, self._shuffled = reads, observe, shuffled
         module = _TeacherModule(model)
         if engine_config is None:
             self._forward: nn.Module = module.to(device)
@@ -124,6 +136,8 @@ class Teacher:
                 stack.enter_context(only_keys_and_values(self._backbone, queries=rows is not None))
             hidden = self._forward(ids, **inputs)
         states = capture.states
+        if self._shuffled:
+            states = shuffled_states(states, batch.attention_mask, batch.sample_ids >= 0)  # type: ignore[type-var]
         if batch.step_ids is not None:
             states = pool_steps(states, batch.step_ids, steps)  # type: ignore[type-var]
         observed = Observed(rows, capture.observed) if rows is not None and isinstance(capture, KVCapture) else None
@@ -132,7 +146,7 @@ class Teacher:
     def _capture(self, rows: ObservingRows | None, index: Tensor | None) -> Capture | SelectedCapture:
         if rows is not None:
             return KVCapture(self._backbone, rope=self._rope, query_rows=rows.positions)
-        if index is not None and self._reads == "kv":
+        if index is not None and self._reads == "kv" and not self._shuffled:
             return SelectedCapture(self._backbone, index, rope=self._rope)
         return open_capture(self._backbone, self._reads, rope=self._rope)
 

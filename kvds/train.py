@@ -59,9 +59,9 @@ from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 log = logging.getLogger("kvds")
 
 
-def train(cfg: RunConfig) -> Path:
+def train(cfg: RunConfig, *, draw_report: bool = True) -> Path:
     """Run one distillation from data to exported student; every rank calls it. Joins the process group if none is
-    there.
+    there. Without ``draw_report`` no ``report/`` is made (of many small runs, an experiment draws one).
 
     Returns:
         The output folder.
@@ -75,7 +75,7 @@ def train(cfg: RunConfig) -> Path:
     run = TrainingRun(cfg, raw, device)
     try:
         run.fit()
-        run.finish()
+        run.finish(draw_report=draw_report)
     except BaseException:
         run.close("FAILED")
         raise
@@ -197,6 +197,7 @@ class TrainingRun:
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
             wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
             observe=self.choice.observing,
+            shuffled=cfg.teacher_kv == "shuffled",
         )  # fmt: skip
 
     def _calibration_batches(self) -> list[TokenBatch]:
@@ -364,7 +365,7 @@ class TrainingRun:
             )
         return results
 
-    def finish(self) -> None:
+    def finish(self, *, draw_report: bool = True) -> None:
         """Export the student and the aligner, evaluate on held-out rows and write ``eval.json``."""
         model = self._plain_student()
         aligner = self.engine.module.aligner
@@ -382,7 +383,7 @@ class TrainingRun:
                     results["all"]["cross_entropy"],
                     100 * results["all"]["exact_match"],
                 )
-        if self.tracker is not None:
+        if self.tracker is not None and draw_report:
             self._log_artifacts()
         log.info("student, aligner and records are in %s", self.output_dir)
         cfg = self.cfg

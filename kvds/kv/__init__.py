@@ -10,6 +10,7 @@ from kvds.kv.queries import AttentionStates, LayerQueries
 from kvds.kv.reading import Capture, States, open_capture
 from kvds.kv.select import Selection, observing_rows, select_tokens, selected_count
 from kvds.kv.shares import selected_shares
+from kvds.kv.shuffle import shuffled_states
 from kvds.kv.states import KVShape, KVStates
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "select_tokens",
     "selected_count",
     "selected_shares",
+    "shuffled_states",
 ]

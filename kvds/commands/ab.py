@@ -1,0 +1,172 @@
+"""Run experiments, arms × seeds of plans, and report them; an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvds.config_values import number
+from kvds.errors import InputError
+from kvds.experiment.ab import KEEP, Experiment, Runner, Work, needs_preparation, prepare
+from kvds.experiment.plan import Job, load_plan, parse_seeds
+
+log = logging.getLogger("kvds")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("plans", nargs="+", type=Path, metavar="PLAN.yaml", help="arms, seeds, the primary metric")
+    parser.add_argument("--output", type=Path, default=Path("outputs/ab"), metavar="DIR",
+                        help="results go to DIR/PLAN/ (default: outputs/ab)")  # fmt: skip
+    parser.add_argument("--tune", action="store_true", help="first choose each arm's values on the tuning seeds")
+    parser.add_argument("--tuned", type=Path, metavar="FILE", help="values that an earlier tuning chose")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these arms alone")
+    parser.add_argument("--seeds", metavar="0-9|0,1", help="of the plan's seeds run these alone")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N",
+                        help="ranks per run; above 1 through the deepspeed launcher (default: 1)")  # fmt: skip
+    parser.add_argument("--devices", metavar="cpu|0,1,…", help="CUDA devices dealt out to workers, or cpu")
+    parser.add_argument("--keep", choices=KEEP, default="metrics",
+                        help="what stays of a run's folder: metrics (its row alone), student, all")  # fmt: skip
+    parser.add_argument("--max_minutes", type=float, metavar="M", help="stop then; finished runs are kept")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings on top of every arm's")
+    parser.add_argument("--report_only", action="store_true", help="run nothing; report what there is")
+    parser.add_argument("--track", action="store_true",
+                        help="also write MLflow records: one parent run, the runs nested in it")  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="list the runs that are still to be done")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare, tune, train and report."""
+    for name in ("workers", "ranks"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} {getattr(arguments, name)}: expected at least 1")
+    minutes = arguments.max_minutes
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"--max_minutes {minutes}: expected above 0 (or no --max_minutes)")
+    overrides = _overrides(arguments.set)
+    plans = [load_plan(path, overrides) for path in arguments.plans]
+    names = [plan.name for plan in plans]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name}.yaml: named twice; expected each plan once (its results go to --output/{name})")
+    arms = {arm: None for plan in plans for arm in plan.arms}
+    for name in arguments.only or []:
+        if name not in arms:
+            raise InputError(f"--only {name}: expected arms of the plan, {', '.join(arms)}")
+    experiments = [Experiment(plan, arguments.output / plan.name, arguments.tuned) for plan in plans]
+    if arguments.dry_run:
+        return _list(experiments, arguments)
+    if not arguments.report_only:
+        runner = Runner(
+            arguments.output / "logs",
+            workers=arguments.workers,
+            devices=arguments.devices.split(",") if arguments.devices else (),
+            ranks=arguments.ranks,
+            keep=arguments.keep,
+            deadline=None if minutes is None else time.monotonic() + 60 * minutes,
+        )
+        with runner:
+            if not _train(experiments, runner, arguments):
+                log.warning("out of time: what has finished is reported (the same command goes on)")
+    return max([_report(experiment, arguments) for experiment in experiments])
+
+
+def _train(experiments: Sequence[Experiment], runner: Runner, arguments: argparse.Namespace) -> bool:
+    """All phases, each over all experiments at once, so that workers idle at its end only; False: out of time."""
+    needing = [e for e in experiments if needs_preparation(e, [*e.plan.tuning_jobs(), *_untuned(e)])]
+    if not prepare(needing, runner):
+        return False
+    if arguments.tune:
+        tuning = _tuning(experiments, arguments)
+        if not tuning:
+            raise InputError("--tune: no arm has values to choose from; expected `tune:` below an arm of a plan")
+        in_time = runner.run(tuning, "tune")
+        for experiment in experiments:
+            if jobs := [job for e, job in tuning if e is experiment]:
+                experiment.save_choice(jobs)
+        if not in_time:
+            return False
+    work = [(e, job) for e in experiments for job in _reported(e, arguments)]
+    # The first seeds of all plans before the second ones of any: what there is when the time ends is balanced.
+    return runner.run(sorted(work, key=lambda item: item[1].seed), "train")
+
+
+def _untuned(experiment: Experiment) -> list[Job]:
+    return experiment.plan.report_jobs({arm: {} for arm in _sources(experiment)})
+
+
+def _sources(experiment: Experiment) -> list[str]:
+    return [arm.tuned_as or arm.name for arm in experiment.plan.arms.values()]
+
+
+def _tuning(experiments: Sequence[Experiment], arguments: argparse.Namespace) -> list[Work]:
+    return [(e, job) for e in experiments for job in _wanted(e.plan.tuning_jobs(), arguments.only, None)]
+
+
+def _reported(experiment: Experiment, arguments: argparse.Namespace) -> list[Job]:
+    return _wanted(experiment.report_jobs(), arguments.only, arguments.seeds)
+
+
+def _wanted(jobs: Sequence[Job], only: Sequence[str] | None, seeds: str | None) -> list[Job]:
+    try:
+        chosen = None if seeds is None else parse_seeds(seeds)
+    except ValueError as error:
+        raise InputError(f"--seeds {seeds}: expected whole numbers, such as 0-9 or 0,1") from error
+    return [j for j in jobs if (not only or j.arm in only) and (chosen is None or j.seed in chosen)]
+
+
+def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    from kvds.config import checked_settings
+
+    content: dict[Any, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise InputError(f"--set {pair}: expected KEY=VALUE, such as data_dir=DATA")
+        content[key] = {"true": True, "false": False, "none": None}.get(text.lower(), number(text))
+    return checked_settings(content, "--set")
+
+
+def _list(experiments: Sequence[Experiment], arguments: argparse.Namespace) -> int:
+    work: list[Work] = [(e, job) for e in experiments for job in e.plan.preparation_jobs()]
+    if arguments.tune:
+        work += _tuning(experiments, arguments)
+    for e in experiments:
+        jobs = _untuned(e) if arguments.tune else e.report_jobs()
+        work += [(e, job) for job in _wanted(jobs, arguments.only, arguments.seeds)]
+    done = 0
+    for experiment, job in work:
+        finished = bool(experiment.store.finished([job]))
+        done += finished
+        print(f"{'done ' if finished else 'to do'}  {experiment.plan.name}/{job.name}")
+    print(f"{len(work) - done} of {len(work)} runs are still to be done")
+    return 0
+
+
+def _report(experiment: Experiment, arguments: argparse.Namespace) -> int:
+    from kvds.experiment.ab_report import write_ab_report
+
+    store = experiment.store
+    try:
+        jobs = experiment.report_jobs()
+    except InputError as error:  # the time ended before a value was chosen
+        log.warning("%s: %s", experiment.plan.name, error)
+        return 1
+    rows, failed = list(store.finished(jobs).values()), store.failed(jobs)
+    if not rows:
+        reason = f": {failed[0]['error']}" if failed else ""
+        log.warning("%s: no run has finished%s (logs: %s)", store.path, reason, arguments.output / "logs")
+        return 1
+    written = write_ab_report(experiment.plan, rows, failed, experiment.folder)
+    if arguments.track:
+        from kvds.experiment.ab_tracking import track_experiment
+
+        track_experiment(experiment.plan, rows, experiment.folder)
+    print((experiment.folder / "report.md").read_text(encoding="utf-8"))
+    print("written:", *written)
+    return 1 if failed else 0

@@ -1,0 +1,103 @@
+"""The report of an experiment: numbers from rows to tables, verdict, curves; and the plans that are shipped."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvds.experiment.ab_figures import aligned_curves
+from kvds.experiment.ab_report import by_arm, compare_arms, comparison_table, summary_table, verdict
+from kvds.experiment.plan import load_plan
+from kvds.experiment.report import RunRecord
+from kvds.experiment.results import summarise, unsteadiness, value
+from kvds.settings import AlignmentSettings
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "launch" / "recipes" / "experiments"
+PLAN = """
+settings: {model_name: gpt2}
+primary: auc/exact_match
+seeds: 0-3
+baseline: a
+arms: {a: {}, b: {lr: 1.0}, c: {lr: 2.0}}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    return load_plan(tmp_path / "plan.yaml")
+
+
+def rows(**arms: list[float]) -> list[dict]:
+    return [
+        {"arm": arm, "seed": seed, "auc/exact_match": number, "status": "finished"}
+        for arm, numbers in arms.items()
+        for seed, number in enumerate(numbers)
+    ]
+
+
+def test_tables_and_verdict_say_what_the_numbers_say(plan):
+    arms = by_arm(plan, rows(a=[0.1, 0.2, 0.1, 0.2], b=[0.5, 0.61, 0.5, 0.59], c=[0.1, 0.1, 0.2, 0.2]))
+    comparisons = compare_arms(plan, arms)
+    assert [(c.arm, c.reference, c.paired.seeds) for c in comparisons] == [("b", "a", 4), ("c", "a", 4)]
+    # Differences of b: .4, .41, .4, .39: mean .4; of c: 0, −.1, .1, 0: mean 0.
+    assert comparisons[0].p_holm == pytest.approx(2 * comparisons[0].paired.p_t) and comparisons[1].p_holm == 1.0
+    text = verdict(plan, comparisons)
+    assert "b is better than a (+40.0 [" in text and "c against a: no effect shown (+0.0 [" in text
+    assert "| a | 4 | 15.0 ± 5.8 |" in summary_table(plan, arms)
+    assert "| b − a | 4 | +40.0 |" in comparison_table(plan, comparisons)
+
+
+def test_lower_may_be_better_and_one_pair_says_nothing(plan, tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN + "better: lower\n")
+    lower = load_plan(tmp_path / "plan.yaml")
+    arms = by_arm(lower, rows(a=[0.1, 0.2, 0.1], b=[0.5, 0.61, 0.5], c=[0.3]))
+    text = verdict(lower, compare_arms(lower, arms))
+    assert "b is worse than a" in text and "c against a: too few pairs (1)" in text
+
+
+def test_a_run_becomes_a_row():
+    metrics = [{"step": step, "loss/task": loss} for step, loss in enumerate([4.0, 3.0, 2.0, 1.0], start=1)]
+    metrics += [
+        {"step": 2, "eval/all/exact_match": 0.2, "eval/all/cross_entropy": 3.0},
+        {"step": 4, "eval/all/exact_match": 0.6, "eval/all/cross_entropy": 1.0, "kv/norm_ratio": math.nan},
+    ]
+    row = summarise(RunRecord("r", {}, metrics, {"exact_match": 0.6, "cross_entropy": 1.0, "samples": 7}))
+    assert (row["auc/exact_match"], row["auc/cross_entropy"]) == pytest.approx((0.4, 2.0))
+    assert row["final/exact_match"] == 0.6 and "final/samples" not in row and "last/kv/norm_ratio" not in row
+    assert row["last/loss/task"] == 1.0 and row["curves"]["exact_match"] == [[2, 4], [0.2, 0.6]]
+    assert math.isnan(value(row, "final/kv_loss"))
+
+
+def test_unsteadiness_is_the_spread_of_the_smoothed_change():
+    assert unsteadiness([float(-step) for step in range(20)]) == pytest.approx(0.0, abs=1e-12)
+    # Smoothed over five: 0, 1, 0 → changes 1, −1: standard deviation sqrt 2.
+    assert unsteadiness([0, 0, 0, 0, 0, 5, -5]) == pytest.approx(math.sqrt(2))
+    assert math.isnan(unsteadiness([1.0] * 6))
+
+
+def test_curves_meet_at_the_steps_that_all_have():
+    steps, values = aligned_curves([[[1, 2, 3], [5.0, None, 7.0]], None, [[2, 3, 4], [1.0, 2.0, 3.0]]])
+    assert steps.tolist() == [2, 3]
+    np.testing.assert_array_equal(values, [[np.nan, 7.0], [1.0, 2.0]])
+    assert aligned_curves([None, None])[1].shape == (0, 0)
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_plans_are_sound(path, monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parents[2])
+    methods = AlignmentSettings.__dataclass_fields__["kv_method"].metadata["choices"]
+    if path.stem == "problems_selection" and "rkv" not in methods:
+        pytest.skip("needs token selection by query and key")
+    plan = load_plan(path)
+    sources = {arm.tuned_as or arm.name for arm in plan.arms.values() if arm.tuned_as or arm.tune}
+    jobs = [*plan.preparation_jobs(), *plan.tuning_jobs(), *plan.report_jobs(dict.fromkeys(sources, {}))]
+    assert len({job.key for job in jobs}) == len(jobs) and len({job.name for job in jobs}) == len(jobs)
+    # Every evaluation lies equally far from the last: the AUC is the same kind of number for every arm.
+    for job in jobs:
+        steps, every = job.settings.get("max_steps"), job.settings.get("eval_steps")
+        assert not steps or not every or (steps % every == 0)
+    if plan.tuned_from:
+        tuned = load_plan(path.with_name(f"{plan.tuned_from}.yaml"))
+        assert sources <= {arm.name for arm in tuned.arms.values() if arm.tune}
