@@ -13,7 +13,7 @@ from kvds.align.loss import PART_NAMES, PARTS, AlignmentLoss, average_parts
 from kvds.align.part import AlignerPart
 from kvds.config_modes import check_mode
 from kvds.errors import InputError
-from kvds.kv import KVShape, Selection, States
+from kvds.kv import KVShape, KVStates, Selection, States
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class KVAligner(nn.Module):
 
         mask = torch.ones(1, 2, dtype=torch.bool, device=device)
         self(states(self.student_shape), states(self.teacher_shape), Selection(None, mask))
+
     def check_states(self, student: States, teacher: States) -> None:
         """Compare captured states with the shapes that the configurations promise.
 
