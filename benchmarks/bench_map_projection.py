@@ -5,10 +5,12 @@
     python benchmarks/bench_map_projection.py --pairs qwen2 --tokens 32768 --minutes 2
 
 Modes: ``forward`` (the loss alone) and ``full`` (loss and gradients of the student's states and of every map).
-Directions: ``student_to_teacher`` (the source is the student) and ``teacher_to_student``. Buffers are rotated so that no
-provider finds its input in the L2 cache. GB/s and the share of the copy bandwidth count one-pass bytes, whatever a
-provider really moves: each selected element of teacher and student read once, each of the student's gradient written
-once. Extra memory is the peak during one call above what was allocated before it, less the gradients that it returns.
+Directions: ``student_to_teacher`` (the source is the student) and ``teacher_to_student``. Buffers are rotated so that
+no provider finds its input in the L2 cache. ``ms`` is the time on the device with work queued ahead of it, as in a
+training step; ``host_ms`` is how long the host is busy with the call. GB/s and the share of the copy bandwidth count
+one-pass bytes, whatever a provider really moves: each selected element of teacher and student read once, each of the
+student's gradient written once. Extra memory is the peak during one call above what was allocated before it, less the
+gradients that it returns.
 """
 
 from __future__ import annotations
@@ -147,7 +149,8 @@ class Inputs:
         """One call; in mode full its gradients are returned, as ``backward`` would leave them."""
         loss, _ = map_projection_loss(
             self.source, self.target, self.maps["layer_mix"], self.maps["head_mix"], self.maps["dim_proj"],
-            bias=self.bias, source_index=self.index, target_index=self.index, mask=self.mask, scale=self.scale, impl=impl,
+            bias=self.bias, source_index=self.index, target_index=self.index, mask=self.mask, scale=self.scale,
+            impl=impl,
         )  # fmt: skip
         return torch.autograd.grad(loss, self.trained) if self.trained else loss
 
@@ -156,34 +159,49 @@ class Inputs:
         return sum(t.numel() * t.element_size() for t in self.trained)
 
 
-def time_ms(call: Callable[[Inputs], Any], buffers: list[Inputs], seconds: float, device: str) -> tuple[float, ...]:
-    """p20, p50 and p80 of one call in milliseconds, over rotated buffers."""
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call: percentiles, and the median that the host is busy."""
+
+    p20: float
+    p50: float
+    p80: float
+    host: float
+
+
+def time_call(call: Callable[[Any], Any], buffers: list[Any], seconds: float, device: str) -> Times:
+    """Repeat over rotated buffers for about ``seconds``."""
     call(buffers[0])
     clock = _gpu_clock if device == "cuda" else _cpu_clock
-    first = clock(call, buffers[-1])
-    repeats = max(5, min(200, int(seconds * 1000 / max(first, 1e-3))))
-    times = [clock(call, buffers[i % len(buffers)]) for i in range(repeats)]
-    p20, p50, *_, p80 = (statistics.quantiles(times, n=100)[k - 1] for k in (20, 50, 80))
-    return p20, p50, p80
+    host = clock(call, buffers[-1], 0.0)[1]
+    first = max(clock(call, buffers[-1], host))
+    repeats = max(5, min(200, int(seconds * 1000 / first)))
+    taken = [clock(call, buffers[i % len(buffers)], host) for i in range(repeats)]
+    p20, p50, *_, p80 = (statistics.quantiles([ms for ms, _ in taken], n=100)[k - 1] for k in (20, 50, 80))
+    return Times(p20, p50, p80, statistics.median(busy for _, busy in taken))
 
 
-def _gpu_clock(call: Callable[[Inputs], Any], inputs: Inputs) -> float:
+def _gpu_clock(call: Callable[[Any], Any], inputs: Any, host_ms: float) -> tuple[float, float]:
+    """Milliseconds on the device and on the host. The device is kept busy while the host prepares its launches."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    torch.cuda._sleep(int(2e6 * (2 * host_ms + 0.2)))  # cycles, at about 2 GHz
     begin.record()
+    begun = time.perf_counter()
     result = call(inputs)
+    busy = 1000 * (time.perf_counter() - begun)
     end.record()
     end.synchronize()
     del result
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end), busy
 
 
-def _cpu_clock(call: Callable[[Inputs], Any], inputs: Inputs) -> float:
+def _cpu_clock(call: Callable[[Any], Any], inputs: Any, host_ms: float) -> tuple[float, float]:
     begun = time.perf_counter()
     result = call(inputs)
-    elapsed = time.perf_counter() - begun
+    elapsed = 1000 * (time.perf_counter() - begun)
     del result
-    return 1000 * elapsed
+    return elapsed, elapsed
 
 
 def gpu_extra_bytes(inputs: Inputs, impl: str) -> int:
@@ -235,7 +253,7 @@ def measure(cell: Cell, dtype: torch.dtype, device: str, seconds: float) -> dict
         l2 = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 64 * 2**20
         copies = max(1, min(64, -(-3 * l2 // one_pass)))
         buffers = [Inputs(cell, dtype, device) for _ in range(copies)]
-        p20, p50, p80 = time_ms(lambda inputs: inputs.run(impl), buffers, seconds, device)
+        times = time_call(lambda inputs: inputs.run(impl), buffers, seconds, device)
         extra = gpu_extra_bytes(buffers[0], impl) if device == "cuda" else None
     except torch.OutOfMemoryError:
         return row | {"note": "out of memory"}
@@ -244,8 +262,8 @@ def measure(cell: Cell, dtype: torch.dtype, device: str, seconds: float) -> dict
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    row |= {"p20_ms": p20, "ms": p50, "p80_ms": p80, "gb_per_s": one_pass / p50 / 1e6}
-    row |= {"tflop_per_s": cell.flops() / p50 / 1e9}
+    row |= {"p20_ms": times.p20, "ms": times.p50, "p80_ms": times.p80, "host_ms": times.host}
+    row |= {"gb_per_s": one_pass / times.p50 / 1e6, "tflop_per_s": cell.flops() / times.p50 / 1e9}
     if extra is None and cell.mode == "full":
         extra = cpu_extra_bytes(cell, dtype, torch.get_num_threads())
     if extra is not None:
@@ -257,7 +275,7 @@ def copy_gb_per_s(device: str) -> float:
     """Bandwidth of a large copy, bytes read plus bytes written, the best of ten."""
     size = 2**30 if device == "cuda" else 2**28
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
-    best = min(time_ms(lambda _: target.copy_(source), [None], 0.2, device)[0] for _ in range(3))  # type: ignore[list-item]
+    best = min(time_call(lambda _: target.copy_(source), [None], 0.2, device).p20 for _ in range(3))
     return 2 * size / best / 1e6
 
 
@@ -265,7 +283,7 @@ def matmul_tflop_per_s(device: str, dtype: torch.dtype) -> float:
     """Rate of a large square matrix product."""
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(time_ms(lambda _: a @ b, [None], 0.2, device)[0] for _ in range(3))  # type: ignore[list-item]
+    best = min(time_call(lambda _: a @ b, [None], 0.2, device).p20 for _ in range(3))
     return 2 * size**3 / best / 1e9
 
 
@@ -344,7 +362,7 @@ def main() -> None:
     compare(rows)
     formula = "selected tokens * itemsize * (teacher L*H*D + student L*H*D * (2 if full else 1))"
     write_csv(args.output, [row | {"bytes_formula": formula} | facts for row in rows])
-    columns = ["pair", "layer_map", "proj", "direction", "mode", "tokens", "provider", "ms", "gb_per_s",
+    columns = ["pair", "layer_map", "proj", "direction", "mode", "tokens", "provider", "ms", "host_ms", "gb_per_s",
                "percent_of_copy", "times_eager", "extra_mib", "percent_of_eager_memory", "note"]  # fmt: skip
     table = markdown_table(rows, columns)
     heading = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {facts['git_revision']}; "

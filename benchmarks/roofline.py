@@ -52,7 +52,9 @@ def draw_roofline(
                    markerfacecolor=hollow, ms=6)  # fmt: skip
     low, high = min(intensities) / 2, max(*intensities, 2 * matmul_tflop_per_s / copy_gb_per_s * 1000)
     knee = matmul_tflop_per_s / copy_gb_per_s * 1000
-    right.plot([low, knee, high], [low * copy_gb_per_s / 1000, matmul_tflop_per_s, matmul_tflop_per_s], color="black", lw=1)
+    right.plot(
+        [low, knee, high], [low * copy_gb_per_s / 1000, matmul_tflop_per_s, matmul_tflop_per_s], color="black", lw=1
+    )
     for provider in dict.fromkeys(row["provider"] for row in full):
         right.plot([], [], "o", color=COLOURS[provider], label=provider)
     right.plot([], [], "o", color="grey", markerfacecolor="none", label="sparse layer map")

@@ -6,6 +6,7 @@ Every buffer that ``torch.empty`` or ``new_empty`` gives holds NaN first, so tha
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -90,6 +91,26 @@ def test_fp32_over_several_chunks(form: dict, loss: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(triton_plan, "WORKSPACE_BYTES", 1)  # chunks of 64 tokens: one, and a remainder
     p = make(**({"layers": (2, 1), "heads": (2, 1), "dims": (33, 16), "layout": "captured"} | form), tokens=35)
     compare(p, torch.float32, loss)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"dim_form": 2, "slots": 5},  # one token a tile would need 33 rows: here many, of both samples
+        {"dim_form": 2, "layers": (3, 20), "heads": (2, 2), "tokens": 9},  # one token a tile
+        {"dim_form": 2, "sparse": "pairs", "head_form": 3, "layout": "inside"},
+        {"dim_form": 2, "tokens": 1, "batch": 1, "masked": 0.0},
+    ],
+    ids=str,
+)
+def test_gradients_beside_the_next_tiles_residual(form: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What 16-bit states with a wide target get on a GPU, in the precision of the oracle.
+    def delayed(stage: triton_plan.Stage, dims: tuple[int, int], itemsize: int) -> triton_plan.Tile:
+        tile = triton_plan.choose_tile(stage, dims, itemsize)
+        return dataclasses.replace(tile, delayed=stage.projects and not stage.dims_first)
+
+    monkeypatch.setattr("kvds.ops.triton_launch.choose_tile", delayed)
+    compare(make(dims=(4, 5), **form))
 
 
 def test_stages_that_mix_heads_and_layers_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

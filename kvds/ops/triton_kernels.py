@@ -98,7 +98,7 @@ def map_projection_kernel(
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_DX: tl.constexpr, BLOCK_DY: tl.constexpr,
     HAS_MIX: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DIMS_FIRST: tl.constexpr, DOT_RESIDUAL: tl.constexpr, DELAYED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
+    DIMS_FIRST: tl.constexpr, DELAYED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
     SOURCE_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
     MIX_GRAD: tl.constexpr, PROJ_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
     SOURCE_INDEXED: tl.constexpr, TARGET_INDEXED: tl.constexpr, SOURCE_FLAT: tl.constexpr, TARGET_FLAT: tl.constexpr,
@@ -163,20 +163,13 @@ def map_projection_kernel(
         d_bias = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
     bias_pointers = bias + (place_y * DIM_Y)[:, None] + dim_y[None, :]
     bias_inside = inside_y[:, None] & columns_y
-    if DOT_RESIDUAL:
-        # In 16 bits the bias and the target join the projection's accumulators as products with one and minus one:
-        # operands in shared memory, instead of values that travel through registers into the accumulators' layout.
-        one = (row_y[:, None] == row_y[None, :]).to(ELEMENT)
-        minus_one = -one
-        if HAS_BIAS:
-            offset = tl.load(bias_pointers, mask=bias_inside, other=0).to(ELEMENT)
     if MODE == "loss":
         losses = tl.zeros((BLOCK_Y,), WIDE)
 
     tiles = (token_last - token_first + TOKENS - 1) // TOKENS
     if DELAYED:
-        # A tile's gradients are computed beside the next tile's residual. Products that do not feed one another within a
-        # turn may share out their columns among eight warps, which otherwise would repeat each other, and overlap.
+        # A tile's gradients are computed beside the next tile's residual. Products that feed no other within a turn
+        # share out their columns among eight warps, which otherwise would repeat each other.
         x_before = tl.zeros((BLOCK_X, BLOCK_DX), ELEMENT)
         mixed_before = tl.zeros((BLOCK_Y, BLOCK_DX), ELEMENT)
         g_before = tl.zeros((BLOCK_Y, BLOCK_DY), ELEMENT)
@@ -213,9 +206,7 @@ def map_projection_kernel(
                 d_bias += t.to(WIDE)
         else:
             # The bias is where the accumulators start: no registers of its own.
-            if HAS_BIAS and DOT_RESIDUAL:
-                start_at = tl.dot(one, offset, out_dtype=WIDE)
-            elif HAS_BIAS:
+            if HAS_BIAS:
                 start_at = tl.load(bias_pointers, mask=bias_inside, other=0).to(WIDE)
             else:
                 start_at = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
@@ -228,10 +219,7 @@ def map_projection_kernel(
         if MODE == "store":
             tl.store(y_rows[:, None] + dim_y[None, :], projected.to(ELEMENT), mask=present_y[:, None] & columns_y)
         if MODE == "loss":
-            if DOT_RESIDUAL:
-                r = tl.dot(minus_one, t, projected, out_dtype=WIDE)
-            else:
-                r = projected - t.to(WIDE)
+            r = projected - t.to(WIDE)
             if HAS_SCALE:
                 r = r * inverse
             r = tl.where(keep_y[:, None], r, 0.0)
@@ -249,14 +237,11 @@ def map_projection_kernel(
                 g = g * inverse
             g_low = g.to(ELEMENT)
             if BIAS_GRAD:
-                if DOT_RESIDUAL and not DELAYED:
-                    # As a product, too: where eight warps repeat each other in g, they share this accumulator.
-                    d_bias = tl.dot(one, g_low, d_bias, out_dtype=WIDE)
-                else:
-                    d_bias += g
+                d_bias += g
             if TARGET_GRAD:
                 dy_at = _offsets(
-                    token_y, token_last, target_index, positions, token_first, dy_batch, dy_token, TARGET_INDEXED, TARGET_FLAT
+                    token_y, token_last, target_index, positions, token_first, dy_batch, dy_token,
+                    TARGET_INDEXED, TARGET_FLAT,
                 )  # fmt: skip
                 dy_rows = _rows(target_grad_table, place_y, inside_y, dy_at, ELEMENT, ALIGNED)
                 store_y = (keep_y if TARGET_INDEXED else present_y)[:, None]
@@ -299,7 +284,8 @@ def map_projection_kernel(
                         d_x = g_low.to(WIDE)
         if SOURCE_GRAD:
             dx_at = _offsets(
-                token_x, token_last, source_index, positions, token_first, dx_batch, dx_token, SOURCE_INDEXED, SOURCE_FLAT
+                token_x, token_last, source_index, positions, token_first, dx_batch, dx_token,
+                SOURCE_INDEXED, SOURCE_FLAT,
             )  # fmt: skip
             dx_rows = _rows(source_grad_table, place_x, inside_x, dx_at, ELEMENT, ALIGNED)
             store_x = (keep_x if SOURCE_INDEXED else present_x)[:, None]

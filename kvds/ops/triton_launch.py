@@ -88,33 +88,34 @@ def make_sides(groups: Sequence[Sequence[Tensor] | None], indexes: Sequence[Tens
 
     Of a group each tensor is ``[B, H, T, D]``, or ``[H, T, D]`` if it is a workspace.
     """
-    addresses: list[int] = []
-    layouts: list[tuple[int, int, int, int]] = []
-    device = None
+    parts: list[Tensor] = []
+    layouts: list[tuple[int, int, int, int, bool]] = []
+    device, place = None, 0
     for group in groups:
         if group is None:
-            layouts.append((0, 0, 0, 0))
+            layouts.append((0, 0, 0, 0, True))
             continue
         first = group[0]
         device = first.device
         heads, size = first.shape[-3], first.element_size()
         batch, head, token, _ = first.stride() if first.dim() == 4 else (0, *first.stride())
-        start = len(addresses)
-        offsets = [h * head * size for h in range(heads)]
-        addresses.extend(layer + offset for layer in [t.data_ptr() for t in group] for offset in offsets)
-        layouts.append((start, len(addresses), batch, token))
-        addresses.extend([0] * (len(addresses) % 2))  # every table starts at a multiple of 16 bytes
-    table = torch.tensor(addresses, dtype=torch.int64)
+        starts = [layer.data_ptr() for layer in group]
+        # An address of each layer and head: layers in rows, the heads' offsets added.
+        part = (torch.tensor(starts)[:, None] + torch.arange(heads) * (head * size)).view(-1)
+        aligned = all(a % 16 == 0 for a in starts) and all(s * size % 16 == 0 for s in (batch, head, token))
+        layouts.append((place, place + part.numel(), batch, token, aligned))
+        odd = part.numel() % 2  # every table starts at a multiple of 16 bytes
+        parts += [part, part[:1]] if odd else [part]
+        place += part.numel() + odd
+    table = torch.cat(parts)
     if device is not None and device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
     sides: list[Side | None] = []
-    for group, index, (start, end, batch, token) in zip(groups, indexes, layouts, strict=True):
+    for group, index, (start, end, batch, token, aligned) in zip(groups, indexes, layouts, strict=True):
         if group is None:
             sides.append(None)
-            continue
-        size = group[0].element_size()
-        aligned = batch * size % 16 == 0 and token * size % 16 == 0 and all(a % 16 == 0 for a in addresses[start:end])
-        sides.append(Side(table[start:end], (batch, token), aligned, index, group[0].dim() == 3))
+        else:
+            sides.append(Side(table[start:end], (batch, token), aligned, index, group[0].dim() == 3))
     return sides
 
 
@@ -209,7 +210,7 @@ def launch(
         BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y, BLOCK_DX=tile.block_dim_x, BLOCK_DY=tile.block_dim_y,
         HAS_MIX=mix is not None, HAS_PROJ=proj is not None, HAS_BIAS=bias is not None,
         HAS_SCALE=call.scale is not None and mode == "loss", HAS_MASK=call.mask is not None,
-        DIMS_FIRST=stage.dims_first, DOT_RESIDUAL=tile.dot_residual and mode == "loss", DELAYED=tile.delayed and mode == "loss",
+        DIMS_FIRST=stage.dims_first, DELAYED=tile.delayed and mode == "loss",
         MODE=mode, LOSS=call.loss, NORMALIZE=call.dtype != torch.float16,
         SOURCE_GRAD=source_grad is not None, TARGET_GRAD=target_grad is not None,
         MIX_GRAD=needs.mix, PROJ_GRAD=needs.proj, BIAS_GRAD=needs.bias,
