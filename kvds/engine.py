@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,19 +16,17 @@ from transformers import get_scheduler
 
 from kvds.config import RunConfig
 from kvds.distillation import DistillationModule
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from kvds.rank_environment import adopt_slurm_ranks, free_port
 
 
 def init_distributed() -> torch.device:
-    """Join the process group that the launcher describes (alone where there is none) and return this rank's device."""
+    """Join the process group that the launcher or ``srun`` describes (alone where neither does) and return this rank's
+    device.
+    """
+    adopt_slurm_ranks()
     if "RANK" not in os.environ:
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

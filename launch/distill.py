@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvds.config import parse_run_config
 from kvds.errors import InputError
+from kvds.rank_environment import adopt_slurm_ranks
 
 
 def main() -> int:
     """Run and return the exit code: 0 done, 2 for a fault in the input."""
     try:
+        adopt_slurm_ranks()
         cfg = parse_run_config(sys.argv[1:])
         from kvds.engine import leave_distributed
         from kvds.train import train
