@@ -53,8 +53,9 @@ def fit_before_and_after(run_dir: Path, rows: int) -> Fit:
     if (run_dir / ALIGNER_START_FILE).is_file():
         start = load_aligner(run_dir / ALIGNER_START_FILE)
         fit["before"] = _measure(start, _model(cfg, "student"), teacher, loader, cfg, device)
-    trained = RunConfig(**{**cfg.to_dict(), "datasets": cfg.datasets, "student_name": str(run_dir / STUDENT_FOLDER),
-                           "student_init": "pretrained", "student_config_overrides": ""})  # fmt: skip
+    trained = dataclasses.replace(
+        cfg, student_name=str(run_dir / STUDENT_FOLDER), student_init="pretrained", student_config_overrides=""
+    )
     fit["after"] = _measure(after, _model(trained, "student"), teacher, loader, cfg, device)
     return fit
 
