@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from kvds.align import aligner_config_dict, aligner_from_config_dict
+from kvds.align import KVAligner, aligner_config_dict, aligner_from_config_dict
 from kvds.errors import InputError
 
 CHECKPOINTS = "checkpoints"
 ALIGNER_FILE = "map_aligner.pt"
+ALIGNER_START_FILE = "map_aligner_start.pt"
 STUDENT_FOLDER = "student"
 _TAG = re.compile(r"step-(\d{6,})")
 
@@ -145,7 +146,7 @@ def save_aligner(config: dict[str, Any], state: dict[str, Tensor], path: Path) -
     _replace(unfinished, path)
 
 
-def load_aligner(path: str | Path) -> nn.Module:
+def load_aligner(path: str | Path) -> KVAligner:
     """The aligner of a ``map_aligner.pt``, on the CPU.
 
     Raises:

@@ -20,6 +20,7 @@ from kvds.align import aligner_config_dict, build_aligner, what_is_read
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
 from kvds.checkpoint import (
     ALIGNER_FILE,
+    ALIGNER_START_FILE,
     STUDENT_FOLDER,
     gather_parameters,
     load_checkpoint,
@@ -141,6 +142,9 @@ class TrainingRun:
                 batches = self._calibration_batches()
                 match = partial(self.choice.with_teacher, self.teacher)
                 calibrate_aligner(aligner, student, batches, match, rope=cfg.kv_rope)
+                if self.rank == 0:  # `kvds profile` tells what training made of it
+                    start = self.output_dir / ALIGNER_START_FILE
+                    save_aligner(aligner_config_dict(aligner), aligner.state_dict(), start)
         if cfg.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         if self.rank == 0:

@@ -73,6 +73,11 @@ def test_unknown_command_names_the_nearest(capsys):
         (("profile",), "expected --run DIR, or --teacher_name and --student_name"),
         (("profile", "--run", "no/such"), "--run no/such: no such folder"),
         (("profile", "--run", "x", "--student_name", "y"), "not both"),
+        (("profile", "--run", "x", "--fit_rows", "-1"), "--fit_rows -1: expected at least 0"),
+        (
+            ("profile", "--student_name", "y", "--fit_rows", "3"),
+            "--fit_rows 3: expected at least 0, and with --run DIR",
+        ),
         (("profile", "--student_name", "./no"), "--student_name=./no: no such folder"),
         (("report", "--output", "out"), "no run folder is given"),
         (("report", "no/such", "--output", "out"), "no/such: no such folder"),
@@ -182,6 +187,11 @@ def test_profile_of_a_run_shows_what_its_aligner_learned(capsys, tmp_path):
     assert [row[0] for row in rows] == ["0:", "1:", "2:"] and [row[1] for row in rows][1:] == ["1", "0"]
     assert [row[2] for row in rows] == ["0.693", "0.000", "0.000"]
     assert imread(tmp_path / "aligner.png").std() > 0.05
+    assert imread(tmp_path / "aligner_spectrum.png").std() > 0.02
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert profile["parameters"] == total and profile["fit"] == {}
+    # Semi-orthogonal at the start: every map of every layer and head passes on all four directions alike.
+    assert profile["spectra"]["key"]["directions"] == pytest.approx([4.0] * 3 * 2, rel=1e-5)
 
 
 def test_profile_of_a_pair_counts_parameters_by_mode(capsys, tmp_path):

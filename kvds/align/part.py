@@ -55,6 +55,8 @@ class AlignerPart(nn.Module, ABC):
     """
 
     what: ClassVar[str] = "keys or values"
+    # Whether the loss is a distance of the projected states from the target.
+    regresses: ClassVar[bool] = True
 
     target_mean: Tensor
     target_scale: Tensor

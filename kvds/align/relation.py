@@ -79,6 +79,8 @@ class RelationPart(AlignerPart):
     Source: Wang et al., MiniLMv2 (2020), section 3.1 (there for queries, too, and for one layer).
     """
 
+    regresses = False
+
     source_mean: Tensor
 
     def __init__(self, student: KVShape, teacher: KVShape, settings: Any, seed: int) -> None:

@@ -88,6 +88,8 @@ class StructuralPart(FlatPart):
     The map is that of :class:`FlatPart`. The unit of the loss plays no part in a cosine.
     """
 
+    regresses = False
+
     def forward(  # type: ignore[override]
         self,
         student: tuple[Tensor, ...],

@@ -1,8 +1,9 @@
-"""What an aligner is made of and what it has learned: parameters per mode, shapes, layer mixing, heat maps."""
+"""What an aligner is made of and what it has learned: parameters, mixing heat maps, spectra, fit on held-out text."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ MODES = ("flat", "structured", "structural_kv", "relation", "hidden")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--run", type=Path, metavar="DIR", help="output folder of a run: the aligner that it trained")
+    rows = "with --run: held-out rows per corpus for the fit before and after training; 0: none"
+    parser.add_argument("--fit_rows", type=int, default=0, metavar="N", help=rows + " (0)")
     pair = parser.add_argument_group("instead of a run: the aligner of a pair of models, as it starts")
     for side in ("teacher", "student"):
         name, changes = f"--{side}_name", f"--{side}_config_overrides"
@@ -23,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pair.add_argument("--alignment_mode", choices=MODES, default="structured", help="(structured)")
     pair.add_argument("--map_proj_share_dim", action="store_true", help="one dimension map for all layers and heads")
     pair.add_argument("--map_proj_init_uniform", action="store_true", help="mixing weights start uniform")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="for aligner.png; unset: the run's, else none")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for PNGs and JSON; unset: the run's, else none")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,16 +36,35 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("expected --run DIR, or --teacher_name and --student_name" + (", not both" if names else ""))
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
         raise InputError(f"--output {arguments.output}: is a file; expected a folder")
+    if arguments.fit_rows < 0 or (arguments.fit_rows and arguments.run is None):
+        raise InputError(f"--fit_rows {arguments.fit_rows}: expected at least 0, and with --run DIR")
     aligner = _of_pair(arguments) if arguments.run is None else _of_run(arguments.run)
 
     from kvds.align.diagnostics import describe_aligner, parameter_counts, save_heatmaps
+    from kvds.align.pictures import save_fit, save_spectra
+    from kvds.align.spectrum import map_spectra
 
+    description = describe_aligner(aligner)
     counts = parameter_counts(aligner.student_shape, aligner.teacher_shape, aligner.settings)
-    print(format_profile(describe_aligner(aligner), counts))
+    print(format_profile(description, counts))
+    spectra, fit = map_spectra(aligner), {}
+    if arguments.fit_rows:
+        from kvds.held_out_fit import fit_before_and_after
+
+        fit = fit_before_and_after(arguments.run, arguments.fit_rows)
+        print(format_fit(fit))
     output = arguments.output or arguments.run
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        print("written:", save_heatmaps(aligner, output / "aligner.png"))
+        written = [save_heatmaps(aligner, output / "aligner.png")]
+        if spectra:
+            written.append(save_spectra(spectra, output / "aligner_spectrum.png"))
+        if fit:
+            written.append(save_fit(fit, output / "aligner_fit.png"))
+        written.append(output / "profile.json")
+        content = {**description, "learned_parameters_by_mode": counts, "spectra": spectra, "fit": fit}
+        written[-1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print("written:", *written)
     return 0
 
 
@@ -89,3 +111,21 @@ def format_profile(description: dict[str, Any], counts: dict[str, int]) -> str:
         lines.append("  row of the layer mix: strongest source, entropy (nats)")
         lines += [f"  {row:>4}: {source:>4}  {entropy:.3f}" for row, (source, entropy) in enumerate(mixes)]
     return "\n".join(lines)
+
+
+def format_fit(fit: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+    """What :func:`kvds.held_out_fit.fit_before_and_after` measured, as a table of target layers."""
+    whens = list(fit)
+    lines = []
+    for part, measures in fit[whens[-1]].items():
+        for measure in measures:
+            name = "R² of the map" if measure == "r2" else "loss"
+            lines += ["", f"{part}: {name} on held-out text, by target layer", "  layer  " + "  ".join(
+                f"{when:>8}" for when in whens
+            )]  # fmt: skip
+            columns = [fit[when][part][measure] for when in whens]
+            lines += [
+                f"  {layer:>5}  " + "  ".join(f"{value:>8.4f}" for value in row)
+                for layer, row in enumerate(zip(*columns, strict=True))
+            ]
+    return "\n".join(lines) if lines else "\nno position of the held-out text counts: there is no fit to tell"
