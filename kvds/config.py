@@ -116,6 +116,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             window = self.observing_tokens or 8
             expected = f"more tokens than the {window} observing ones, all of which are kept (--observing_tokens)"
             _require(budget > window, "kv_budget", budget, expected)
+        if self.kv_weight_held:
+            expected = "constant with --kv_weight hold:SHARE, which moves the weight itself"
+            _require(self.kv_weight_schedule == "constant", "kv_weight_schedule", self.kv_weight_schedule, expected)
         frozen_random = self.alignment_mode != "none" and self.aligner_update == "frozen" and self.map_start == "random"
         _require(
             not frozen_random,
@@ -210,8 +213,13 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         return None if isinstance(self.kv_weight, str) else float(self.kv_weight)
 
     @property
+    def kv_weight_held(self) -> bool:
+        """Whether the weight is moved during training, so that the KV gradient keeps its share."""
+        return isinstance(self.kv_weight, str) and self.kv_weight.startswith("hold:")
+
+    @property
     def kv_weight_share(self) -> float | None:
-        """The share of ``auto:SHARE``, or None where a number was given."""
+        """The share of ``auto:SHARE`` or ``hold:SHARE``, or None where a number was given."""
         return float(self.kv_weight.split(":")[1]) if isinstance(self.kv_weight, str) else None
 
     @property
@@ -259,7 +267,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         before = load_recipe(saved)
         for name in _hints():
             value = getattr(self, name)
-            if name not in _FREE_ON_RESUME and name in before and before[name] != value:
+            # Where the weight is held, it moves at logging steps.
+            free = name in _FREE_ON_RESUME and not (name == "logging_steps" and self.kv_weight_held)
+            if not free and name in before and before[name] != value:
                 raise InputError(
                     f"--{name} {value}: the checkpoint in {self.output_dir} was trained with {before[name]}; expected "
                     f"the same value to go on (or --resume never, or another --output_dir)"
@@ -285,10 +295,10 @@ def _require_weight(value: str | float) -> None:
     if isinstance(value, str):
         head, _, share = value.partition(":")
         value_of_share = number(share)
-        holds = head == "auto" and isinstance(value_of_share, int | float) and 0 < value_of_share < math.inf
+        holds = head in ("auto", "hold") and isinstance(value_of_share, int | float) and 0 < value_of_share < math.inf
     else:
         holds = math.isfinite(value) and value >= 0
-    _require(holds, "kv_weight", value, "a number of at least 0, or auto:SHARE such as auto:2.0")
+    _require(holds, "kv_weight", value, "a number of at least 0, or auto:SHARE such as auto:2.0, or hold:SHARE")
 
 
 _KIND_NAMES = {

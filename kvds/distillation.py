@@ -51,8 +51,7 @@ class GradientWatch:
     """Compares what the KV loss sends back at the captured keys and values with what the task loss sends there.
 
     ``ratio = ‖∂ kv_weight·kv / ∂(K,V)‖ / ‖∂ rest / ∂(K,V)‖``, over all layers, without a second backward pass: hooks
-    see
-    the KV loss's own share on the tensors handed to the aligner, and all that arrives on the projections' outputs.
+    see the KV loss's own share on the tensors handed to the aligner, and all that arrives on the projections' outputs.
     What the KV loss of later layers sends back through the network counts with the rest: it arrives in one sum with the
     task's, so with more than one layer the ratio is that of the direct share to everything else.
     """
@@ -82,6 +81,16 @@ class GradientWatch:
 
         heads.register_hook(on_kv)
         output.register_hook(on_total)
+
+    def squares(self) -> dict[str, Tensor]:
+        """Both squared norms of the backward pass just run, as metrics whose sums over micro-batches and ranks give the
+        ratio of the whole batch; empty where no gradient arrived.
+        """
+        if not self._rest_squares:
+            return {}
+        rest = torch.stack(self._rest_squares).sum()
+        kv = torch.stack(self._kv_squares).sum() if self._kv_squares else torch.zeros_like(rest)
+        return {"kv/gradient_squares_kv": kv, "kv/gradient_squares_rest": rest}
 
     def ratio(self) -> Tensor | None:
         """The ratio of the backward pass just run, or None where no KV gradient arrived."""

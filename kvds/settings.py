@@ -80,8 +80,9 @@ class AlignmentSettings:
     kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
     kv_weight: str | float = setting(
-        "weight of the KV loss: a number, or auto:SHARE of the task's gradient", "auto:2.0"
-    )
+        "weight of the KV loss: a number; or auto:SHARE of the task's gradient at the start; or hold:SHARE, moved so "
+        "that its gradient at keys and values stays SHARE times all else that arrives there", "auto:2.0",
+    )  # fmt: skip
     kv_weight_schedule: str = setting(
         "weight over the run: kept, or falling to 0", "constant", choices=("constant", "linear")
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import warnings
 from dataclasses import replace
@@ -39,6 +38,7 @@ from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
 from kvds.kv import ObservingRows, Selection, observing_rows, row_draws, select_tokens
+from kvds.kv_health import KVHealth, held_weight
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
@@ -152,16 +152,17 @@ class TrainingRun:
         )
         self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
         self.step = 0
-        self.kv_weight = 0.0
-        self.start_norms: dict[str, float] = {}
+        self.kv_weight = self.start_kv_weight = 0.0
+        self.kv_health = KVHealth()
         run_id = None
         if resume_step is not None:
             state = load_checkpoint(self.engine, self.output_dir, resume_step)
-            self.step, self.kv_weight, self.start_norms = state["step"], state["kv_weight"], state["start_norms"]
+            self.step, self.kv_weight, self.kv_health = state["step"], state["kv_weight"], KVHealth(state["kv_health"])
+            self.start_kv_weight = state["start_kv_weight"]
             run_id = state["mlflow_run_id"]
             log.info("resumed from step %d of %d", self.step, self.total_steps)
         elif cfg.uses_kv:
-            self.kv_weight = self._initial_kv_weight()
+            self.kv_weight = self.start_kv_weight = self._initial_kv_weight()
         self._start_tracking(run_id, resume_step)
 
     # -- construction ---------------------------------------------------------------------------------------------
@@ -299,8 +300,7 @@ class TrainingRun:
                 with timer.phase("optimizer"):
                     self.engine.step()
                 gradient_watch = self.engine.module.gradient_watch
-                ratio = gradient_watch.ratio() if gradient_watch is not None else None
-                meter.update(metrics if ratio is None else {**metrics, "kv/gradient_ratio": ratio}, tokens)
+                meter.update(metrics | (gradient_watch.squares() if gradient_watch is not None else {}), tokens)
             self.step += 1
             bar.update()
             if watch:
@@ -324,11 +324,7 @@ class TrainingRun:
             metrics["grad_norm"] = float(norm)
         if self.cfg.uses_kv:
             metrics["kv/weight"] = weights.kv
-            norms: dict[str, float] = {k: metrics[k] for k in ("kv/norm_keys", "kv/norm_values") if k in metrics}
-            if norms:
-                self.start_norms = self.start_norms or norms
-                ratios = [norms[key] / max(self.start_norms[key], 1e-30) for key in norms]
-                metrics["kv/norm_ratio"] = math.prod(ratios) ** (1 / len(ratios))
+            self._watch_kv(metrics, weights)
         if self.tracker is not None:
             self.tracker.log(self.step, metrics)
         shown = {
@@ -336,10 +332,23 @@ class TrainingRun:
         }
         bar.set_postfix(shown, refresh=False)
 
+    def _watch_kv(self, metrics: dict[str, float], weights: LossWeights) -> None:
+        """Tell what fell too far, and hold the share of the KV gradient if asked; the same on all ranks."""
+        cfg = self.cfg
+        schedule = weights.kv / self.kv_weight if self.kv_weight else 1.0
+        for name, text in self.kv_health.update(metrics, schedule=schedule).items():
+            log.warning("step %d: %s", self.step, text)
+            if self.tracker is not None:
+                self.tracker.set_tag(f"warning/{name}", f"step {self.step}: {text}")
+        if cfg.kv_weight_held and "kv/gradient_ratio" in metrics:
+            share = cfg.kv_weight_share or 0.0
+            self.kv_weight = held_weight(self.kv_weight, metrics["kv/gradient_ratio"], share, self.start_kv_weight)
+
     def _save(self) -> None:
         state = {
             "kv_weight": self.kv_weight,
-            "start_norms": self.start_norms,
+            "start_kv_weight": self.start_kv_weight,
+            "kv_health": self.kv_health.state,
             "mlflow_run_id": self.tracker.run_id if self.tracker is not None else None,
         }
         # Rank 0 alone tracks; the other ranks' states must not disagree with its file.

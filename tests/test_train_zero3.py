@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from kvds.align.fitting import AlignmentMoments
 from kvds.checkpoint import load_aligner
 from kvds.config import RunConfig, parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.kv import KVCapture, KVShape, Selection, row_draws, select_tokens
+from kvds.kv import KVCapture, KVShape, KVStates, Selection, row_draws, select_tokens
 from kvds.run_data import load_run_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,6 +71,7 @@ RUNS: dict[str, dict[str, object]] = {
     "crop": {"kv_method": "right_crop", "kv_budget": 6},
     "rkv": {"kv_method": "rkv", "kv_budget": 0.4, "rkv_lambda": 0.3, "teacher_placement": "zero3"},
     "random": {"kv_method": "random", "kv_budget": 6, "seed": 3},
+    "held": {"kv_weight": "hold:0.6", "alignment_mode": "flat"},
     "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 4},
     "adamw": {"optimizer": "adamw", "lr": 0.001},
     "logit_kd": {"logit_kd_weight": 0.5, "logit_kd_temperature": 2.0},
@@ -135,6 +137,25 @@ def plain_rkv(folder: Path, batch, budget: float, weight: float) -> Selection:
     return Selection(None, mask)
 
 
+def plain_start(student, teacher, aligner, loader) -> float:
+    """The weight at which both losses send the student gradients whose norms are as 0.6 to 1."""
+    norms = []
+    [batch] = loader.step(0)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    with torch.no_grad(), KVCapture(teacher) as fixed:
+        teacher(**inputs)
+    for part in ("task", "kv"):
+        with KVCapture(student) as capture:
+            logits = student(**inputs).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+        if part == "kv":
+            everything = select_tokens("full", None, batch.segment_ids, batch.attention_mask)
+            loss = aligner(capture.states, fixed.states, everything).loss
+        found = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
+        norms.append(math.sqrt(sum(float(g.square().sum()) for g in found if g is not None)))
+    return 0.6 * norms[0] / norms[1]
+
+
 def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]], nn.Module, nn.Module | None]:
     """The same training as a plain loop: full logits, Hugging Face's models, torch's SGD, whole global batches of 8."""
     tokenizer = AutoTokenizer.from_pretrained(models / "tokenizer")
@@ -169,9 +190,12 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
     if cfg.optimizer == "adamw":
         optimizer.param_groups[0]["weight_decay"] = 0.0
     records = []
+    weight = start = KV_WEIGHT if not cfg.kv_weight_held else plain_start(student, teacher, aligner, loader)
     for step in range(STEPS):
         [batch] = loader.step(step)
-        student_states, logits = states(student, batch)
+        with KVCapture(student) as capture:
+            logits = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        student_states = capture.states
         record = {}
         loss = task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
         record["loss/task"] = task.item()
@@ -179,7 +203,7 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
             teacher_states, teacher_logits = states(teacher, batch)
         if aligner is not None:
             kv = aligner(student_states, teacher_states, selection(batch, step)).loss
-            loss = loss + KV_WEIGHT * kv
+            loss = loss + weight * kv
             record["loss/kv"] = kv.item()
         if cfg.logit_kd_weight:
             keep, t = batch.labels[:, 1:] != -100, cfg.logit_kd_temperature
@@ -188,6 +212,19 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
             kd = t * t * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
             loss = loss + cfg.logit_kd_weight * kd
             record["loss/logit_kd"] = kd.item()
+        if cfg.kv_weight_held:
+            # Directly, with keys and values cut off from the network; then all that arrives at the projections.
+            leaves = [x.detach().requires_grad_() for x in (*student_states.keys, *student_states.values)]
+            half = len(leaves) // 2
+            cut = KVStates(tuple(leaves[:half]), tuple(leaves[half:]))
+            direct = torch.autograd.grad(weight * aligner(cut, teacher_states, selection(batch, step)).loss, leaves)
+            outputs = [output for output, _ in (*capture.key_outputs, *capture.value_outputs)]
+            arriving = torch.autograd.grad(loss, outputs, retain_graph=True)
+            own = [d.transpose(1, 2).flatten(2) for d in direct]
+            rest = sum((a - d).square().sum() for a, d in zip(arriving, own, strict=True))
+            ratio = float((sum(d.square().sum() for d in own) / rest).sqrt())
+            record |= {"kv/weight": weight, "kv/gradient_ratio": ratio}
+            weight = min(max(weight * min(max((0.6 / ratio) ** 0.5, 0.8), 1.25), start / 100), start * 100)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -231,6 +268,16 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
     assert relative_error(saved, student) < 1e-5
     if aligner is not None:
         assert relative_error(load_aligner(distributed / name / "map_aligner.pt"), aligner) < 1e-5
+
+
+@pytest.mark.multiprocess
+def test_a_held_share_comes_closer_step_by_step(distributed):
+    weights, ratios = (logged(distributed / "held", key) for key in ("kv/weight", "kv/gradient_ratio"))
+    assert len(weights) == STEPS and all(0.8 - 1e-9 <= b / a <= 1.25 + 1e-9 for a, b in pairwise(weights))
+    for ratio, before, after in zip(ratios, weights, weights[1:], strict=False):
+        assert (after > before) == (ratio < 0.6)
+    distances = [abs(math.log(ratio / 0.6)) for ratio in ratios]
+    assert distances[-1] < 0.5 * distances[0]
 
 
 @pytest.mark.multiprocess
