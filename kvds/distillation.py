@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kvds.align import members_of
 from kvds.align.diagnostics import effective_rank
 from kvds.data.batches import Segment, TokenBatch
 from kvds.kv import KVCapture, KVStates, Selection, selected_shares
@@ -24,6 +27,13 @@ class LossWeights:
     logit_kd: float = 0.0
 
 
+class TeacherKV(NamedTuple):
+    """One teacher's keys and values of a batch, and the positions that count."""
+
+    states: KVStates
+    selection: Selection
+
+
 @dataclass(frozen=True)
 class StepInput:
     """One micro-batch with all that the student's forward needs. Tensors on the device of the student.
@@ -35,6 +45,8 @@ class StepInput:
         teacher: The teacher's output for this batch; None where nothing reads it.
         teacher_head: Its language-model head, for logit distillation.
         weights: Factors of the loss parts.
+        sources: With several teachers, one call each that runs it on the batch: only one teacher's keys and values are
+            there at a time. Then ``teacher`` and ``selection`` are None.
         watch: Also measure the student's KV and the gradient that the KV loss sends back (logging steps).
     """
 
@@ -45,6 +57,7 @@ class StepInput:
     teacher_head: Head | None
     weights: LossWeights
     watch: bool = False
+    sources: tuple[Callable[[], TeacherKV], ...] = ()
 
 
 class GradientWatch:
@@ -152,14 +165,9 @@ class DistillationModule(nn.Module):
             with KVCapture(model, rope=self._rope, require_grad=torch.is_grad_enabled()) as capture:
                 hidden = model(**inputs).last_hidden_state
             states = capture.states
-            if step.watch:
-                metrics |= _state_metrics(states, step.selection)
-                if step.selection is not None:
-                    segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
-                    metrics |= selected_shares(step.selection, batch.segment_ids, segments)
-                if torch.is_grad_enabled():
-                    self.gradient_watch = GradientWatch()
-                    self.gradient_watch.attach(capture)
+            if step.watch and torch.is_grad_enabled():
+                self.gradient_watch = GradientWatch()
+                self.gradient_watch.attach(capture)
             kv = self._kv_loss(states, step, metrics)
 
         teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
@@ -186,11 +194,40 @@ class DistillationModule(nn.Module):
         return loss, metrics
 
     def _kv_loss(self, states: KVStates, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
-        if self.aligner is None or step.teacher is None or step.teacher.states is None or step.selection is None:
-            raise RuntimeError("an aligner needs the teacher's keys and values and a selection of positions")
-        aligned = self.aligner(student=states, teacher=step.teacher.states, selection=step.selection)
+        """The KV loss of the teacher; of several the weighted sum, one after the other."""
+        if self.aligner is None:
+            raise RuntimeError("a KV loss needs an aligner")
+        members = members_of(self.aligner)
+        if not step.sources:
+            if step.teacher is None or step.teacher.states is None or step.selection is None:
+                raise RuntimeError("an aligner needs the teacher's keys and values and a selection of positions")
+            return self._loss_of(members[0][1], states, TeacherKV(step.teacher.states, step.selection), step, metrics)
+        terms: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        for number, ((weight, member), source) in enumerate(zip(members, step.sources, strict=True)):
+            own: dict[str, Tensor] = {}
+            # Nothing holds this teacher's keys and values once its loss is there: the operation has its gradients.
+            terms.append(weight * self._loss_of(member, states, source(), step, own))
+            metrics[f"loss/kv_teacher_{number}"] = own["loss/kv"]
+            for key in ("loss/kv", "loss/kv_keys", "loss/kv_values"):
+                if key in own:
+                    sums[key] = sums[key] + weight * own[key] if key in sums else weight * own[key]
+            if number == 0:
+                metrics |= {key: value for key, value in own.items() if key.startswith("kv/")}
+        metrics |= sums
+        return torch.stack(terms).sum()
+
+    def _loss_of(
+        self, aligner: nn.Module, states: KVStates, teacher: TeacherKV, step: StepInput, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        selection = teacher.selection
+        if step.watch:
+            metrics |= _state_metrics(states, selection)
+            segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
+            metrics |= selected_shares(selection, step.batch.segment_ids, segments)
+        aligned = aligner(student=states, teacher=teacher.states, selection=selection)
         # From the mean over this micro-batch to its share of the mean over the global step.
-        share = step.selection.mask.sum() / step.batch.position_normalizer
+        share = selection.mask.sum() / step.batch.position_normalizer
         metrics["loss/kv"] = aligned.loss.detach() * share
         for part, loss, layers in (
             ("keys", aligned.key_loss, aligned.key_layers),

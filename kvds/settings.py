@@ -18,6 +18,8 @@ class ModelSettings:
 
     model_name: str | None = setting("folder or hub name of teacher and student both", None)
     teacher_name: str | None = setting("folder or hub name of the teacher", None)
+    teacher_names: tuple[str, ...] = setting("several teachers of one tokenizer, in place of teacher_name", ())
+    teacher_weights: tuple[float, ...] = setting("factor of each one's KV loss; unset: the same, 1 in sum", ())
     student_name: str | None = setting("folder or hub name of the student", None)
     teacher_init: str = setting("weights of the teacher", "pretrained", choices=("pretrained", "random"))
     student_init: str = setting("weights of the student", "pretrained", choices=("pretrained", "random"))

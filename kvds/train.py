@@ -16,7 +16,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from kvds.align import aligner_config_dict, build_aligner
+from kvds.align import AlignerGroup, aligner_config_dict, build_aligner, members_of
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
 from kvds.checkpoint import (
     ALIGNER_FILE,
@@ -32,7 +32,7 @@ from kvds.checkpoint import (
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
 from kvds.engine import all_reduce_sum, build_engine, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
@@ -111,7 +111,7 @@ class TrainingRun:
         self.tokenizer = load_tokenizer(cfg)
         check_same_tokenizer(cfg, self.tokenizer)
         student_config = self._model_config("student")
-        teacher_config = self._model_config("teacher") if cfg.uses_teacher else None
+        teacher_configs = [self._model_config("teacher", name) for name in cfg.teachers] if cfg.uses_teacher else []
         data = load_run_data(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
         self.loader, self.eval_examples, self.eval_loader = data.loader, data.eval_examples, data.eval_loader
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
@@ -119,10 +119,12 @@ class TrainingRun:
 
         # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without
         # weights.
-        aligner = None
-        if cfg.uses_kv and teacher_config is not None:
-            aligner = build_aligner(kv_shape(student_config), kv_shape(teacher_config), cfg)
-        self.teacher = self._build_teacher(teacher_config, dtype, raw) if teacher_config is not None else None
+        aligner: Any = None
+        if cfg.uses_kv:
+            members = [build_aligner(kv_shape(student_config), kv_shape(config), cfg) for config in teacher_configs]
+            aligner = AlignerGroup(members, cfg.weights_of_teachers) if cfg.teacher_names else members[0]
+        self.teachers = [self._build_teacher(i, config, dtype, raw) for i, config in enumerate(teacher_configs)]
+        self.teacher = self.teachers[0] if self.teachers else None
         student: Any = load_model(
             cfg.student or "", student_config, init=cfg.student_init, dtype=dtype,
             attn_implementation=cfg.attn_implementation,
@@ -132,11 +134,12 @@ class TrainingRun:
         if not any(hasattr(p, "ds_id") for p in student.parameters()):
             student.to(device)
         student.train()
-        if aligner is not None and self.teacher is not None:
+        if aligner is not None:
             aligner.to(device)
             if resume_step is None:
                 batches = self._calibration_batches()
-                calibrate_aligner(aligner, student, self.teacher, batches, self.select, rope=cfg.kv_rope)
+                for (_, member), teacher in zip(members_of(aligner), self.teachers, strict=True):
+                    calibrate_aligner(member, student, teacher, batches, self.select, rope=cfg.kv_rope)
         if cfg.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         if self.rank == 0:
@@ -167,9 +170,9 @@ class TrainingRun:
 
     # -- construction ---------------------------------------------------------------------------------------------
 
-    def _model_config(self, flag: str) -> Any:
+    def _model_config(self, flag: str, name: str | None = None) -> Any:
         cfg = self.cfg
-        name, overrides = getattr(cfg, flag), getattr(cfg, f"{flag}_config_overrides")
+        name, overrides = name or getattr(cfg, flag), getattr(cfg, f"{flag}_config_overrides")
         if name is None:
             raise InputError(
                 f"--{flag}_name is missing; expected a folder or a hub name (or --model_name for both models)"
@@ -182,12 +185,13 @@ class TrainingRun:
         check_positions(config, cfg.max_length, flag=flag)
         return config
 
-    def _build_teacher(self, config: Any, dtype: torch.dtype, raw: dict[str, Any]) -> Teacher:
+    def _build_teacher(self, number: int, config: Any, dtype: torch.dtype, raw: dict[str, Any]) -> Teacher:
         cfg = self.cfg
         placed = None if cfg.teacher_placement == "replicated" else teacher_engine_config(raw, cfg, self.world_size)
         model = load_model(
-            cfg.teacher or "", config, init=cfg.teacher_init, dtype=dtype, attn_implementation=cfg.attn_implementation,
-            seed=cfg.seed + 1, flag="teacher", engine_config=placed,
+            cfg.teachers[number], config, init=cfg.teacher_init, dtype=dtype,
+            attn_implementation=cfg.attn_implementation, seed=cfg.seed + 1 + number, flag="teacher",
+            engine_config=placed,
         )  # fmt: skip
         return Teacher(
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
@@ -254,6 +258,9 @@ class TrainingRun:
     def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool, step: int = 0) -> StepInput:
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
         batch = batch.to(self.device)
+        if len(self.teachers) > 1:
+            sources = tuple(partial(self._source, teacher, batch, step) for teacher in self.teachers)
+            return StepInput(batch, labelled, None, None, None, weights, watch, sources)
         teacher = self.teacher(batch) if self.teacher is not None else None
         selection = None
         if teacher is not None and self.cfg.uses_kv:
@@ -268,6 +275,11 @@ class TrainingRun:
             weights=weights,
             watch=watch,
         )
+
+    def _source(self, teacher: Teacher, batch: TokenBatch, step: int) -> TeacherKV:
+        output = teacher(batch)
+        assert output.states is not None
+        return TeacherKV(output.states, self.select(batch, output, step))
 
     def _weights(self, step: int) -> LossWeights:
         cfg, kv = self.cfg, self.kv_weight

@@ -8,6 +8,7 @@ from typing import Any
 from kvds.align.aligner import KVAligner
 from kvds.align.flat import FlatAligner
 from kvds.align.loss import AlignmentLoss
+from kvds.align.several import AlignerGroup, members_of
 from kvds.align.structured import MapProjectionAligner
 from kvds.errors import InputError
 from kvds.kv import KVShape
@@ -42,19 +43,26 @@ def build_aligner(student: KVShape, teacher: KVShape, settings: Any) -> KVAligne
     return ALIGNERS[own.alignment_mode](student, teacher, own)
 
 
-def aligner_config_dict(aligner: KVAligner) -> dict[str, Any]:
+def aligner_config_dict(aligner: KVAligner | AlignerGroup) -> dict[str, Any]:
     """What rebuilds the aligner: plain values, as ``map_aligner.pt`` holds them."""
+    if isinstance(aligner, AlignerGroup):
+        members = [aligner_config_dict(member) for _, member in members_of(aligner)]
+        return {"members": members, "weights": list(aligner.weights)}
     return {name: dataclasses.asdict(getattr(aligner, name)) for name in ("student_shape", "teacher_shape", "settings")}
 
 
-def aligner_from_config_dict(config: dict[str, Any]) -> KVAligner:
+def aligner_from_config_dict(config: dict[str, Any]) -> KVAligner | AlignerGroup:
     """The inverse of :func:`aligner_config_dict`; weights and statistics are loaded by the caller."""
+    if "members" in config:
+        members = [aligner_from_config_dict(member) for member in config["members"]]
+        return AlignerGroup(members, config["weights"])  # type: ignore[arg-type]
     return build_aligner(
         KVShape(**config["student_shape"]), KVShape(**config["teacher_shape"]), _SeededSettings(**config["settings"])
     )
 
 
 __all__ = [
+    "AlignerGroup",
     "AlignmentLoss",
     "FlatAligner",
     "KVAligner",
@@ -62,4 +70,5 @@ __all__ = [
     "aligner_config_dict",
     "aligner_from_config_dict",
     "build_aligner",
+    "members_of",
 ]
