@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from kvds.align import KVAligner, aligner_config_dict, aligner_from_config_dict
+from kvds.align import AlignerGroup, KVAligner, aligner_config_dict, aligner_from_config_dict
 from kvds.errors import InputError
 
 CHECKPOINTS = "checkpoints"
@@ -146,7 +146,7 @@ def save_aligner(config: dict[str, Any], state: dict[str, Tensor], path: Path) -
     _replace(unfinished, path)
 
 
-def load_aligner(path: str | Path) -> KVAligner:
+def load_aligner(path: str | Path) -> KVAligner | AlignerGroup:
     """The aligner of a ``map_aligner.pt``, on the CPU.
 
     Raises:

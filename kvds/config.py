@@ -67,6 +67,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         self._check_numbers()
         self._check_alignment()
         self._check_step()
+        self._check_teachers()
         self._check_files()
 
     def _check_numbers(self) -> None:
@@ -120,6 +121,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             window = self.observing_tokens or 8
             expected = f"more tokens than the {window} observing ones, all of which are kept (--observing_tokens)"
             _require(budget > window, "kv_budget", budget, expected)
+        if self.kv_weight_held:
+            expected = "constant with --kv_weight hold:SHARE, which moves the weight itself"
+            _require(self.kv_weight_schedule == "constant", "kv_weight_schedule", self.kv_weight_schedule, expected)
         frozen_random = self.alignment_mode != "none" and self.aligner_update == "frozen" and self.map_start == "random"
         _require(
             not frozen_random,
@@ -163,6 +167,20 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             (self.uses_kv and self.teacher_kv == "shuffled", "--teacher_kv shuffled"),
         ]
 
+    def _check_teachers(self) -> None:
+        names, weights = self.teacher_names, self.teacher_weights
+        several = "one teacher, since only keys and values are matched with several (--teacher_name)"
+        if not names:
+            _require(not weights, "teacher_weights", "given", "several teachers to weigh (--teacher_names A B)")
+            return
+        _require(self.teacher_name is None, "teacher_name", self.teacher_name, "one of --teacher_name, --teacher_names")
+        _require(self.uses_kv, "teacher_names", " ".join(names), several)
+        _require(self.logit_kd_weight == 0, "logit_kd_weight", self.logit_kd_weight, f"0, or {several}")
+        expected = f"one weight for each of the {len(names)} teachers (--teacher_weights)"
+        _require(len(weights) in (0, len(names)), "teacher_weights", " ".join(map(str, weights)), expected)
+        for weight in weights:
+            _require(0 < weight < math.inf, "teacher_weights", weight, "numbers above 0 (--teacher_weights 0.5 0.5)")
+
     def _check_files(self) -> None:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(
@@ -196,8 +214,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             InputError: one is missing, or the DeepSpeed configuration cannot work.
         """
         load_deepspeed_config(self.deepspeed_config)
-        for name in ("model_name", "teacher_name", "student_name", "tokenizer_name"):
-            value = getattr(self, name)
+        single = ("model_name", "teacher_name", "student_name", "tokenizer_name")
+        for name, value in [*((name, getattr(self, name)) for name in single),
+                            *(("teacher_names", value) for value in self.teacher_names)]:  # fmt: skip
             # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
             if value and (value[0] in "./~" or value.count("/") > 1):
                 _require(os.path.isdir(value), name, value, "an existing folder with a config.json (or a hub name)")
@@ -213,8 +232,19 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
 
     @property
     def teacher(self) -> str | None:
-        """Folder or hub name of the teacher."""
-        return self.teacher_name or self.model_name
+        """Folder or hub name of the teacher, of several the first."""
+        return self.teachers[0] if self.teachers else None
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Folders or hub names of all teachers."""
+        single = self.teacher_name or self.model_name
+        return self.teacher_names or (() if single is None else (single,))
+
+    @property
+    def weights_of_teachers(self) -> tuple[float, ...]:
+        """Factor of each teacher's KV loss."""
+        return self.teacher_weights or (1 / len(self.teachers),) * len(self.teachers)
 
     @property
     def student(self) -> str:
@@ -227,8 +257,13 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         return None if isinstance(self.kv_weight, str) else float(self.kv_weight)
 
     @property
+    def kv_weight_held(self) -> bool:
+        """Whether the weight is moved during training, so that the KV gradient keeps its share."""
+        return isinstance(self.kv_weight, str) and self.kv_weight.startswith("hold:")
+
+    @property
     def kv_weight_share(self) -> float | None:
-        """The share of ``auto:SHARE``, or None where a number was given."""
+        """The share of ``auto:SHARE`` or ``hold:SHARE``, or None where a number was given."""
         return float(self.kv_weight.split(":")[1]) if isinstance(self.kv_weight, str) else None
 
     @property
@@ -276,7 +311,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         before = load_recipe(saved)
         for name in _hints():
             value = getattr(self, name)
-            if name not in _FREE_ON_RESUME and name in before and before[name] != value:
+            # Where the weight is held, it moves at logging steps.
+            free = name in _FREE_ON_RESUME and not (name == "logging_steps" and self.kv_weight_held)
+            if not free and name in before and before[name] != value:
                 raise InputError(
                     f"--{name} {value}: the checkpoint in {self.output_dir} was trained with {before[name]}; expected "
                     f"the same value to go on (or --resume never, or another --output_dir)"
@@ -302,10 +339,10 @@ def _require_weight(value: str | float) -> None:
     if isinstance(value, str):
         head, _, share = value.partition(":")
         value_of_share = number(share)
-        holds = head == "auto" and isinstance(value_of_share, int | float) and 0 < value_of_share < math.inf
+        holds = head in ("auto", "hold") and isinstance(value_of_share, int | float) and 0 < value_of_share < math.inf
     else:
         holds = math.isfinite(value) and value >= 0
-    _require(holds, "kv_weight", value, "a number of at least 0, or auto:SHARE such as auto:2.0")
+    _require(holds, "kv_weight", value, "a number of at least 0, or auto:SHARE such as auto:2.0, or hold:SHARE")
 
 
 _KIND_NAMES = {
@@ -329,6 +366,10 @@ def _check_type(field: dataclasses.Field[Any], value: Any, place: str = "") -> N
     _require(isinstance(value, widened) and not wrong_bool, field.name, value, names, place)
     if isinstance(value, int | float):
         _require(abs(value) < 2**63, field.name, value, "a finite number", place)
+    if kinds == (tuple,) and typing.get_args(hint)[0] is float:
+        numbers = all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value)
+        _require(numbers, field.name, " ".join(map(str, value)), "numbers", place)
+        return
     texts = value if isinstance(value, tuple) else (value,) if isinstance(value, str) and value else ()
     readable = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
     _require(readable, field.name, value, "visible text on one line", place)
@@ -432,8 +473,8 @@ def _parser() -> _Parser:
                 group.add_argument(
                     f"--no_{field.name}", dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS
                 )
-            elif field.name == "datasets":
-                options |= {"nargs": "+", "metavar": "NAME"}
+            elif typing.get_origin(hint) is tuple:
+                options |= {"nargs": "+", "metavar": "NUMBER" if typing.get_args(hint)[0] is float else "NAME"}
             else:
                 options["metavar"] = "|".join(choices) if choices else field.name.upper()
             group.add_argument(f"--{field.name}", **options)
@@ -442,8 +483,8 @@ def _parser() -> _Parser:
 
 def _from_text(name: str, text: Any) -> Any:
     hint = _hints()[name]
-    if name == "datasets":
-        return tuple(text)
+    if typing.get_origin(hint) is tuple:
+        return tuple(map(number, text)) if typing.get_args(hint)[0] is float else tuple(text)
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise InputError(f"--{name} {one_line(text)}: expected true or false (--{name} or --no_{name})")

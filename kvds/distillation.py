@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kvds.align import KVAligner
+from kvds.align import AlignerGroup, KVAligner, members_of
 from kvds.align.diagnostics import effective_rank
 from kvds.data.batches import Segment, TokenBatch
 from kvds.data.packing import model_inputs
@@ -28,6 +29,13 @@ class LossWeights:
     logit_kd: float = 0.0
 
 
+class TeacherKV(NamedTuple):
+    """One teacher's keys and values of a batch, and the positions that count."""
+
+    states: States
+    selection: Selection
+
+
 @dataclass(frozen=True)
 class StepInput:
     """One micro-batch with all that the student's forward needs. Tensors on the device of the student.
@@ -39,6 +47,8 @@ class StepInput:
         teacher: The teacher's output for this batch; None where nothing reads it.
         teacher_head: Its language-model head, for logit distillation.
         weights: Factors of the loss parts.
+        sources: With several teachers, one call each that runs it on the batch: only one teacher's keys and values are
+            there at a time. Then ``teacher`` and ``selection`` are None.
         watch: Also measure the student's KV and the gradient that the KV loss sends back (logging steps).
     """
 
@@ -49,14 +59,14 @@ class StepInput:
     teacher_head: Head | None
     weights: LossWeights
     watch: bool = False
+    sources: tuple[Callable[[], TeacherKV], ...] = ()
 
 
 class GradientWatch:
     """Compares what the KV loss sends back at the captured keys and values with what the task loss sends there.
 
     ``ratio = ‖∂ kv_weight·kv / ∂(K,V)‖ / ‖∂ rest / ∂(K,V)‖``, over all layers, without a second backward pass: hooks
-    see
-    the KV loss's own share on the tensors handed to the aligner, and all that arrives on the projections' outputs.
+    see the KV loss's own share on the tensors handed to the aligner, and all that arrives on the projections' outputs.
     What the KV loss of later layers sends back through the network counts with the rest: it arrives in one sum with the
     task's, so with more than one layer the ratio is that of the direct share to everything else.
     """
@@ -84,6 +94,16 @@ class GradientWatch:
 
         heads.register_hook(on_kv)
         output.register_hook(on_total)
+
+    def squares(self) -> dict[str, Tensor]:
+        """Both squared norms of the backward pass just run, as metrics whose sums over micro-batches and ranks give the
+        ratio of the whole batch; empty where no gradient arrived.
+        """
+        if not self._rest_squares:
+            return {}
+        rest = torch.stack(self._rest_squares).sum()
+        kv = torch.stack(self._kv_squares).sum() if self._kv_squares else torch.zeros_like(rest)
+        return {"kv/gradient_squares_kv": kv, "kv/gradient_squares_rest": rest}
 
     def ratio(self) -> Tensor | None:
         """The ratio of the backward pass just run, or None where no KV gradient arrived."""
@@ -114,7 +134,7 @@ class DistillationModule(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        aligner: KVAligner | None = None,
+        aligner: KVAligner | AlignerGroup | None = None,
         *,
         rope: str = "pre",
         head_chunks: int = 1,
@@ -163,14 +183,9 @@ class DistillationModule(nn.Module):
             states = capture.states
             if batch.step_ids is not None:
                 states = pool_steps(states, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
-            if step.watch:
-                metrics |= _state_metrics(states, step.selection)
-                if step.selection is not None and batch.step_ids is None:
-                    segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
-                    metrics |= selected_shares(step.selection, batch.segment_ids, segments)
-                if torch.is_grad_enabled():
-                    self.gradient_watch = GradientWatch()
-                    self.gradient_watch.attach(capture)
+            if step.watch and torch.is_grad_enabled():
+                self.gradient_watch = GradientWatch()
+                self.gradient_watch.attach(capture)
             kv = self._kv_loss(states, step, metrics)
 
         teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
@@ -197,11 +212,41 @@ class DistillationModule(nn.Module):
         return loss, metrics
 
     def _kv_loss(self, states: States, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
-        if self.aligner is None or step.teacher is None or step.teacher.states is None or step.selection is None:
-            raise RuntimeError("an aligner needs the teacher's keys and values and a selection of positions")
-        aligned = self.aligner(student=states, teacher=step.teacher.states, selection=step.selection)
+        """The KV loss of the teacher; of several the weighted sum, one after the other."""
+        if self.aligner is None:
+            raise RuntimeError("a KV loss needs an aligner")
+        members = members_of(self.aligner)
+        if not step.sources:
+            if step.teacher is None or step.teacher.states is None or step.selection is None:
+                raise RuntimeError("an aligner needs the teacher's keys and values and a selection of positions")
+            return self._loss_of(members[0][1], states, TeacherKV(step.teacher.states, step.selection), step, metrics)
+        terms: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        for number, ((weight, member), source) in enumerate(zip(members, step.sources, strict=True)):
+            own: dict[str, Tensor] = {}
+            # Nothing holds this teacher's keys and values once its loss is there: the operation has its gradients.
+            terms.append(weight * self._loss_of(member, states, source(), step, own))
+            metrics[f"loss/kv_teacher_{number}"] = own["loss/kv"]
+            for key in ("loss/kv", "loss/kv_keys", "loss/kv_values", "loss/kv_attention"):
+                if key in own:
+                    sums[key] = sums[key] + weight * own[key] if key in sums else weight * own[key]
+            if number == 0:
+                metrics |= {key: value for key, value in own.items() if key.startswith("kv/")}
+        metrics |= sums
+        return torch.stack(terms).sum()
+
+    def _loss_of(
+        self, aligner: nn.Module, states: States, teacher: TeacherKV, step: StepInput, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        selection = teacher.selection
+        if step.watch:
+            metrics |= _state_metrics(states, selection)
+            if step.batch.step_ids is None:
+                segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
+                metrics |= selected_shares(selection, step.batch.segment_ids, segments)
+        aligned = aligner(student=states, teacher=teacher.states, selection=selection)
         # From the mean over this micro-batch to its share of the mean over the global step.
-        share = step.selection.mask.sum() / step.batch.position_normalizer
+        share = selection.mask.sum() / step.batch.position_normalizer
         metrics["loss/kv"] = aligned.loss.detach() * share
         for part, loss, layers in (
             ("keys", aligned.key_loss, aligned.key_layers),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvds.align import KVAligner
+from kvds.align import AlignerGroup, KVAligner
 from kvds.align.explained import ExplainedVariance
 from kvds.checkpoint import ALIGNER_FILE, ALIGNER_START_FILE, STUDENT_FOLDER, load_aligner
 from kvds.config import RunConfig, load_recipe
@@ -47,17 +47,24 @@ def fit_before_and_after(run_dir: Path, rows: int) -> Fit:
     tokenizer = load_tokenizer(cfg)
     loader = load_run_data(cfg, tokenizer, rank=0, world_size=1).eval_loader
     assert loader is not None
-    after = load_aligner(run_dir / ALIGNER_FILE)
+    after = _lone_aligner(run_dir / ALIGNER_FILE)
     teacher = Teacher(_model(cfg, "teacher"), device=device, rope=cfg.kv_rope, reads=after.teacher_reads)
     fit: Fit = {}
     if (run_dir / ALIGNER_START_FILE).is_file():
-        start = load_aligner(run_dir / ALIGNER_START_FILE)
+        start = _lone_aligner(run_dir / ALIGNER_START_FILE)
         fit["before"] = _measure(start, _model(cfg, "student"), teacher, loader, cfg, device)
     trained = dataclasses.replace(
         cfg, student_name=str(run_dir / STUDENT_FOLDER), student_init="pretrained", student_config_overrides=""
     )
     fit["after"] = _measure(after, _model(trained, "student"), teacher, loader, cfg, device)
     return fit
+
+
+def _lone_aligner(path: Path) -> KVAligner:
+    aligner = load_aligner(path)
+    if isinstance(aligner, AlignerGroup):
+        raise InputError(f"--run {path.parent}: was trained with several teachers; expected a run with one")
+    return aligner
 
 
 def _model(cfg: RunConfig, side: str) -> nn.Module:

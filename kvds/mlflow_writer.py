@@ -79,6 +79,10 @@ class MlflowWriter:
         """Hand over a file or folder to copy; returns at once."""
         self._queue.put(("artifact", path))
 
+    def put_tag(self, key: str, value: str) -> None:
+        """Hand over a tag; returns at once."""
+        self._queue.put(("tag", key, value))
+
     def flush(self, seconds: float) -> bool:
         """Wait until all that was handed over is dealt with; False if that took longer than ``seconds``."""
         done = threading.Event()
@@ -105,6 +109,8 @@ class MlflowWriter:
             for item in items:
                 if item[0] == "artifact":
                     self._attempt(self._copy, item[1])
+                elif item[0] == "tag":
+                    self._attempt(self._tag, *item[1:])
                 elif item[0] == "flush":
                     item[1].set()
                 elif item[0] == "finish":
@@ -212,6 +218,10 @@ class MlflowWriter:
             self._client.log_artifacts(self.run_id, str(path), artifact_path=path.name)
         else:
             self._client.log_artifact(self.run_id, str(path))
+
+    def _tag(self, key: str, value: str) -> None:
+        if self._client is not None:
+            self._client.set_tag(self.run_id, _key(key), _shortened(value, _TAG_CHARACTERS))
 
     def _close(self, status: str) -> None:
         try:

@@ -159,7 +159,9 @@ def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """Positions correspond one to one only where both models read the same ids: refuse models that bring other
     vocabularies.
     """
-    for flag, name in (("--teacher_name", cfg.teacher if cfg.uses_teacher else None), ("--student_name", cfg.student)):
+    flag_of_teacher = "--teacher_names" if cfg.teacher_names else "--teacher_name"
+    teachers = [(flag_of_teacher, name) for name in cfg.teachers] if cfg.uses_teacher else []
+    for flag, name in (*teachers, ("--student_name", cfg.student)):
         if name is None or not Path(name).is_dir() or not any(Path(name).glob("tokenizer*")):
             continue
         own = _tokenizer(name, flag)

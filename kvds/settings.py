@@ -18,6 +18,8 @@ class ModelSettings:
 
     model_name: str | None = setting("folder or hub name of teacher and student both", None)
     teacher_name: str | None = setting("folder or hub name of the teacher", None)
+    teacher_names: tuple[str, ...] = setting("several teachers of one tokenizer, in place of teacher_name", ())
+    teacher_weights: tuple[float, ...] = setting("factor of each one's KV loss; unset: the same, 1 in sum", ())
     student_name: str | None = setting("folder or hub name of the student", None)
     teacher_init: str = setting("weights of the teacher", "pretrained", choices=("pretrained", "random"))
     student_init: str = setting("weights of the student", "pretrained", choices=("pretrained", "random"))
@@ -113,8 +115,9 @@ class AlignmentSettings:
         "structural_kv: weight of the attention's KL divergence beside the cosines; 0: without", 1.0
     )
     kv_weight: str | float = setting(
-        "weight of the KV loss: a number, or auto:SHARE of the task's gradient", "auto:2.0"
-    )
+        "weight of the KV loss: a number; or auto:SHARE of the task's gradient at the start; or hold:SHARE, moved so "
+        "that its gradient at keys and values stays SHARE times all else that arrives there", "auto:2.0",
+    )  # fmt: skip
     kv_weight_schedule: str = setting(
         "weight over the run: kept, or falling to 0", "constant", choices=("constant", "linear")
     )

@@ -168,6 +168,11 @@ class Tracker:
         if self._writer is not None:
             self._writer.put_artifact(Path(path))
 
+    def set_tag(self, key: str, value: str) -> None:
+        """Set a tag of the MLflow run: a fact that turned up on the way."""
+        if self._writer is not None:
+            self._writer.put_tag(key, value)
+
     def flush(self, seconds: float = 30.0) -> None:
         """Wait, at most ``seconds``, until MLflow has all that was logged so far."""
         if self._writer is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import warnings
 from functools import partial
@@ -16,7 +15,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from kvds.align import aligner_config_dict, build_aligner, what_is_read
+from kvds.align import AlignerGroup, aligner_config_dict, build_aligner, members_of, what_is_read
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
 from kvds.checkpoint import (
     ALIGNER_FILE,
@@ -33,11 +32,12 @@ from kvds.checkpoint import (
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
 from kvds.engine import all_reduce_sum, build_engine, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
+from kvds.kv_health import KVHealth, held_weight
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
@@ -113,7 +113,7 @@ class TrainingRun:
         self.tokenizer = load_tokenizer(cfg)
         check_same_tokenizer(cfg, self.tokenizer)
         student_config = self._model_config("student")
-        teacher_config = self._model_config("teacher") if cfg.uses_teacher else None
+        teacher_configs = [self._model_config("teacher", name) for name in cfg.teachers] if cfg.uses_teacher else []
         data = load_run_data(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
         self.loader, self.eval_examples, self.eval_loader = data.loader, data.eval_examples, data.eval_loader
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
@@ -121,12 +121,15 @@ class TrainingRun:
 
         # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without
         # weights.
-        aligner = None
-        if cfg.uses_kv and teacher_config is not None:
-            aligner = build_aligner(kv_shape(student_config), kv_shape(teacher_config), cfg)
+        aligner: Any = None
+        if cfg.uses_kv:
+            members = [build_aligner(kv_shape(student_config), kv_shape(config), cfg) for config in teacher_configs]
+            aligner = AlignerGroup(members, cfg.weights_of_teachers) if cfg.teacher_names else members[0]
             if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
-                aligner.to(device).try_out(dtype, device)
-        self.teacher = self._build_teacher(teacher_config, dtype, raw) if teacher_config is not None else None
+                for member in members:
+                    member.to(device).try_out(dtype, device)
+        self.teachers = [self._build_teacher(i, config, dtype, raw) for i, config in enumerate(teacher_configs)]
+        self.teacher = self.teachers[0] if self.teachers else None
         student: Any = load_model(
             cfg.student or "", student_config, init=cfg.student_init, dtype=dtype,
             attn_implementation=cfg.attn_implementation,
@@ -136,12 +139,13 @@ class TrainingRun:
         if not any(hasattr(p, "ds_id") for p in student.parameters()):
             student.to(device)
         student.train()
-        if aligner is not None and self.teacher is not None:
+        if aligner is not None:
             aligner.to(device)
             if resume_step is None:
                 batches = self._calibration_batches()
-                match = partial(self.choice.with_teacher, self.teacher)
-                calibrate_aligner(aligner, student, batches, match, rope=cfg.kv_rope)
+                for (_, member), teacher in zip(members_of(aligner), self.teachers, strict=True):
+                    match = partial(self.choice.with_teacher, teacher)
+                    calibrate_aligner(member, student, batches, match, rope=cfg.kv_rope)
                 if self.rank == 0:  # `kvds profile` tells what training made of it
                     start = self.output_dir / ALIGNER_START_FILE
                     save_aligner(aligner_config_dict(aligner), aligner.state_dict(), start)
@@ -161,23 +165,24 @@ class TrainingRun:
         )
         self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
         self.step = 0
-        self.kv_weight = 0.0
-        self.start_norms: dict[str, float] = {}
+        self.kv_weight = self.start_kv_weight = 0.0
+        self.kv_health = KVHealth()
         run_id = None
         if resume_step is not None:
             state = load_checkpoint(self.engine, self.output_dir, resume_step)
-            self.step, self.kv_weight, self.start_norms = state["step"], state["kv_weight"], state["start_norms"]
+            self.step, self.kv_weight, self.kv_health = state["step"], state["kv_weight"], KVHealth(state["kv_health"])
+            self.start_kv_weight = state["start_kv_weight"]
             run_id = state["mlflow_run_id"]
             log.info("resumed from step %d of %d", self.step, self.total_steps)
         elif cfg.uses_kv:
-            self.kv_weight = self._initial_kv_weight()
+            self.kv_weight = self.start_kv_weight = self._initial_kv_weight()
         self._start_tracking(run_id, resume_step)
 
     # -- construction ---------------------------------------------------------------------------------------------
 
-    def _model_config(self, flag: str) -> Any:
+    def _model_config(self, flag: str, name: str | None = None) -> Any:
         cfg = self.cfg
-        name, overrides = getattr(cfg, flag), getattr(cfg, f"{flag}_config_overrides")
+        name, overrides = name or getattr(cfg, flag), getattr(cfg, f"{flag}_config_overrides")
         if name is None:
             raise InputError(
                 f"--{flag}_name is missing; expected a folder or a hub name (or --model_name for both models)"
@@ -190,12 +195,13 @@ class TrainingRun:
         check_positions(config, cfg.max_length, flag=flag)
         return config
 
-    def _build_teacher(self, config: Any, dtype: torch.dtype, raw: dict[str, Any]) -> Teacher:
+    def _build_teacher(self, number: int, config: Any, dtype: torch.dtype, raw: dict[str, Any]) -> Teacher:
         cfg = self.cfg
         placed = None if cfg.teacher_placement == "replicated" else teacher_engine_config(raw, cfg, self.world_size)
         model = load_model(
-            cfg.teacher or "", config, init=cfg.teacher_init, dtype=dtype, attn_implementation=cfg.attn_implementation,
-            seed=cfg.seed + 1, flag="teacher", engine_config=placed,
+            cfg.teachers[number], config, init=cfg.teacher_init, dtype=dtype,
+            attn_implementation=cfg.attn_implementation, seed=cfg.seed + 1 + number, flag="teacher",
+            engine_config=placed,
         )  # fmt: skip
         return Teacher(
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
@@ -251,6 +257,9 @@ class TrainingRun:
     def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool, step: int = 0) -> StepInput:
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
         batch = batch.to(self.device)
+        if self.cfg.teacher_names:
+            sources = tuple(partial(self._source, teacher, batch, step) for teacher in self.teachers)
+            return StepInput(batch, labelled, None, None, None, weights, watch, sources)
         teacher, selection = None, None
         if self.teacher is not None:
             if self.cfg.uses_kv:
@@ -266,6 +275,11 @@ class TrainingRun:
             weights=weights,
             watch=watch,
         )
+
+    def _source(self, teacher: Teacher, batch: TokenBatch, step: int) -> TeacherKV:
+        output, selection = self.choice.with_teacher(teacher, batch, step)
+        assert output.states is not None
+        return TeacherKV(output.states, selection)
 
     def _weights(self, step: int) -> LossWeights:
         cfg, kv = self.cfg, self.kv_weight
@@ -298,8 +312,7 @@ class TrainingRun:
                 with timer.phase("optimizer"):
                     self.engine.step()
                 gradient_watch = self.engine.module.gradient_watch
-                ratio = gradient_watch.ratio() if gradient_watch is not None else None
-                meter.update(metrics if ratio is None else {**metrics, "kv/gradient_ratio": ratio}, tokens)
+                meter.update(metrics | (gradient_watch.squares() if gradient_watch is not None else {}), tokens)
             self.step += 1
             bar.update()
             if watch:
@@ -323,11 +336,7 @@ class TrainingRun:
             metrics["grad_norm"] = float(norm)
         if self.cfg.uses_kv:
             metrics["kv/weight"] = weights.kv
-            norms: dict[str, float] = {k: v for k, v in metrics.items() if k.startswith("kv/norm_")}
-            if norms:
-                self.start_norms = self.start_norms or norms
-                ratios = [norms[key] / max(self.start_norms[key], 1e-30) for key in norms]
-                metrics["kv/norm_ratio"] = math.prod(ratios) ** (1 / len(ratios))
+            self._watch_kv(metrics, weights)
         if self.tracker is not None:
             self.tracker.log(self.step, metrics)
         shown = {
@@ -335,10 +344,23 @@ class TrainingRun:
         }
         bar.set_postfix(shown, refresh=False)
 
+    def _watch_kv(self, metrics: dict[str, float], weights: LossWeights) -> None:
+        """Tell what fell too far, and hold the share of the KV gradient if asked; the same on all ranks."""
+        cfg = self.cfg
+        schedule = weights.kv / self.kv_weight if self.kv_weight else 1.0
+        for name, text in self.kv_health.update(metrics, schedule=schedule).items():
+            log.warning("step %d: %s", self.step, text)
+            if self.tracker is not None:
+                self.tracker.set_tag(f"warning/{name}", f"step {self.step}: {text}")
+        if cfg.kv_weight_held and "kv/gradient_ratio" in metrics:
+            share = cfg.kv_weight_share or 0.0
+            self.kv_weight = held_weight(self.kv_weight, metrics["kv/gradient_ratio"], share, self.start_kv_weight)
+
     def _save(self) -> None:
         state = {
             "kv_weight": self.kv_weight,
-            "start_norms": self.start_norms,
+            "start_kv_weight": self.start_kv_weight,
+            "kv_health": self.kv_health.state,
             "mlflow_run_id": self.tracker.run_id if self.tracker is not None else None,
         }
         # Rank 0 alone tracks; the other ranks' states must not disagree with its file.

@@ -80,6 +80,9 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
     return [token for key, value in values.items() for token in (f"--{key}", str(value))]
 
 
+HELD = {"kv_weight": "hold:0.5", "kv_weight_schedule": "constant", "kv_method": "random", "kv_budget": 0.5}
+
+
 def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
@@ -114,6 +117,7 @@ def runs(models, tmp_path_factory) -> Path:
     both = [
         flags(models, folder / "straight"),
         flags(models, folder / "flat", alignment_mode="flat", map_start="pca", max_steps=2, save_steps=0),
+        flags(models, folder / "held", **HELD),
     ]
     (folder / "first.json").write_text(json.dumps(both))
     done = start(folder / "train.py", folder / "first.json")
@@ -122,6 +126,9 @@ def runs(models, tmp_path_factory) -> Path:
     done = start("launch/distill.py", *flags(models, folder / "resumed", resume="auto"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert "resumed from step 3 of 6" in done.stderr
+    interrupt(folder / "held", folder / "held_resumed")
+    done = start("launch/distill.py", *flags(models, folder / "held_resumed", resume="auto", **HELD))
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
@@ -158,6 +165,17 @@ def test_a_resumed_run_has_the_same_records_once(runs):
     assert (
         len({record["lr"] for record in straight}) == 5
     )  # up by 2 steps of warm-up and down again past the same value
+
+
+def test_a_held_weight_and_random_selections_go_on_where_they_were(runs, models):
+    straight, resumed = (load_file(runs / run / "student/model.safetensors") for run in ("held", "held_resumed"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert records(runs / "held") == records(runs / "held_resumed")
+    weights = [record["kv/weight"] for record in records(runs / "held")]
+    assert len(weights) == len(set(weights)) == 6
+    assert all(record["kv/selected_share"] == pytest.approx(0.5, abs=0.05) for record in records(runs / "held"))
+    done = start("launch/distill.py", *flags(models, runs / "held_resumed", **{**HELD, "logging_steps": 2}))
+    assert done.returncode == 2 and "--logging_steps 2" in done.stderr  # the weight moves at logging steps
 
 
 def test_an_exported_checkpoint_is_the_student_of_the_run(runs, tmp_path):

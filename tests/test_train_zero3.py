@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from kvds.align.fitting import AlignmentMoments
 from kvds.checkpoint import load_aligner
 from kvds.config import RunConfig, parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.kv import KVShape, Selection, common_steps, open_capture, pool_steps, row_draws, select_tokens
+from kvds.kv import KVShape, KVStates, Selection, common_steps, open_capture, pool_steps, row_draws, select_tokens
 from kvds.run_data import load_run_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -73,6 +74,7 @@ RUNS: dict[str, dict[str, object]] = {
     "crop": {"kv_method": "right_crop", "kv_budget": 6},
     "rkv": {"kv_method": "rkv", "kv_budget": 0.4, "rkv_lambda": 0.3, "teacher_placement": "zero3"},
     "random": {"kv_method": "random", "kv_budget": 6, "seed": 3},
+    "held": {"kv_weight": "hold:0.6", "alignment_mode": "flat"},
     "accumulated": {"batch_size": 1, "gradient_accumulation_steps": 4},
     "adamw": {"optimizer": "adamw", "lr": 0.001},
     "logit_kd": {"logit_kd_weight": 0.5, "logit_kd_temperature": 2.0},
@@ -157,12 +159,19 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
     student = AutoModelForCausalLM.from_pretrained(models / "student").train()
     aligner = None
 
-    def states(model: nn.Module, batch):
+    def captured(model: nn.Module, batch):
         reads = aligner.reads if aligner is not None and model is student else what_is_read(cfg.alignment_mode)
         with open_capture(model, reads) as capture:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return capture, logits
+
+    def pooled(capture, batch):
         steps = batch.step_ids
-        return capture.states if steps is None else pool_steps(capture.states, steps, batch.num_steps), logits
+        return capture.states if steps is None else pool_steps(capture.states, steps, batch.num_steps)
+
+    def states(model: nn.Module, batch):
+        capture, logits = captured(model, batch)
+        return pooled(capture, batch), logits
 
     def selection(batch, step=0):
         if batch.step_ids is not None:
@@ -184,7 +193,7 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         moments.apply()
 
     def start_weight(batch) -> float | None:
-        """``auto:SHARE`` by its definition, from two separate backward passes of the student."""
+        """``auto:SHARE``, where ``hold:SHARE`` begins: two separate backward passes of the student."""
         if cfg.kv_weight_share is None:
             return cfg.kv_weight_value
         norms = []
@@ -209,8 +218,9 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
     for step in range(STEPS):
         [batch] = loader.step(step)
         if step == 0:
-            kv_weight = cfg.kv_weight_value if aligner is None else start_weight(batch)
-        student_states, logits = states(student, batch)
+            weight = start = cfg.kv_weight_value if aligner is None else start_weight(batch)
+        capture, logits = captured(student, batch)
+        student_states = pooled(capture, batch)
         record = {}
         loss = task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
         record["loss/task"] = task.item()
@@ -218,7 +228,7 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
             teacher_states, teacher_logits = states(teacher, batch)
         if aligner is not None:
             kv = aligner(student_states, teacher_states, selection(batch, step)).loss
-            record["kv/weight"] = kv_weight * (1 - step / STEPS if cfg.kv_weight_schedule == "linear" else 1)
+            record["kv/weight"] = weight * (1 - step / STEPS if cfg.kv_weight_schedule == "linear" else 1)
             loss = loss + record["kv/weight"] * kv
             record["loss/kv"] = kv.item()
         if cfg.logit_kd_weight:
@@ -228,6 +238,19 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
             kd = t * t * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
             loss = loss + cfg.logit_kd_weight * kd
             record["loss/logit_kd"] = kd.item()
+        if cfg.kv_weight_held:
+            # Directly, with keys and values cut off from the network; then all that arrives at the projections.
+            leaves = [x.detach().requires_grad_() for x in (*student_states.keys, *student_states.values)]
+            half = len(leaves) // 2
+            cut = KVStates(tuple(leaves[:half]), tuple(leaves[half:]))
+            direct = torch.autograd.grad(weight * aligner(cut, teacher_states, selection(batch, step)).loss, leaves)
+            outputs = [output for output, _ in (*capture.key_outputs, *capture.value_outputs)]
+            arriving = torch.autograd.grad(loss, outputs, retain_graph=True)
+            own = [d.transpose(1, 2).flatten(2) for d in direct]
+            rest = sum((a - d).square().sum() for a, d in zip(arriving, own, strict=True))
+            ratio = float((sum(d.square().sum() for d in own) / rest).sqrt())
+            record["kv/gradient_ratio"] = ratio
+            weight = min(max(weight * min(max((0.6 / ratio) ** 0.5, 0.8), 1.25), start / 100), start * 100)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -274,6 +297,16 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
         assert relative_error(load_aligner(distributed / name / "map_aligner.pt"), aligner) < 1e-5
     if name == "auto_weight":
         assert len(set(logged(distributed / name, "kv/weight"))) == STEPS
+
+
+@pytest.mark.multiprocess
+def test_a_held_share_comes_closer_step_by_step(distributed):
+    weights, ratios = (logged(distributed / "held", key) for key in ("kv/weight", "kv/gradient_ratio"))
+    assert len(weights) == STEPS and all(0.8 - 1e-9 <= b / a <= 1.25 + 1e-9 for a, b in pairwise(weights))
+    for ratio, before, after in zip(ratios, weights, weights[1:], strict=False):
+        assert (after > before) == (ratio < 0.6)
+    distances = [abs(math.log(ratio / 0.6)) for ratio in ratios]
+    assert distances[-1] < 0.5 * distances[0]
 
 
 @pytest.mark.multiprocess

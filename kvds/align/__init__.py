@@ -11,6 +11,7 @@ from kvds.align.hidden import HiddenAligner
 from kvds.align.layer_map import default_layer_map
 from kvds.align.loss import AlignmentLoss
 from kvds.align.relation import RelationAligner
+from kvds.align.several import AlignerGroup, members_of
 from kvds.align.structural import StructuralKVLoss
 from kvds.align.structured import MapProjectionAligner
 from kvds.errors import InputError
@@ -56,19 +57,26 @@ def what_is_read(alignment_mode: str) -> str:
     return ALIGNERS.get(alignment_mode, KVAligner).teacher_reads
 
 
-def aligner_config_dict(aligner: KVAligner) -> dict[str, Any]:
+def aligner_config_dict(aligner: KVAligner | AlignerGroup) -> dict[str, Any]:
     """What rebuilds the aligner: plain values, as ``map_aligner.pt`` holds them."""
+    if isinstance(aligner, AlignerGroup):
+        members = [aligner_config_dict(member) for _, member in members_of(aligner)]
+        return {"members": members, "weights": list(aligner.weights)}
     return {name: dataclasses.asdict(getattr(aligner, name)) for name in ("student_shape", "teacher_shape", "settings")}
 
 
-def aligner_from_config_dict(config: dict[str, Any]) -> KVAligner:
+def aligner_from_config_dict(config: dict[str, Any]) -> KVAligner | AlignerGroup:
     """The inverse of :func:`aligner_config_dict`; weights and statistics are loaded by the caller."""
+    if "members" in config:
+        members = [aligner_from_config_dict(member) for member in config["members"]]
+        return AlignerGroup(members, config["weights"])  # type: ignore[arg-type]
     return build_aligner(
         KVShape(**config["student_shape"]), KVShape(**config["teacher_shape"]), _SeededSettings(**config["settings"])
     )
 
 
 __all__ = [
+    "AlignerGroup",
     "AlignmentLoss",
     "FlatAligner",
     "HiddenAligner",
@@ -79,5 +87,6 @@ __all__ = [
     "aligner_from_config_dict",
     "StructuralKVLoss",
     "build_aligner",
+    "members_of",
     "what_is_read",
 ]

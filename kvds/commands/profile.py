@@ -73,7 +73,12 @@ def _of_run(folder: Path) -> Any:
         raise InputError(f"--run {folder}: no such folder; expected the --output_dir of a run")
     from kvds.checkpoint import ALIGNER_FILE, load_aligner
 
-    return load_aligner(folder / ALIGNER_FILE)
+    aligner = load_aligner(folder / ALIGNER_FILE)
+    from kvds.align import AlignerGroup
+
+    if isinstance(aligner, AlignerGroup):
+        raise InputError(f"--run {folder}: was trained with several teachers; expected a run with one")
+    return aligner
 
 
 def _of_pair(arguments: argparse.Namespace) -> Any:
