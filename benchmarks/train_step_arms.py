@@ -145,8 +145,7 @@ def kvds_step(
                 rows = unpacked(batch)
                 selection = select_tokens(cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask)
                 selection = repacked(selection, batch)
-            index = None if selection is None else selection.index
-            output = teacher(batch, index) if teacher is not None else None
+            output = teacher(batch, selection) if teacher is not None else None
         with bench.clock.phase("forward"):
             head = teacher.head if teacher is not None and weights.logit_kd else None
             loss, _ = module(StepInput(batch, labelled, selection, output, head, weights))

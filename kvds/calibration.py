@@ -21,13 +21,14 @@ from kvds.errors import InputError
 from kvds.kv import KVCapture, Selection
 from kvds.models import backbone
 from kvds.teacher import Teacher
+from kvds.teacher_cache import CachedTeacher
 
 
 @torch.no_grad()
 def calibrate_aligner(
     aligner: nn.Module,
     student: nn.Module,
-    teacher: Teacher,
+    teacher: Teacher | CachedTeacher,
     batches: Iterable[TokenBatch],
     select: Callable[[TokenBatch], Selection],
     *,
@@ -52,10 +53,11 @@ def calibrate_aligner(
             with KVCapture(backbone(student), rope=rope) as capture:
                 inputs = model_inputs(batch, student.config, next(student.parameters()).dtype)
                 backbone(student)(**inputs, use_cache=False)
-            states = teacher(batch).states
+            selection = select(batch)
+            states = teacher(batch, selection).states
             if states is None:
                 raise RuntimeError("calibration needs a teacher that captures keys and values")
-            moments.update(capture.states, states, select(batch))
+            moments.update(capture.states, states, selection)
     student.train(was_training)
     moments.reduce(all_reduce_sum)
     moments.apply()

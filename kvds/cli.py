@@ -14,6 +14,7 @@ from kvds.errors import InputError
 
 # Command → what it does. Its module under kvds.commands is imported only when it is asked for.
 COMMANDS = {
+    "cache": ("cache", "write a teacher's keys and values of a corpus to disk, to train without the teacher"),
     "eval": ("evaluate", "cross entropy and exact match of a model on held-out rows"),
     "export": ("export", "turn a checkpoint of a run into a plain student and its map_aligner.pt"),
     "profile": ("profile", "what an aligner is made of and what it has learned"),

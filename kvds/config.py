@@ -37,6 +37,7 @@ _FREE_ON_RESUME = {
     "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
+    "teacher_cache",
 }  # fmt: skip
 
 _AT_LEAST_ONE = ("max_length", "max_new_tokens", "calibration_batches", "synthetic_problems", "batch_size",
@@ -148,6 +149,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         looks_at_keys = self.uses_kv and self.kv_method not in ("full", "right_crop", "uniform", "random")
         remedy = f"--no_packing with --kv_method {self.kv_method}, which reads keys of whole rows"
         _require(not (self.packing and looks_at_keys), "packing", True, remedy)
+        remedy = "no --teacher_cache with --logit_kd_weight: a cache holds keys and values, no logits"
+        _require(self.teacher_cache is None or self.logit_kd_weight == 0, "teacher_cache", self.teacher_cache, remedy)
         remedy = "--gradient_checkpointing, whose layer inputs it moves (or --no_checkpoint_offload)"
         _require(self.gradient_checkpointing or not self.checkpoint_offload, "checkpoint_offload", True, remedy)
 
@@ -189,6 +192,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
             if value and (value[0] in "./~" or value.count("/") > 1):
                 _require(os.path.isdir(value), name, value, "an existing folder with a config.json (or a hub name)")
+        if self.teacher_cache is not None:
+            expected = "an existing folder written by `kvds cache` (or leave --teacher_cache away)"
+            _require(os.path.isdir(self.teacher_cache), "teacher_cache", self.teacher_cache, expected)
         for spec in self.datasets:
             file = Path(split_dataset_weight(spec)[0])
             if file.suffix in (".json", ".jsonl"):

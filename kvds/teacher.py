@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
 from kvds.data.packing import model_inputs
-from kvds.kv import KVCapture, KVShape, KVStates
+from kvds.kv import KVCapture, KVShape, KVStates, Selection
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.models import backbone, kv_shape
@@ -92,20 +92,21 @@ class Teacher:
 
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()
-    def __call__(self, batch: TokenBatch, index: Tensor | None = None) -> TeacherOutput:
+    def __call__(self, batch: TokenBatch, selection: Selection | None = None) -> TeacherOutput:
         """Run the backbone once; the language-model head is not touched.
 
         Args:
             batch: On the teacher's device.
-            index: ``[B, M]``, the positions whose keys and values are wanted; None = all, without a copy.
+            selection: The positions whose keys and values are wanted; None, or one without an index: all, without a
+                copy.
         """
         inputs = model_inputs(batch, self.config, self._dtype)
         ids = inputs.pop("input_ids")
         if not self._wants_states:
             return TeacherOutput(None, self._forward(ids, **inputs))
         capture: KVCapture | SelectedCapture = KVCapture(self._backbone, rope=self._rope)
-        if index is not None:
-            capture = SelectedCapture(self._backbone, index, rope=self._rope)
+        if selection is not None and selection.index is not None:
+            capture = SelectedCapture(self._backbone, selection.index, rope=self._rope)
         rest = contextlib.nullcontext() if self._wants_hidden else only_keys_and_values(self._backbone)
         with capture, rest:
             hidden = self._forward(ids, **inputs)

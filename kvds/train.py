@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from kvds.align import aligner_config_dict, build_aligner
+from kvds.cache_fingerprint import cache_fingerprint
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
 from kvds.checkpoint import (
     ALIGNER_FILE,
@@ -54,6 +55,7 @@ from kvds.models import (
 from kvds.run_data import load_run_data
 from kvds.run_folder import open_run_folder
 from kvds.teacher import Teacher
+from kvds.teacher_cache import CachedTeacher
 from kvds.tracking import Tracker, collect_versions
 
 log = logging.getLogger("kvds")
@@ -182,8 +184,13 @@ class TrainingRun:
         check_positions(config, cfg.max_length, flag=flag)
         return config
 
-    def _build_teacher(self, config: Any, dtype: torch.dtype, raw: dict[str, Any]) -> Teacher:
+    def _build_teacher(self, config: Any, dtype: torch.dtype, raw: dict[str, Any]) -> Teacher | CachedTeacher:
         cfg = self.cfg
+        if cfg.teacher_cache is not None:
+            made_of = cache_fingerprint(cfg, self.tokenizer, config, self.loader.samples, compute_dtype(raw))
+            return CachedTeacher(
+                Path(cfg.teacher_cache), dtype=dtype, device=self.device, fingerprint=made_of, verify=self.rank == 0
+            )
         placed = None if cfg.teacher_placement == "replicated" else teacher_engine_config(raw, cfg, self.world_size)
         model = load_model(
             cfg.teacher or "", config, init=cfg.teacher_init, dtype=dtype, attn_implementation=cfg.attn_implementation,
@@ -249,8 +256,7 @@ class TrainingRun:
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
         batch = batch.to(self.device)
         selection = self.select(batch) if self.cfg.uses_kv else None
-        index = None if selection is None else selection.index
-        teacher = self.teacher(batch, index) if self.teacher is not None else None
+        teacher = self.teacher(batch, selection) if self.teacher is not None else None
         return StepInput(
             batch=batch,
             labelled=labelled,
@@ -354,7 +360,8 @@ class TrainingRun:
             max_length=self.cfg.max_length, rank=self.rank, world_size=self.world_size, all_reduce=all_reduce_sum,
             progress=self.rank == 0,
         )  # fmt: skip
-        if self.cfg.uses_kv and self.eval_loader is not None:
+        # A cache holds the training rows alone.
+        if self.cfg.uses_kv and self.eval_loader is not None and self.cfg.teacher_cache is None:
             inputs = partial(self._step_input, weights=LossWeights(kv=1.0), watch=False)
             results["all"] |= held_out_kv_loss(self.engine, self.eval_loader, inputs)
         if self.tracker is not None:

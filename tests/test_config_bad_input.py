@@ -67,6 +67,8 @@ BAD_FLAGS = {
     "--datasets svamp gsm8k svamp:2": ("datasets=svamp", "each corpus once", "svamp:2"),
     "--datasets rows/missing.jsonl": ("datasets=rows/missing.jsonl", "an existing JSONL file", "prompt, rationale"),
     "--data_dir nowhere": ("data_dir=nowhere", "no such folder", "gsm8k/"),
+    "--teacher_cache nowhere": ("teacher_cache=nowhere", "an existing folder written by `kvds cache`"),
+    "--teacher_cache kvds --logit_kd_weight 1": ("teacher_cache=kvds", "no --teacher_cache with --logit_kd_weight"),
     "--packing --group_by_length": ("packing=true", "--no_packing with --group_by_length"),
     "--checkpoint_offload": ("checkpoint_offload=true", "--gradient_checkpointing", "--no_checkpoint_offload"),
     "--gradient_checkpointing maybe": ("--gradient_checkpointing maybe", "true or false", "--no_gradient"),

@@ -134,6 +134,7 @@ class TokenBatch:
         label_normalizer: Tokens that the task loss counts in the whole global step, per rank and micro-batch.
         position_normalizer: Positions whose keys and values count in the whole global step, per rank and micro-batch.
         packing: Where the samples lie; None = one in each row.
+        row_samples: For each row its samples' positions among the loader's, in order; known without asking a device.
     """
 
     input_ids: Tensor
@@ -144,6 +145,7 @@ class TokenBatch:
     label_normalizer: float
     position_normalizer: float
     packing: Packing | None = None
+    row_samples: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
@@ -180,7 +182,11 @@ def collate(
             attention_mask[position, :length] = 1
     labels = torch.where(segment_ids >= Segment.RATIONALE, input_ids, IGNORED_LABEL)
     ids = torch.tensor(list(sample_ids))
-    return TokenBatch(input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer)
+    row_samples = tuple(() if row is None else (i,) for row, i in zip(rows, sample_ids, strict=True))
+    return TokenBatch(
+        input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer,
+        row_samples=row_samples,
+    )  # fmt: skip
 
 
 def collate_packed(
@@ -195,7 +201,8 @@ def collate_packed(
     """As :func:`collate`, with samples sharing rows of at most ``capacity`` tokens; None takes no place at all."""
     samples = [row for row in rows if row is not None]
     lengths = [len(row.input_ids) for row in samples]
-    packing, places = place_samples(pack_lengths(lengths, capacity), lengths)
+    dealt = pack_lengths(lengths, capacity)
+    packing, places = place_samples(dealt, lengths)
     input_ids = torch.full(packing.document_ids.shape, pad_token_id)
     segment_ids = torch.zeros_like(input_ids)
     first = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -207,8 +214,11 @@ def collate_packed(
     # Nothing predicts the first token of a sample, least of all the sample before it.
     labels = torch.where((segment_ids >= Segment.RATIONALE) & ~first, input_ids, IGNORED_LABEL)
     mask = (packing.document_ids >= 0).long()
-    ids = torch.tensor([i for i in sample_ids if i >= 0] or [-1])
-    return TokenBatch(input_ids, mask, labels, segment_ids, ids, label_normalizer, position_normalizer, packing)
+    numbers = [i for row, i in zip(rows, sample_ids, strict=True) if row is not None]
+    return TokenBatch(
+        input_ids, mask, labels, segment_ids, torch.tensor(numbers or [-1]), label_normalizer, position_normalizer,
+        packing, tuple(tuple(numbers[i] for i in row) for row in dealt),
+    )  # fmt: skip
 
 
 class BatchLoader:
@@ -262,6 +272,11 @@ class BatchLoader:
         self._positions = [position_count(len(sample.input_ids)) for sample in samples]
         self._global_batch = batch_size * gradient_accumulation_steps * world_size
         self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def samples(self) -> Sequence[EncodedSample]:
+        """All rows, in the numbering of ``sample_ids``."""
+        return self._samples
 
     @property
     def steps_per_epoch(self) -> int:
