@@ -50,6 +50,7 @@ from kvds.data.batches import TokenBatch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PHASES = ("teacher", "forward", "align", "backward", "optimizer")
+NO_TEACHER = ("task_only", "task_only_packed", "plain_task", "kvds_structured_cached")
 QUICK_ARMS = ("task_only", "teacher_forward", "kvds_flat", "kvds_structured", "earlier")
 
 
@@ -171,11 +172,15 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     notes: dict[str, str] = {}
 
     def make() -> Workbench:
-        return Workbench(pair, device, clock, batch_size=arguments.batch_size, max_length=arguments.max_length)
+        return Workbench(
+            pair, device, clock, batch_size=arguments.batch_size, max_length=arguments.max_length, samples=samples
+        )  # fmt: skip
 
     peaks: dict[str, list[int]] = {name: [] for name in arguments.arms}
     if device.type == "cpu" and not arguments.no_memory:  # before this process has models or threads of its own
         for name in names:
+            if name == "kvds_structured_cached":  # its process would have run the teacher to write the cache
+                continue
             peaks[name].append(memory_of_arm(name, make, batches, shared))
     trl = None
     if "trl_gkd" in arguments.arms:
@@ -266,11 +271,13 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
                 row["speed_to_other_rows"] = statistics.median([b / a for a, b in pairs] or [float("nan")])
             if floor is not None:
                 row["ratio_to_floor"] = statistics.median(s / f for s, f in zip(steps, floor, strict=False))
+                alone = zip(steps, (s["step"] for s in seconds["task_only"]), strict=False)
+                row["speed_to_task_only"] = statistics.median(b / a for a, b in alone)
                 row["alignment_share"] = 1 - 1 / row["ratio_to_floor"] if "kvds" in name or name == "earlier" else None
             row["peak_bytes"] = max(peaks[name], default=None)
             row["loss_first_batch"] = losses.get(name)
             if best is not None:
-                trains, uses = name != "teacher_forward", name not in ("task_only", "task_only_packed", "plain_task")
+                trains, uses = name != "teacher_forward", name not in NO_TEACHER
                 logits = name in ("kvds_logit_kd", "trl_gkd")
                 need = sum(
                     (needed_flops(pair.student, b, train=True, head=True) if trains else 0.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +15,14 @@ from torch.nn import functional as F
 from benchmarks.train_step_workbench import Clock, Pair, build_model, held_bytes
 from kvds.align import build_aligner
 from kvds.align.layer_map import endpoint_map
-from kvds.data.batches import TokenBatch
+from kvds.data.batches import EncodedSample, TokenBatch
 from kvds.data.packing import repacked, unpacked
 from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.kv import KVShape, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.settings import AlignmentSettings
 from kvds.teacher import Teacher
+from kvds.teacher_cache import CachedTeacher, write_teacher_cache
 
 LR = 1e-5
 
@@ -46,7 +49,17 @@ class Arm:
 class Workbench:
     """One teacher, one student and its AdamW, which all arms of a process share; each arm brings its own map."""
 
-    def __init__(self, pair: Pair, device: torch.device, clock: Clock, *, batch_size: int, max_length: int) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        device: torch.device,
+        clock: Clock,
+        *,
+        batch_size: int,
+        max_length: int,
+        samples: Sequence[EncodedSample] = (),
+    ) -> None:
+        self.samples, self.keep = samples, list[Any]()
         self.pair, self.device, self.clock = pair, device, clock
         self.tokens = batch_size * max_length
         self._teacher: nn.Module | None = None
@@ -110,6 +123,19 @@ def _time_forward(module: nn.Module, clock: Clock) -> None:
     module.register_forward_hook(end)
 
 
+def _cached(bench: Workbench, teacher: Teacher, cfg: AlignmentSettings) -> CachedTeacher:
+    """The teacher's states of all samples on disk, in its own dtype, for as long as the bench lives."""
+    folder = tempfile.TemporaryDirectory()
+    bench.keep.append(folder)
+    store = "bf16" if bench.pair.dtype == torch.bfloat16 else "fp32"
+    write_teacher_cache(
+        Path(folder.name), teacher, bench.samples,
+        lambda rows: select_tokens(cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask),
+        fingerprint={}, store=store, batch_size=8, shard_samples=64, device=bench.device,
+    )  # fmt: skip
+    return CachedTeacher(Path(folder.name), dtype=bench.pair.dtype, device=bench.device, fingerprint={})
+
+
 def kvds_step(
     bench: Workbench,
     *,
@@ -117,6 +143,7 @@ def kvds_step(
     checkpointing: bool = False,
     offload: bool = False,
     packed: bool = False,
+    cached: bool = False,
     **alignment: Any,
 ) -> Arm:
     """A step as ``kvds.train`` does it, without an engine; ``alignment`` are fields of ``AlignmentSettings``."""
@@ -129,9 +156,11 @@ def kvds_step(
         _time_forward(aligner, bench.clock)
     chunks = head_chunk_count(bench.tokens, bench.pair.student.vocab_size)
     module = DistillationModule(bench.student, aligner, head_chunks=chunks, offload_checkpoints=offload)
-    teacher = Teacher(
-        bench.teacher, device=bench.device, wants_states=uses_kv, wants_hidden=weights.logit_kd > 0
-    ) if uses_teacher else None  # fmt: skip
+    teacher: Teacher | CachedTeacher | None = None
+    if uses_teacher:
+        teacher = Teacher(bench.teacher, device=bench.device, wants_states=uses_kv, wants_hidden=weights.logit_kd > 0)
+    if cached and teacher is not None:
+        teacher = _cached(bench, teacher, cfg)
     optimizers = [bench.optimizer, *([adamw(aligner)] if aligner is not None else [])]
 
     def step(batch: TokenBatch) -> Tensor:
@@ -145,8 +174,7 @@ def kvds_step(
                 rows = unpacked(batch)
                 selection = select_tokens(cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask)
                 selection = repacked(selection, batch)
-            index = None if selection is None else selection.index
-            output = teacher(batch, index) if teacher is not None else None
+            output = teacher(batch, selection) if teacher is not None else None
         with bench.clock.phase("forward"):
             head = teacher.head if teacher is not None and weights.logit_kd else None
             loss, _ = module(StepInput(batch, labelled, selection, output, head, weights))
@@ -156,7 +184,7 @@ def kvds_step(
         return loss.detach()
 
     maps = [] if aligner is None else [aligner]
-    return Arm(step, lambda: bench.held(*maps, teacher=uses_teacher), uses_teacher, packed=packed)
+    return Arm(step, lambda: bench.held(*maps, teacher=uses_teacher and not cached), uses_teacher, packed=packed)
 
 
 def teacher_forward(bench: Workbench) -> Arm:
@@ -259,6 +287,7 @@ ARMS: dict[str, Callable[[Workbench], Arm]] = {
         bench, weights=KV, alignment_mode="structured", checkpointing=True, offload=True
     ),
     "kvds_structured_packed": lambda bench: kvds_step(bench, weights=KV, alignment_mode="structured", packed=True),
+    "kvds_structured_cached": lambda bench: kvds_step(bench, weights=KV, alignment_mode="structured", cached=True),
     "task_only_packed": lambda bench: kvds_step(bench, weights=LossWeights(), packed=True),
     "kvds_logit_kd": lambda bench: kvds_step(bench, weights=LossWeights(task=0.0, logit_kd=1.0)),
     "plain_task": plain_task,

@@ -15,6 +15,7 @@ from kvds.errors import InputError
 # Command → what it does. Its module under kvds.commands is imported only when it is asked for.
 COMMANDS = {
     "ab": ("ab", "an experiment: arms × seeds of a plan, paired statistics, report"),
+    "cache": ("cache", "write a teacher's keys and values of a corpus to disk, to train without the teacher"),
     "doctor": ("doctor", "look over this machine: versions, devices, compiler, space, network, kernel, sqlite"),
     "eval": ("evaluate", "cross entropy and exact match of a model on held-out rows"),
     "export": ("export", "turn a checkpoint of a run into a plain student and its map_aligner.pt"),

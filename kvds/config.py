@@ -38,6 +38,7 @@ _FREE_ON_RESUME = {
     "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
+    "teacher_cache",
 }  # fmt: skip
 
 _AT_LEAST_ONE = ("max_length", "max_new_tokens", "calibration_batches", "synthetic_problems", "batch_size",
@@ -155,6 +156,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         for found, flag in self._needs_own_rows():
             remedy = f"--no_packing with {flag}, which reads samples in rows of their own"
             _require(not (self.packing and found), "packing", True, remedy)
+        if self.teacher_cache is not None:
+            self.check_cacheable(self.teacher_cache)
         remedy = "--gradient_checkpointing, whose layer inputs it moves (or --no_checkpoint_offload)"
         _require(self.gradient_checkpointing or not self.checkpoint_offload, "checkpoint_offload", True, remedy)
 
@@ -166,6 +169,23 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             (self.uses_kv and self.align_tokens == "segment", "--align_tokens segment"),
             (self.uses_kv and self.teacher_kv == "shuffled", "--teacher_kv shuffled"),
         ]
+
+    def check_cacheable(self, folder: str | Path) -> None:
+        """Refuse what a cache of one teacher's keys and values, at positions known without it, cannot serve.
+
+        Raises:
+            InputError: naming ``folder``, the flag that reads more, and what.
+        """
+        for found, flag in (
+            (self.logit_kd_weight > 0, "--logit_kd_weight: a cache holds keys and values, no logits"),
+            (self.kv_method == "random", "--kv_method random, which draws other positions in each step"),
+            (self.kv_method in READS_KEYS, f"--kv_method {self.kv_method}, which reads the teacher's keys to choose"),
+            (self.alignment_mode == "hidden", "--alignment_mode hidden: a cache holds keys and values"),
+            (self.align_tokens == "segment", "--align_tokens segment: a cache holds positions"),
+            (self.teacher_kv == "shuffled", "--teacher_kv shuffled, which exchanges whole rows"),
+            (bool(self.teacher_names), "--teacher_names: a cache is that of one teacher"),
+        ):
+            _require(not found, "teacher_cache", str(folder), f"no --teacher_cache with {flag}")
 
     def _check_teachers(self) -> None:
         names, weights = self.teacher_names, self.teacher_weights
@@ -220,6 +240,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
             if value and (value[0] in "./~" or value.count("/") > 1):
                 _require(os.path.isdir(value), name, value, "an existing folder with a config.json (or a hub name)")
+        if self.teacher_cache is not None:
+            expected = "an existing folder written by `kvds cache` (or leave --teacher_cache away)"
+            _require(os.path.isdir(self.teacher_cache), "teacher_cache", self.teacher_cache, expected)
         for spec in self.datasets:
             file = Path(split_dataset_weight(spec)[0])
             if file.suffix in (".json", ".jsonl"):

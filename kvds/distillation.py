@@ -189,7 +189,7 @@ class DistillationModule(nn.Module):
             kv = self._kv_loss(states, step, metrics)
 
         teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
-        task_sum, kd_sum = head_losses(
+        task, kd = head_losses(
             self.student.get_output_embeddings(),  # type: ignore[operator]
             hidden,
             step.labelled,
@@ -198,14 +198,13 @@ class DistillationModule(nn.Module):
             teacher_hidden=teacher_hidden,
             temperature=self._kd_temperature,
             vocab_size=self._kd_vocab_size,
+            scale=1 / batch.label_normalizer,
         )
-        task = task_sum / batch.label_normalizer
         loss = task if weights.task == 1.0 else weights.task * task
         metrics["loss/task"] = task.detach()
         if kv is not None and weights.kv:
             loss = loss + weights.kv * kv
         if teacher_hidden is not None:
-            kd = kd_sum / batch.label_normalizer
             loss = loss + weights.logit_kd * kd
             metrics["loss/logit_kd"] = kd.detach()
         metrics["loss/total"] = loss.detach()

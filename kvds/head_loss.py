@@ -24,7 +24,9 @@ _SLICE = 2**25
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunks: int) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunks: int, scale: float
+    ) -> Tensor:
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.promote_types(torch.float32, rows.dtype), device=rows.device)
         d_rows = torch.empty_like(rows) if needs_rows else None
@@ -37,7 +39,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             total += (normalizer - logits.gather(1, labels[:, None])).sum()
             gradient = logits.sub_(normalizer).exp_()
             gradient.scatter_add_(1, labels[:, None], -torch.ones_like(normalizer))
-            gradient = gradient.to(weight.dtype)
+            gradient = gradient.mul_(scale).to(weight.dtype)  # scaled before it is rounded
             if d_rows is not None:
                 d_rows[begin : begin + len(chunk)] = gradient @ weight
             if d_weight is not None:
@@ -46,13 +48,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 d_bias += gradient.sum(0)
             begin += len(chunk)
         ctx.save_for_backward(d_rows, d_weight, d_bias)
-        return total
+        return total * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # The scalar is multiplied in, not looked at: nothing waits for the device.
-        return *(None if g is None else _scaled(g, upstream) for g in ctx.saved_tensors), None, None
+        return *(None if g is None else _scaled(g, upstream) for g in ctx.saved_tensors), None, None, None
 
 
 def _scaled(tensor: Tensor, scalar: Tensor) -> Tensor:
@@ -65,8 +67,10 @@ def _scaled(tensor: Tensor, scalar: Tensor) -> Tensor:
     return out
 
 
-def summed_cross_entropy(head: nn.Linear, rows: Tensor, target: Tensor, *, num_chunks: int) -> Tensor:
-    """``Σ_n −log softmax(head(rows_n))[target_n]``, with at most one chunk of logits alive.
+def summed_cross_entropy(
+    head: nn.Linear, rows: Tensor, target: Tensor, *, num_chunks: int, scale: float = 1.0
+) -> Tensor:
+    """``scale · Σ_n −log softmax(head(rows_n))[target_n]``, with at most one chunk of logits alive.
 
     It runs as the forward of ``head``: there, and only there, ZeRO-3 has the whole weight. One call gathers it once.
 
@@ -75,13 +79,15 @@ def summed_cross_entropy(head: nn.Linear, rows: Tensor, target: Tensor, *, num_c
         rows: ``[N, hidden]``; N may be 0, which gives 0 with a graph.
         target: ``[N]`` int64.
         num_chunks: Chunks of rows.
+        scale: Factor of the loss, best the whole of it: one that comes with the backward pass rounds bf16 gradients
+            a second time.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 rows).
     """
 
     def forward(rows: Tensor, target: Tensor) -> Tensor:
-        loss: Tensor = _SummedCrossEntropy.apply(rows, head.weight, head.bias, target, num_chunks)
+        loss: Tensor = _SummedCrossEntropy.apply(rows, head.weight, head.bias, target, num_chunks, scale)
         return loss
 
     with forward_of(head, forward):

@@ -66,6 +66,7 @@ def head_losses(
     teacher_hidden: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Sums over labelled positions of the cross entropy and of the forward KL divergence from teacher to student.
 
@@ -81,6 +82,7 @@ def head_losses(
         teacher_hidden: Teacher ``[B, T, hidden]``; None without logit distillation.
         temperature: ``T``, > 0.
         vocab_size: Entries that carry tokens; None = all.
+        scale: Factor of both sums.
 
     Returns:
         ``task`` and ``kd``: fp32 scalars with a graph (``kd`` is 0 without a teacher).
@@ -91,7 +93,7 @@ def head_losses(
     teacher_rows = None if teacher_hidden is None else teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
 
     if teacher_rows is None and isinstance(head, nn.Linear) and torch.is_grad_enabled():
-        task = summed_cross_entropy(head, rows[labelled.index], labelled.target, num_chunks=num_chunks)
+        task = summed_cross_entropy(head, rows[labelled.index], labelled.target, num_chunks=num_chunks, scale=scale)
         return task, task.new_zeros(())
 
     def chunk_losses(student: Tensor, target: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,4 +120,4 @@ def head_losses(
         else:
             chunk_task, chunk_kd = checkpoint(chunk_losses, *inputs, use_reentrant=False, preserve_rng_state=False)
         task, kd = task + chunk_task, kd + chunk_kd
-    return task, kd
+    return task * scale, kd * scale

@@ -29,6 +29,7 @@ class ModelSettings:
     attn_implementation: str = setting("attention of transformers", "sdpa", choices=("sdpa", "eager"))
     gradient_checkpointing: bool = setting("recompute the student's layers in the backward pass", False)
     checkpoint_offload: bool = setting("gradient_checkpointing: keep the layers' inputs in host memory", False)
+    teacher_cache: str | None = setting("folder written by `kvds cache`, read instead of running the teacher", None)
     teacher_placement: str = setting(
         "whole on each rank, sharded by ZeRO-3, or sharded and offloaded to host memory", "replicated",
         choices=("replicated", "zero3", "zero3_offload"),

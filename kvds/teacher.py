@@ -18,6 +18,7 @@ from kvds.kv import (
     KVShape,
     Observed,
     ObservingRows,
+    Selection,
     States,
     open_capture,
     pool_steps,
@@ -113,15 +114,15 @@ class Teacher:
 
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()
-    def __call__(self, batch: TokenBatch, index: Tensor | None = None) -> TeacherOutput:
+    def __call__(self, batch: TokenBatch, selection: Selection | None = None) -> TeacherOutput:
         """Run the backbone once, on the text that the teacher reads; the language-model head is not touched.
 
         With steps, the states are those of the steps, ``[B, heads, S, head_dim]``.
 
         Args:
             batch: On the teacher's device.
-            index: ``[B, M]``, the positions that alone are read: keys and values of no others are kept. None = all,
-                without a copy.
+            selection: The positions that alone are read: keys and values of no others are kept. None, or one without
+                an index: all, without a copy.
         """
         batch, steps = batch.teacher_text or batch, batch.num_steps
         inputs = model_inputs(batch, self.config, self._dtype)
@@ -129,7 +130,7 @@ class Teacher:
         if not self._wants_states:
             return TeacherOutput(None, self._forward(ids, **inputs))
         rows = None if self._observe is None else self._observe(batch)
-        capture = self._capture(rows, index)
+        capture = self._capture(rows, None if selection is None else selection.index)
         with contextlib.ExitStack() as stack:
             stack.enter_context(capture)
             if self._reads == "kv" and not self._wants_hidden:

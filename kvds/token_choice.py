@@ -10,6 +10,7 @@ from kvds.data.batches import TokenBatch
 from kvds.data.packing import repacked, unpacked
 from kvds.kv import Observed, ObservingRows, Selection, common_steps, observing_rows, row_draws, select_tokens
 from kvds.teacher import Teacher, TeacherOutput
+from kvds.teacher_cache import CachedTeacher
 
 
 class TokenChoice:
@@ -47,10 +48,12 @@ class TokenChoice:
         )  # fmt: skip
         return repacked(selection, batch)
 
-    def with_teacher(self, teacher: Teacher, batch: TokenBatch, step: int = 0) -> tuple[TeacherOutput, Selection]:
+    def with_teacher(
+        self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int = 0
+    ) -> tuple[TeacherOutput, Selection]:
         """Run the teacher on ``batch`` and choose: of methods that look at no key, it keeps the chosen rows alone."""
         if self._cfg.kv_method not in READS_KEYS:
             selection = self.select(batch, None, step)
-            return teacher(batch, selection.index), selection
+            return teacher(batch, selection), selection
         output = teacher(batch)
         return replace(output, observed=None), self.select(batch, output.observed, step)

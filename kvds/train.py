@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from kvds.align import AlignerGroup, aligner_config_dict, build_aligner, members_of, what_is_read
+from kvds.cache_fingerprint import cache_fingerprint
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
 from kvds.checkpoint import (
     ALIGNER_FILE,
@@ -54,6 +55,7 @@ from kvds.provenance import write_provenance
 from kvds.run_data import load_run_data
 from kvds.run_folder import open_run_folder
 from kvds.teacher import Teacher
+from kvds.teacher_cache import CachedTeacher
 from kvds.token_choice import TokenChoice
 from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 
@@ -195,8 +197,15 @@ class TrainingRun:
         check_positions(config, cfg.max_length, flag=flag)
         return config
 
-    def _build_teacher(self, number: int, config: Any, dtype: torch.dtype, raw: dict[str, Any]) -> Teacher:
+    def _build_teacher(
+        self, number: int, config: Any, dtype: torch.dtype, raw: dict[str, Any]
+    ) -> Teacher | CachedTeacher:
         cfg = self.cfg
+        if cfg.teacher_cache is not None:
+            made_of = cache_fingerprint(cfg, self.tokenizer, config, self.loader.samples, compute_dtype(raw))
+            return CachedTeacher(
+                Path(cfg.teacher_cache), dtype=dtype, device=self.device, fingerprint=made_of, verify=self.rank == 0
+            )
         placed = None if cfg.teacher_placement == "replicated" else teacher_engine_config(raw, cfg, self.world_size)
         model = load_model(
             cfg.teachers[number], config, init=cfg.teacher_init, dtype=dtype,
@@ -276,7 +285,7 @@ class TrainingRun:
             watch=watch,
         )
 
-    def _source(self, teacher: Teacher, batch: TokenBatch, step: int) -> TeacherKV:
+    def _source(self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int) -> TeacherKV:
         output, selection = self.choice.with_teacher(teacher, batch, step)
         assert output.states is not None
         return TeacherKV(output.states, selection)
@@ -382,7 +391,8 @@ class TrainingRun:
             max_length=self.cfg.max_length, rank=self.rank, world_size=self.world_size, all_reduce=all_reduce_sum,
             progress=self.rank == 0,
         )  # fmt: skip
-        if self.cfg.uses_kv and self.eval_loader is not None:
+        # A cache holds the training rows alone.
+        if self.cfg.uses_kv and self.eval_loader is not None and self.cfg.teacher_cache is None:
             inputs = partial(self._step_input, weights=LossWeights(kv=1.0), watch=False)
             results["all"] |= held_out_kv_loss(self.engine, self.eval_loader, inputs)
         if self.tracker is not None:

@@ -218,3 +218,13 @@ def test_gradient_watch_equals_separate_backward_passes(rope: str, layers: int) 
         flat = [g.transpose(1, 2).flatten(2) for g in direct]
         rest_norm = torch.stack([(t - d).norm().square() for t, d in zip(total, flat, strict=True)]).sum().sqrt()
     torch.testing.assert_close(found, kv_norm / rest_norm, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_scale_multiplies_both_sums_once(distilled: bool) -> None:
+    head, hidden = nn.Linear(4, 5), torch.randn(2, 3, 4, requires_grad=True)
+    labelled = LabelledPositions.from_labels(torch.randint(0, 5, (2, 3)))
+    teacher = {"teacher_head": nn.Linear(4, 5), "teacher_hidden": torch.randn(2, 3, 4)} if distilled else {}
+    plain, scaled = (head_losses(head, hidden, labelled, num_chunks=2, scale=s, **teacher) for s in (1.0, 0.25))
+    assert [float(x) for x in scaled] == pytest.approx([0.25 * float(x) for x in plain], rel=1e-6)
+    assert float(plain[0]) > 0 and (float(plain[1]) > 0) == distilled

@@ -158,7 +158,7 @@ class Setup:
         for batch in batches:
             selection = select(batch, method, budget)
             step = StepInput(
-                batch, LabelledPositions.from_labels(batch.labels), selection, self.teacher(batch, selection.index),
+                batch, LabelledPositions.from_labels(batch.labels), selection, self.teacher(batch, selection),
                 self.teacher.head, LossWeights(task=0.7, kv=1.5, logit_kd=0.4), watch=True,
             )  # fmt: skip
             loss, metrics = self.module(step)

@@ -127,12 +127,12 @@ def test_hidden_states_for_logit_distillation_come_from_the_whole_backbone() -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_selected_rows_are_those_of_the_whole(family: str, rope: str) -> None:
     model = model_of(family)
-    index = select_tokens("right_crop", 4, batch().segment_ids, batch().attention_mask).index
-    assert index is not None
-    found = Teacher(model, device=torch.device("cpu"), rope=rope)(batch(), index).states
+    selection = select_tokens("right_crop", 4, batch().segment_ids, batch().attention_mask)
+    assert selection.index is not None
+    found = Teacher(model, device=torch.device("cpu"), rope=rope)(batch(), selection).states
     for a, b in zip(flat(found), flat(full_states(model, rope)), strict=True):
         assert a.shape == (*b.shape[:2], 4, b.shape[3]) and a.is_contiguous()
-        assert torch.equal(a, gather_positions(b, index))
+        assert torch.equal(a, gather_positions(b, selection.index))
 
 
 def test_no_more_than_one_layer_is_alive_beside_what_is_selected() -> None:
@@ -142,9 +142,8 @@ def test_no_more_than_one_layer_is_alive_beside_what_is_selected() -> None:
     for layer in model.model.layers:
         layer.self_attn.k_proj.register_forward_hook(lambda _m, _a, out: outputs.append(weakref.ref(out)))
         layer.register_forward_hook(lambda *_: alive.append(sum(ref() is not None for ref in outputs)))
-    index = select_tokens("right_crop", 4, batch().segment_ids, batch().attention_mask).index
-    assert index is not None
-    Teacher(model, device=torch.device("cpu"))(batch(), index)
+    selection = select_tokens("right_crop", 4, batch().segment_ids, batch().attention_mask)
+    Teacher(model, device=torch.device("cpu"))(batch(), selection)
     assert max(alive) <= 1
     alive.clear(), outputs.clear()
     Teacher(model, device=torch.device("cpu"))(batch())

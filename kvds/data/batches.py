@@ -173,6 +173,7 @@ class TokenBatch:
         num_steps: Steps of the row that has the most, in either text.
         teacher_text: The same rows as the teacher reads them; None = these.
         packing: Where the samples lie; None = one in each row.
+        row_samples: For each row its samples' positions among the loader's, in order; known without asking a device.
     """
 
     input_ids: Tensor
@@ -186,6 +187,7 @@ class TokenBatch:
     num_steps: int = 0
     teacher_text: TokenBatch | None = None
     packing: Packing | None = None
+    row_samples: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
@@ -224,7 +226,11 @@ def collate(
             attention_mask[position, :length] = 1
     labels = torch.where(segment_ids >= Segment.RATIONALE, input_ids, IGNORED_LABEL)
     ids = torch.tensor(list(sample_ids))
-    batch = TokenBatch(input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer)
+    row_samples = tuple(() if row is None else (i,) for row, i in zip(rows, sample_ids, strict=True))
+    batch = TokenBatch(
+        input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer,
+        row_samples=row_samples,
+    )  # fmt: skip
     return _with_steps(batch, rows, pad_token_id)
 
 
@@ -258,7 +264,8 @@ def collate_packed(
     """As :func:`collate`, with samples sharing rows of at most ``capacity`` tokens; None takes no place at all."""
     samples = [row for row in rows if row is not None]
     lengths = [len(row.input_ids) for row in samples]
-    packing, places = place_samples(pack_lengths(lengths, capacity), lengths)
+    dealt = pack_lengths(lengths, capacity)
+    packing, places = place_samples(dealt, lengths)
     input_ids = torch.full(packing.document_ids.shape, pad_token_id)
     segment_ids = torch.zeros_like(input_ids)
     first = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -270,8 +277,11 @@ def collate_packed(
     # Nothing predicts the first token of a sample, least of all the sample before it.
     labels = torch.where((segment_ids >= Segment.RATIONALE) & ~first, input_ids, IGNORED_LABEL)
     mask = (packing.document_ids >= 0).long()
-    ids = torch.tensor([i for i in sample_ids if i >= 0] or [-1])
-    return TokenBatch(input_ids, mask, labels, segment_ids, ids, label_normalizer, position_normalizer, packing=packing)
+    numbers = [i for row, i in zip(rows, sample_ids, strict=True) if row is not None]
+    return TokenBatch(
+        input_ids, mask, labels, segment_ids, torch.tensor(numbers or [-1]), label_normalizer, position_normalizer,
+        packing=packing, row_samples=tuple(tuple(numbers[i] for i in row) for row in dealt),
+    )  # fmt: skip
 
 
 class BatchLoader:
@@ -327,6 +337,11 @@ class BatchLoader:
         ]
         self._global_batch = batch_size * gradient_accumulation_steps * world_size
         self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def samples(self) -> Sequence[EncodedSample]:
+        """All rows, in the numbering of ``sample_ids``."""
+        return self._samples
 
     @property
     def steps_per_epoch(self) -> int:

@@ -149,6 +149,7 @@ def unpacked(batch: TokenBatch) -> TokenBatch:
         labels=rows(batch.labels, -100),
         segment_ids=rows(batch.segment_ids, 0),
         packing=None,
+        row_samples=(),
     )
 
 

@@ -1,0 +1,86 @@
+"""What a teacher cache was made of, so that one made of something else is refused with the difference named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from kvds.config import RunConfig
+from kvds.data.batches import EncodedSample
+from kvds.errors import InputError
+
+# What of a weight file is hashed: enough to tell two trainings apart without reading gigabytes.
+_EDGE = 2**20
+
+
+def cache_fingerprint(
+    cfg: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedConfig,
+    samples: Sequence[EncodedSample],
+    dtype: str,
+) -> dict[str, str]:
+    """Name → text, equal exactly where cached keys and values serve a run.
+
+    Args:
+        cfg: The run.
+        tokenizer: Of the run.
+        teacher: The teacher's architecture.
+        samples: The training rows as tokens, in the loader's numbering.
+        dtype: That the teacher computes in, ``"bf16"`` or ``"fp32"``.
+    """
+    rows = hashlib.sha256()
+    for sample in samples:
+        rows.update(json.dumps([sample.input_ids, sample.segment_ids]).encode())
+    own = {
+        key: value for key, value in teacher.to_dict().items() if key not in ("_name_or_path", "transformers_version")
+    }
+    return {
+        "tokenizer": f"{len(tokenizer)} entries {_short(tokenizer.get_vocab())}",
+        "teacher architecture": f"{teacher.model_type} {_short(own)}",
+        "teacher weights": _weights(cfg, teacher),
+        "teacher dtype": dtype,
+        "data set": f"{len(samples)} rows {rows.hexdigest()[:16]}",
+        "selection": f"{cfg.kv_method} {cfg.kv_budget} mask_first_token={cfg.mask_first_token}",
+        "kv_rope": cfg.kv_rope,
+    }
+
+
+def check_fingerprint(found: dict[str, str], expected: dict[str, str], folder: Path) -> None:
+    """Compare a cache's fingerprint with a run's.
+
+    Raises:
+        InputError: naming what differs, in the cache and in the run.
+    """
+    for name in expected:
+        if found.get(name) != expected[name]:
+            raise InputError(
+                f"teacher_cache={folder}: its {name} is {found.get(name, 'not recorded')}, the run's {expected[name]}; "
+                "expected a cache made with the run's own flags (kvds cache, or leave --teacher_cache away)"
+            )
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _weights(cfg: RunConfig, config: Any) -> str:
+    if cfg.teacher_init == "random":
+        return f"random, seed {cfg.seed + 1}"
+    folder = Path(cfg.teacher or "")
+    if not folder.is_dir():
+        return f"{cfg.teacher} {getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE))
+            file.seek(max(0, size - _EDGE))
+            digest.update(file.read())
+    return f"files {digest.hexdigest()[:16]}"

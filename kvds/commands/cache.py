@@ -1,0 +1,89 @@
+"""Write a teacher's selected keys and values of a corpus to disk, once, for training with --teacher_cache DIR."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from kvds.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the cache")
+    parser.add_argument(
+        "--store", choices=("fp32", "bf16", "int8", "fp8"), default="bf16",
+        help="precision on disk; int8 and fp8 with an offset and a scale per channel (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard_samples", type=int, default=512, metavar="N", help="rows per file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "run_flags", nargs="*", metavar="-- --config RECIPE --flag value …",
+        help="after --: the flags of the training run (--output_dir may be left away)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write this process's shards; RANK and WORLD_SIZE, where a launcher sets them, share the work out."""
+    if arguments.shard_samples < 1:
+        raise InputError(f"--shard_samples {arguments.shard_samples}: expected at least 1 row per file")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise InputError(f"--output {arguments.output}: is a file; expected a folder")
+    from kvds.config import parse_run_config
+
+    cfg = parse_run_config(["--output_dir", "unused", *arguments.run_flags])
+    if not cfg.uses_kv:
+        raise InputError(f"alignment_mode={cfg.alignment_mode}: expected a run that matches keys and values")
+    cfg.check_cacheable(arguments.output)
+
+    import torch
+    from tqdm import tqdm
+
+    from kvds.cache_fingerprint import cache_fingerprint
+    from kvds.deepspeed_config import compute_dtype, load_deepspeed_config
+    from kvds.kv import select_tokens
+    from kvds.models import TORCH_DTYPES, load_config, load_model, load_tokenizer
+    from kvds.run_data import load_run_data
+    from kvds.teacher import Teacher
+    from kvds.teacher_cache import write_teacher_cache
+
+    name = cfg.teacher or ""
+    tokenizer = load_tokenizer(cfg)
+    config = load_config(name, cfg.teacher_config_overrides, flag="teacher")
+    samples = load_run_data(cfg, tokenizer, rank=0, world_size=1).loader.samples
+    dtype = compute_dtype(load_deepspeed_config(cfg.deepspeed_config))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0)
+    if not torch.cuda.is_available():
+        device = torch.device("cpu")
+    model = load_model(
+        name, config, init=cfg.teacher_init, dtype=TORCH_DTYPES[dtype], attn_implementation=cfg.attn_implementation,
+        seed=cfg.seed + 1, flag="teacher",
+    )  # fmt: skip
+    begun = time.monotonic()
+    with tqdm(total=len(samples), desc=f"cache {arguments.output.name}", unit="row", disable=rank != 0) as bar:
+        finished = write_teacher_cache(
+            arguments.output,
+            Teacher(model, device=device, rope=cfg.kv_rope),
+            samples,
+            lambda batch: select_tokens(
+                cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask,
+                mask_first_token=cfg.mask_first_token,
+            ),
+            fingerprint=cache_fingerprint(cfg, tokenizer, config, samples, dtype),
+            store=arguments.store, batch_size=cfg.batch_size, shard_samples=arguments.shard_samples, device=device,
+            rank=rank, world_size=world_size, progress=bar.update,
+        )  # fmt: skip
+    if not finished:
+        print("written: this process's shards; the last process to end finishes the cache")
+        return 0
+    size = sum(path.stat().st_size for path in arguments.output.glob("*.safetensors"))
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    seconds = time.monotonic() - begun
+    per_million = f"{size / tokens / 1e3:.2f} GB, {1e6 * seconds / tokens:.0f} s"
+    print(f"written: {arguments.output}, {len(samples)} rows, {size / 2**20:.1f} MiB in {seconds:.1f} s", end="; ")
+    print(f"per million tokens {per_million}")
+    return 0

@@ -1,0 +1,156 @@
+"""A teacher on disk: its selected keys and values written once, and read in place of running it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvds.cache_fingerprint import check_fingerprint
+from kvds.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_shard
+from kvds.data.batches import EncodedSample, TokenBatch, collate
+from kvds.kv import KVStates, Selection
+from kvds.teacher import Teacher, TeacherOutput
+
+_FINGERPRINT = "fingerprint.json"
+
+
+def write_teacher_cache(
+    folder: Path,
+    teacher: Teacher,
+    samples: Sequence[EncodedSample],
+    select: Callable[[TokenBatch], Selection],
+    *,
+    fingerprint: dict[str, str],
+    store: str,
+    batch_size: int,
+    shard_samples: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> bool:
+    """Write this process's shards of a cache, leaving those that are there.
+
+    Args:
+        folder: Of the cache; made if missing.
+        teacher: Captures keys and values.
+        samples: The whole corpus, in the loader's numbering.
+        select: The positions of an unpacked batch that count; all tokens of a row are kept where it has no index.
+        fingerprint: What the cache is made of.
+        store: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"fp8"``.
+        batch_size: Rows per teacher forward.
+        shard_samples: Samples per shard.
+        device: Where the teacher runs.
+        rank: Of this process: it writes every ``world_size``-th shard.
+        world_size: Number of processes.
+        progress: Told how many samples have been written.
+
+    Returns:
+        Whether the cache is finished now.
+
+    Raises:
+        InputError: the folder holds the cache of something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made_of = {**fingerprint, "store": store, "samples per shard": str(shard_samples)}
+    mark = folder / _FINGERPRINT
+    if mark.is_file():
+        check_fingerprint(json.loads(mark.read_text()), made_of, folder)
+    else:
+        mark.write_text(json.dumps(made_of, indent=1) + "\n")
+    shards = -(-len(samples) // shard_samples)
+    for number in range(rank, shards, world_size):
+        numbers = range(number * shard_samples, min(len(samples), (number + 1) * shard_samples))
+        if not shard_is_written(folder, number):
+            kept = _states_of(teacher, samples, numbers, select, batch_size, device)
+            keys, values = zip(*(kept[i] for i in numbers), strict=True)
+            write_shard(folder, number, keys, values, store)
+        progress(len(numbers))
+    return finish_cache(folder, shards, {"fingerprint": fingerprint, "store": store})
+
+
+def _states_of(
+    teacher: Teacher, samples: Sequence[EncodedSample], numbers: Sequence[int],
+    select: Callable[[TokenBatch], Selection], batch_size: int, device: torch.device,
+) -> dict[int, tuple[Tensor, Tensor]]:  # fmt: skip
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    order = sorted(numbers, key=lambda i: -len(samples[i].input_ids))  # of like length, for little padding
+    for begin in range(0, len(order), batch_size):
+        mine = order[begin : begin + batch_size]
+        batch = collate([samples[i] for i in mine], mine, 0, 1.0, 1.0).to(device)
+        selection = select(batch)
+        states = teacher(batch, selection).states
+        assert isinstance(states, KVStates)
+        stacked = [torch.stack(side).permute(1, 3, 0, 2, 4) for side in states]  # [B, M or T, L, H, D]
+        wanted = batch.segment_ids != 0 if selection.index is None else selection.mask
+        for row, i in enumerate(mine):
+            keys, values = (side[row][wanted[row]].cpu() for side in stacked)
+            kept[i] = keys, values
+    return kept
+
+
+class CachedTeacher:
+    """Stands where a :class:`kvds.teacher.Teacher` stands, and reads what that one once computed.
+
+    Args:
+        folder: A finished cache.
+        dtype: Of the states it returns.
+        device: Where they are wanted.
+        fingerprint: Of the run.
+        verify: Also compare checksums (one rank is enough).
+
+    Raises:
+        InputError: the cache is unfinished, damaged, or made of something else.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        fingerprint: dict[str, str],
+        verify: bool = True,
+    ) -> None:
+        self._reader = ShardReader(folder, dtype, verify=verify)
+        check_fingerprint(self._reader.manifest["fingerprint"], fingerprint, folder / MANIFEST)
+        self._device = device
+
+    def __call__(self, batch: TokenBatch, selection: Selection | None = None) -> TeacherOutput:
+        """The states of the batch's samples: all positions, or with a selection's index those in its slots."""
+        rows = [[self._reader.sample(i) for i in row] for row in batch.row_samples]
+        keys, values = (self._assembled([[s[side] for s in row] for row in rows], batch, selection) for side in (0, 1))
+        return TeacherOutput(KVStates(keys, values), None)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Not stored: configuration refuses logit distillation from a cache."""
+        raise RuntimeError("a teacher cache holds no logits")
+
+    def _assembled(
+        self, rows: list[list[Tensor]], batch: TokenBatch, selection: Selection | None
+    ) -> tuple[Tensor, ...]:
+        joined = [torch.cat(row) if row else None for row in rows]
+        like = next((row for row in joined if row is not None), None)
+        if like is None:
+            [like, _] = self._reader.sample(0)
+        index = None if selection is None else selection.index
+        longest = max((len(row) for row in joined if row is not None), default=1)
+        width = batch.input_ids.shape[1] if index is None else max(1, longest)
+        padded: Any = like.new_zeros(like.shape[1], len(rows), like.shape[2], width, like.shape[3])  # [L, B, H, M, D]
+        for number, row in enumerate(joined):
+            if row is not None:
+                padded[:, number, :, : len(row)] = row.permute(1, 2, 0, 3)
+        if self._device.type == "cuda":
+            padded = padded.pin_memory()
+        padded = padded.to(self._device, non_blocking=True)
+        if index is not None and selection is not None:
+            # The j-th slot that counts holds the j-th stored position.
+            place = (selection.mask.cumsum(1) - 1).clamp(0, width - 1)
+            place = place[None, :, None, :, None].expand(*padded.shape[:3], -1, padded.shape[4])
+            padded = padded.gather(3, place)
+        return tuple(padded.unbind(0))
