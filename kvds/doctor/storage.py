@@ -79,12 +79,12 @@ def check_space(output_dir: Path, *, warn_below: int = 20 * GIB, fault_below: in
         findings.append(Finding(level, "free space", text, "" if level == "ok" else remedy))  # type: ignore[arg-type]
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).free < GIB // 4:
-        free = shutil.disk_usage(shared).free / 2**20
+        mebibytes = shutil.disk_usage(shared).free / 2**20
         findings.append(
             Finding(
                 "warning",
                 "free space",
-                f"/dev/shm: {free:.0f} MiB, through which ranks of a node talk",
+                f"/dev/shm: {mebibytes:.0f} MiB, through which ranks of a node talk",
                 "in a container: --shm-size=8g (or export NCCL_SHM_DISABLE=1)",
             )
         )
