@@ -187,7 +187,7 @@ def main() -> int:
             f"Made by `{facts['command']}` at revision {facts['git_revision']}: torch {facts['torch']}, DeepSpeed "
             f"{facts['deepspeed']}, transformers {facts['transformers']}, {facts['device']}.", "",
             *[line for line in (__doc__ or "").split("\n\n", 2)[2].strip().splitlines()], "", table, "",
-            f"Worst: {worst} % (bound {100 * BOUND:.0f} %). One process: sharding over ranks is arithmetic in the plan, "
+            f"Worst: {worst} % (bound {100 * BOUND:.0f} %). One process: sharding over ranks is arithmetic there, "
             "not measured here, nor is a GPU's allocator.",
         ]  # fmt: skip
         (RESULTS / "PLAN.md").write_text("\n".join(text) + "\n")

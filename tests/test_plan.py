@@ -255,8 +255,8 @@ def test_nothing_helps_on_a_tiny_gpu(recipe, capsys):
     assert "no setting here would make it; expected more GPUs" in capsys.readouterr().out
 
 
-def test_without_the_data_rows_are_assumed(recipe, capsys):
-    missing = ["--set", "datasets=gsm8k"]
+def test_without_the_data_rows_are_assumed(recipe, capsys, tmp_path):
+    missing = ["--set", "datasets=gsm8k", f"data_dir={tmp_path}"]
     assert main(["plan", str(recipe), *missing]) == 0
     text = capsys.readouterr().out
     assert "every row taken as --max_length 64 tokens" in text and "work: unknown without rows (--rows N)" in text

@@ -20,7 +20,7 @@ PLACEMENTS = ("replicated", "zero3", "zero3_offload")
 # CUDA's context, NCCL's buffers, and what the allocator cannot use of its blocks.
 _CONTEXT_BYTES, _USABLE_SHARE = GIB, 0.95
 # Where the search for the largest micro-batch ends.
-MOST_ROWS = 128
+MOST_ROWS = 64
 OFFLOADED = "ds_configs/zero3_offload.json"
 
 
@@ -183,12 +183,12 @@ class Plan:
         return replace(largest, rows=count, labelled=max(1, labelled))
 
     def _rows_within(self, room: float, checkpointing: bool) -> int:
-        """The most rows whose step stays within ``room``; between powers of two on a straight line, as the peak is the
+        """The most rows whose step stays within ``room``; between powers of four on a straight line, as the peak is the
         largest of several that each grow evenly.
         """
         low, high = 0, 1
         while high <= MOST_ROWS and self._step_peak(high, checkpointing) <= room:
-            low, high = high, 2 * high
+            low, high = high, 4 * high
         if low == 0 or high > MOST_ROWS:
             return low
         below, above = self._step_peak(low, checkpointing), self._step_peak(high, checkpointing)

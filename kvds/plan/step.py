@@ -34,6 +34,8 @@ from kvds.teacher import TeacherOutput
 
 # The Triton kernels keep no projection; their partial sums and, with many heads, a chunk's mixed rows stay below this.
 _TRITON_WORKSPACE = 64 * 2**20
+# Chunks of the head that are simulated.
+_HEAD_CHUNKS = 3
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,10 @@ class StepPlanner:
         """Bytes at the end of the student's forward, and at the worst moment of forward and backward."""
         cfg = self.cfg
         config = _with_layers(self.student, layers)
+        chunks = head_chunk_count(batch.rows * cfg.max_length, config.vocab_size)
+        if chunks > _HEAD_CHUNKS:  # one chunk's logits live at a time: a few of the same size show the peak of all
+            batch = replace(batch, labelled=max(1, batch.labelled * _HEAD_CHUNKS // chunks))
+            chunks = _HEAD_CHUNKS
         aligned = kv and cfg.uses_kv and self.teacher_shape is not None
         memory = LiveMemory(self.device)
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -263,7 +269,7 @@ class StepPlanner:
             aligner = self._aligner(config, batch) if aligned else None
             module = DistillationModule(
                 student, aligner, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature,
-                head_chunks=head_chunk_count(batch.rows * cfg.max_length, config.vocab_size),
+                head_chunks=chunks,
             )  # fmt: skip
             inputs = self._inputs(batch, aligned)
             memory.ignore(module.parameters())
