@@ -54,8 +54,8 @@ def _from_hub(loader: Any, name: str, what: str, flag: str, **kwargs: Any) -> An
             ) from error
         raise InputError(
             f"{flag}={name}: the {what} could not be loaded from the hub or its local cache ({reason}); without "
-            f"internet, download it elsewhere (`hf download {name} --local-dir FOLDER`) and give the folder in place "
-            "of the name"
+            f"internet, bring it where there is some (`kvds prefetch RECIPE --to DIR`, or `hf download {name} "
+            "--local-dir FOLDER` and give the folder in place of the name)"
         ) from error
 
 

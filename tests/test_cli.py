@@ -57,7 +57,8 @@ def test_help_lists_every_command(capsys):
 
 def test_unknown_command_names_the_nearest(capsys):
     assert "unknown command reprot; did you mean report?" in error_of(capsys, "reprot")
-    assert "expected one of ab, cache, doctor, eval, export, profile, report" in error_of(capsys, "zzz")
+    expected = "expected one of ab, cache, doctor, eval, export, plan, prefetch, profile, report"
+    assert expected in error_of(capsys, "zzz")
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ def _hub_rows(name: str, corpus: Corpus, split: str) -> Iterator[tuple[int, Any]
     except Exception as error:  # the hub's client raises a dozen kinds, most of them for a missing network
         raise InputError(
             f"datasets={name}: {corpus.hub_name} could not be loaded from the hub or its cache "
-            f"({one_line(error)[:160]}); without internet, expected --data_dir FOLDER with {corpus.files[split]}"
+            f"({one_line(error)[:160]}); without internet, expected --data_dir FOLDER with {corpus.files[split]}, "
+            "or what `kvds prefetch RECIPE --to DIR` brings where there is some"
         ) from error
     yield from ((number, dict(row)) for number, row in enumerate(rows, 1))

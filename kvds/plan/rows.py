@@ -1,0 +1,78 @@
+"""How long the rows of a run are: read where tokenizer and data lie here, assumed where not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvds.config import RunConfig
+from kvds.errors import InputError
+from kvds.kv.select import row_budget
+from kvds.plan.step import BatchShape
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The batches of an epoch.
+
+    Attributes:
+        largest: The largest micro-batch of a rank.
+        row_labelled: The most labelled tokens of one row.
+        steps: Optimizer steps of an epoch; None where nobody knows.
+        padded_tokens: Tokens that all ranks compute in an epoch, padding included; None likewise.
+        labelled_tokens: Those that the head runs on; None likewise.
+        note: Where the numbers come from.
+    """
+
+    largest: BatchShape
+    row_labelled: int
+    steps: int | None
+    padded_tokens: int | None
+    labelled_tokens: int | None
+    note: str
+
+
+def plan_rows(cfg: RunConfig, ranks: int, rows: int | None = None) -> RowPlan:
+    """Lengths from the data itself; without it every row is taken to be ``max_length`` long.
+
+    Args:
+        cfg: The run.
+        ranks: In all.
+        rows: Training rows to assume where the data cannot be read here.
+    """
+    from kvds.models import load_tokenizer
+    from kvds.run_data import load_run_data
+
+    try:
+        tokenizer = load_tokenizer(cfg)
+        loader = load_run_data(cfg, tokenizer, rank=0, world_size=ranks).loader
+    except InputError as error:
+        return _assumed(cfg, ranks, rows, str(error))
+    tokens = labelled = row_labelled = padded = labels = shared = 0
+    for step in range(loader.steps_per_epoch):
+        for batch in loader.step(step):
+            length = batch.input_ids.shape[1]
+            tokens, padded = max(tokens, length), padded + batch.input_ids.numel()
+            counts = (batch.labels[:, 1:] >= 0).sum(1)
+            here, row_labelled = int(counts.sum()), max(row_labelled, int(counts.max()))
+            labelled, labels = max(labelled, here), labels + here
+            shared = max(shared, 1 if batch.packing is None else batch.packing.samples_per_row)
+    slots = min(tokens, shared * row_budget(cfg.kv_budget, tokens)) if cfg.uses_kv else tokens
+    largest = BatchShape(cfg.batch_size, tokens, labelled, slots)
+    note = f"longest row {tokens} tokens, read from the data"
+    return RowPlan(largest, row_labelled, loader.steps_per_epoch, padded * ranks, labels * ranks, note)
+
+
+def _assumed(cfg: RunConfig, ranks: int, rows: int | None, reason: str) -> RowPlan:
+    length = cfg.max_length
+    slots = length
+    if isinstance(cfg.kv_budget, int) and cfg.uses_kv:
+        slots = min(length, cfg.kv_budget)
+    elif isinstance(cfg.kv_budget, float) and cfg.uses_kv:
+        slots = max(1, round(cfg.kv_budget * length))
+    largest = BatchShape(cfg.batch_size, length, cfg.batch_size * (length - 1), slots)
+    note = f"every row taken as --max_length {length} tokens: the data cannot be read here ({reason[:160]})"
+    if rows is None:
+        return RowPlan(largest, length - 1, None, None, None, note)
+    steps = -(-rows // (cfg.batch_size * cfg.gradient_accumulation_steps * ranks))
+    padded = steps * cfg.batch_size * cfg.gradient_accumulation_steps * ranks * length
+    return RowPlan(largest, length - 1, steps, padded, padded, note)

@@ -1,0 +1,338 @@
+"""Memory of one micro-batch's forward and backward pass: the run's own modules, on fake tensors.
+
+Models are simulated with two and with three layers, and what the third adds is added for each further one: layers are
+alike, so that a model of any depth is planned in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from kvds.align import AlignmentLoss, build_aligner, what_is_read
+from kvds.align.loss import PARTS, average_parts
+from kvds.config import RunConfig
+from kvds.config_modes import READS_KEYS
+from kvds.data.batches import TokenBatch
+from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape
+from kvds.losses import LabelledPositions, head_chunk_count
+from kvds.models import backbone
+from kvds.ops.lean import CHUNK_ELEMENTS
+from kvds.plan.live_memory import LiveMemory, drop_gradients
+from kvds.teacher import TeacherOutput
+
+# The Triton kernels keep no projection; their partial sums and, with many heads, a chunk's mixed rows stay below this.
+_TRITON_WORKSPACE = 64 * 2**20
+# Chunks of the head that are simulated.
+_HEAD_CHUNKS = 3
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The largest micro-batch that a run meets.
+
+    Attributes:
+        rows: Per device.
+        tokens: Of the longest row, to which the others are padded.
+        labelled: Tokens of the micro-batch that the task loss counts.
+        slots: Positions per row whose keys and values are compared.
+    """
+
+    rows: int
+    tokens: int
+    labelled: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes beyond weights, gradients, optimizer and teacher.
+
+    Attributes:
+        peak: The most alive at once, all parts together.
+        activations: Kept by the student's layers for the backward pass, without what only the KV loss keeps.
+        logits: What the head adds at its worst moment.
+        student_kv: Keys and values of the student that the KV loss keeps alive.
+        teacher_kv: Keys and values of the teacher.
+        aligner: What the KV loss adds: gradients of keys and values, and its workspace.
+        teacher_forward: The most that the teacher's forward holds beside its keys and values.
+    """
+
+    peak: int
+    activations: int
+    logits: int
+    student_kv: int
+    teacher_kv: int
+    aligner: int
+    teacher_forward: int
+
+
+def kv_bytes(shape: KVShape, batch: BatchShape, element: int) -> int:
+    """Keys and values of one forward, ``2 · layers · KV heads · head_dim`` numbers per token."""
+    numbers = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    return numbers * batch.rows * batch.tokens * element
+
+
+def lean_workspace(source: KVShape, target: KVShape, cfg: RunConfig, batch: BatchShape, device: str) -> int:
+    """Bytes of the chunk buffers of :func:`kvds.ops.lean.compute_lean` (fp32)."""
+    heads_x, heads_y = source.num_key_value_heads // cfg.head_groups, target.num_key_value_heads // cfg.head_groups
+    layers_x = -(-source.num_hidden_layers // cfg.layer_groups)
+    layers_y = -(-target.num_hidden_layers // cfg.layer_groups)
+    hard = cfg.layer_map in ("endpoint", "last_aligned")
+    if hard:
+        layers_x = layers_y = min(source.num_hidden_layers, target.num_hidden_layers)
+    widths = [
+        layers_x * heads_x * source.head_dim,
+        layers_y * heads_y * source.head_dim,
+        layers_y * heads_y * target.head_dim,
+    ]
+    if not hard and heads_x * heads_y > 4:
+        widths.append(layers_y * heads_x * source.head_dim)
+    size = max(16, CHUNK_ELEMENTS[device] // max(widths))
+    return 4 * sum(widths) * min(size, batch.rows * batch.slots)
+
+
+class _KeptGradients(torch.autograd.Function):
+    """Holds what the fused operation holds: gradients of the trained side, computed on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, workspace: int, *states: Tensor) -> Tensor:
+        gradients = [torch.zeros_like(state) for state in states]
+        torch.empty(workspace, dtype=torch.uint8, device=states[0].device)
+        ctx.save_for_backward(*gradients)
+        return states[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.saved_tensors
+
+
+class _FusedStandIn(nn.Module):
+    """In place of the structured aligner, whose chunks depend on the data: the memory of its fused operation."""
+
+    reads = "kv"
+
+    def __init__(self, parts: tuple[str, ...], workspace: int) -> None:
+        super().__init__()
+        self._parts, self._workspace = parts, workspace
+
+    def forward(self, student: KVStates, teacher: KVStates, selection: Selection) -> AlignmentLoss:
+        """Zero, with the graph and the memory of the real one."""
+        losses = {}
+        for part in self._parts:
+            loss = _KeptGradients.apply(self._workspace, *getattr(student, f"{part}s"))
+            losses[part] = (loss, loss.detach())
+        return average_parts(losses)
+
+
+def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = count
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        config.layer_types = list(kinds[:count])
+    return config
+
+
+def _tensors(inputs: StepInput) -> list[Tensor]:
+    """All tensors that a step is given."""
+    parts = [vars(inputs.batch), vars(inputs.labelled)]
+    parts += [vars(part) for part in (inputs.selection, inputs.teacher) if part is not None]
+    return [value for value in tree_iter(parts) if isinstance(value, Tensor)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.getLogger("transformers").setLevel(level)
+
+
+def _model(config: PreTrainedConfig, cfg: RunConfig, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=cfg.attn_implementation)
+
+
+class StepPlanner:
+    """Plans micro-batches of one run.
+
+    Args:
+        cfg: The run.
+        student: The student's configuration.
+        teacher: The teacher's; None where nothing reads it.
+        dtype: Of both models.
+        device: ``"cpu"`` or ``"cuda"``, where the run will be.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        student: PreTrainedConfig,
+        teacher: PreTrainedConfig | None,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self.cfg, self.student, self.teacher, self.dtype, self.device = cfg, student, teacher, dtype, device
+        self.student_shape = KVShape.from_config(student)
+        self.teacher_shape = None if teacher is None else KVShape.from_config(teacher)
+        self._element = torch.empty((), dtype=dtype).element_size()
+        self._hidden = what_is_read(cfg.alignment_mode) == "hidden"
+        # Positions that no key decides are chosen before the teacher's forward, which keeps them alone.
+        self._keeps_all = self._hidden or cfg.kv_method in READS_KEYS or cfg.teacher_kv == "shuffled"
+
+    def plan(self, batch: BatchShape, *, checkpointing: bool) -> StepMemory:
+        """Bytes of one micro-batch of ``batch``."""
+        with_kv = self.cfg.uses_kv and self.teacher_shape is not None
+        layers = self.student_shape.num_hidden_layers
+        both = [self._simulate(batch, count, checkpointing) for count in (2, 3)]
+        bare = [self._simulate(batch, count, checkpointing, kv=False) for count in (2, 3)] if with_kv else both
+
+        def deep(pair: list[tuple[int, int]], which: int) -> int:
+            return pair[0][which] + (layers - 2) * (pair[1][which] - pair[0][which])
+
+        activations, peak = deep(bare, 0), deep(both, 1)
+        student_kv = max(0, deep(both, 0) - activations)
+        aligner = max(0, peak - deep(bare, 1) - student_kv)
+        teacher_kv = self._teacher_output(batch)
+        return StepMemory(
+            peak=peak + teacher_kv + (self._watch(batch) if with_kv else 0),
+            activations=activations,
+            logits=max(0, deep(bare, 1) - activations),
+            student_kv=student_kv,
+            teacher_kv=teacher_kv,
+            aligner=aligner + (self._watch(batch) if with_kv else 0),
+            teacher_forward=0 if self.teacher is None or self.cfg.teacher_cache else self._teacher_forward(batch),
+        )
+
+    def activations(self, batch: BatchShape, *, checkpointing: bool) -> int:
+        """``plan(…).activations`` alone, from forward passes."""
+        pair = [self._simulate(batch, n, checkpointing, kv=False, backward=False)[0] for n in (2, 3)]
+        return pair[0] + (self.student_shape.num_hidden_layers - 2) * (pair[1] - pair[0])
+
+    def peak(self, batch: BatchShape, *, checkpointing: bool) -> int:
+        """``plan(…).peak`` alone, in half the time."""
+        with_kv = self.cfg.uses_kv and self.teacher_shape is not None
+        two, three = (self._simulate(batch, count, checkpointing)[1] for count in (2, 3))
+        layers = self.student_shape.num_hidden_layers
+        return two + (layers - 2) * (three - two) + self._teacher_output(batch) + (self._watch(batch) if with_kv else 0)
+
+    def _teacher_output(self, batch: BatchShape) -> int:
+        size = 0
+        if self.cfg.uses_kv and self.teacher_shape is not None:
+            size += self._states_bytes(self.teacher_shape, self._kept(batch), self._element)
+        if self.teacher is not None and self.cfg.logit_kd_weight:
+            size += batch.rows * batch.tokens * self.teacher.hidden_size * self._element
+        return size
+
+    def _watch(self, batch: BatchShape) -> int:
+        """Logging steps keep the KV loss's gradient in fp32 until the whole one arrives."""
+        return self._states_bytes(self.student_shape, batch, 4)
+
+    def _kept(self, batch: BatchShape) -> BatchShape:
+        return batch if self._keeps_all else replace(batch, tokens=batch.slots)
+
+    def _states_bytes(self, shape: KVShape, batch: BatchShape, element: int) -> int:
+        """Of what is compared: keys and values, or hidden states."""
+        return kv_bytes(hidden_shape(shape), batch, element) // 2 if self._hidden else kv_bytes(shape, batch, element)
+
+    def _aligner(self, student: PreTrainedConfig, batch: BatchShape) -> Any:
+        cfg, target = self.cfg, self.teacher_shape
+        assert target is not None
+        if cfg.alignment_mode != "structured" or cfg.impl == "reference":
+            return build_aligner(KVShape.from_config(student), target, cfg)
+        source = self.student_shape
+        workspace = _TRITON_WORKSPACE
+        if self.device == "cpu":
+            pair = (source, target) if cfg.direction == "student_to_teacher" else (target, source)
+            workspace = lean_workspace(*pair, cfg, batch, self.device)
+        return _FusedStandIn(PARTS[cfg.kv_parts], workspace)
+
+    def _simulate(
+        self, batch: BatchShape, layers: int, checkpointing: bool, kv: bool = True, backward: bool = True
+    ) -> tuple[int, int]:
+        """Bytes at the end of the student's forward, and at the worst moment of forward and backward."""
+        cfg = self.cfg
+        config = _with_layers(self.student, layers)
+        chunks = head_chunk_count(batch.rows * cfg.max_length, config.vocab_size)
+        if chunks > _HEAD_CHUNKS:  # one chunk's logits live at a time: a few of the same size show the peak of all
+            batch = replace(batch, labelled=max(1, batch.labelled * _HEAD_CHUNKS // chunks))
+            chunks = _HEAD_CHUNKS
+        aligned = kv and cfg.uses_kv and self.teacher_shape is not None
+        memory = LiveMemory(self.device)
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+            student = _model(config, cfg, self.dtype)
+            student.config.use_cache = False
+            student.train()
+            if checkpointing:
+                student.gradient_checkpointing_enable({"use_reentrant": False})
+            aligner = self._aligner(config, batch) if aligned else None
+            module = DistillationModule(
+                student, aligner, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature,
+                head_chunks=chunks,
+            )  # fmt: skip
+            inputs = self._inputs(batch, aligned)
+            memory.ignore(module.parameters())
+            memory.ignore(module.buffers())
+            memory.ignore(iter(_tensors(inputs)))
+            drop_gradients(module.parameters())
+            forward_end = []
+            hook = backbone(student).register_forward_hook(lambda *_: forward_end.append(memory.live))
+            with memory:
+                # The padding mask as the attention gets it; transformers would read the data to make it.
+                mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+                inputs = replace(inputs, batch=replace(inputs.batch, attention_mask=mask))
+                loss, _ = module(step=inputs)
+                if backward:
+                    loss.backward()
+            hook.remove()
+        return forward_end[0], memory.peak
+
+    def _inputs(self, batch: BatchShape, aligned: bool) -> StepInput:
+        ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
+        index = None if batch.slots == batch.tokens else torch.zeros(batch.rows, batch.slots, dtype=torch.int64)
+        selection = Selection(index, torch.ones(batch.rows, batch.slots, dtype=torch.bool)) if aligned else None
+        states: KVStates | HiddenStates | None = None
+        hidden = head = None
+        if aligned and self.teacher_shape is not None:
+            shape = hidden_shape(self.teacher_shape) if self._hidden else self.teacher_shape
+            size = (batch.rows, shape.num_key_value_heads, self._kept(batch).tokens, shape.head_dim)
+            layers = tuple(torch.empty(size, dtype=self.dtype) for _ in range(shape.num_hidden_layers))
+            states = HiddenStates(layers) if self._hidden else KVStates(layers, layers)
+        if self.teacher is not None and self.cfg.logit_kd_weight:
+            hidden = torch.empty(batch.rows, batch.tokens, self.teacher.hidden_size, dtype=self.dtype)
+            weight = torch.empty(self.teacher.vocab_size, self.teacher.hidden_size, dtype=self.dtype)
+
+            def head(rows: Tensor) -> Tensor:
+                return rows @ weight.T
+
+        labelled = torch.zeros(batch.labelled, dtype=torch.int64)
+        tokens = TokenBatch(ids, ids, ids, ids, ids[:, 0], 1.0, 1.0)
+        weights = LossWeights(self.cfg.task_weight, 1.0 if aligned else 0.0, self.cfg.logit_kd_weight)
+        teacher = TeacherOutput(states, hidden)
+        return StepInput(tokens, LabelledPositions(labelled, labelled), selection, teacher, head, weights)
+
+    def _teacher_forward(self, batch: BatchShape) -> int:
+        assert self.teacher is not None
+        memory = LiveMemory(self.device)
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            model = _model(_with_layers(self.teacher, 2), self.cfg, self.dtype).eval()
+            ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
+            memory.ignore(iter([*model.parameters(), *model.buffers(), ids]))
+            with memory:
+                mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+                backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        return memory.peak

@@ -1,0 +1,96 @@
+"""Floating point operations of an epoch, and bytes on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvds.align.loss import PARTS
+from kvds.config import RunConfig
+from kvds.kv import KVShape
+from kvds.plan.rows import RowPlan
+from kvds.plan.states import ModelSize
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of an epoch over all ranks, a multiply and an add as two.
+
+    Attributes:
+        student: Forward, backward and recomputation.
+        teacher: Forward.
+        aligner: Forward and backward.
+    """
+
+    student: float
+    teacher: float
+    aligner: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.student + self.teacher + self.aligner
+
+
+def _attention(shape: KVShape, tokens: int) -> float:
+    """FLOPs per token of scores and weighted sum, whole rows (a padding mask hides the causal half from no kernel)."""
+    return 4.0 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * tokens
+
+
+def aligner_flops(cfg: RunConfig, student: KVShape, teacher: KVShape) -> float:
+    """FLOPs per compared position, forward and backward."""
+    if not cfg.uses_kv:
+        return 0.0
+    parts = len(PARTS[cfg.kv_parts])
+    x, y = (student, teacher) if cfg.direction == "student_to_teacher" else (teacher, student)
+    learned = (cfg.layer_map or ("learned" if cfg.alignment_mode == "structured" else "endpoint")) == "learned"
+    pairs = y.num_hidden_layers if learned else student.num_hidden_layers
+    heads_x, heads_y = x.num_key_value_heads, y.num_key_value_heads
+    if cfg.alignment_mode == "flat":
+        project = heads_x * x.head_dim * heads_y * y.head_dim
+        mix = x.num_hidden_layers * heads_x * x.head_dim if learned else 0
+    else:
+        project = heads_y * x.head_dim * y.head_dim
+        mix = (x.num_hidden_layers if learned else 1) * heads_x * heads_y * x.head_dim
+    return 3 * 2.0 * parts * pairs * (project + mix)
+
+
+def epoch_work(
+    cfg: RunConfig,
+    rows: RowPlan,
+    student: tuple[ModelSize, KVShape],
+    teacher: tuple[ModelSize, KVShape] | None,
+) -> Work | None:
+    """FLOPs of one epoch, or None where the rows are unknown."""
+    if rows.padded_tokens is None or rows.labelled_tokens is None:
+        return None
+    tokens, labelled = rows.padded_tokens, rows.labelled_tokens
+    length = rows.largest.tokens
+    size, shape = student
+    passes = 3 + int(cfg.gradient_checkpointing)
+    students = passes * tokens * (2.0 * size.backbone + _attention(shape, length)) + 3 * 2.0 * size.head * labelled
+    teachers = aligners = 0.0
+    if teacher is not None:
+        size, teacher_shape = teacher
+        teachers = tokens * (2.0 * size.backbone + _attention(teacher_shape, length))
+        if cfg.logit_kd_weight:
+            teachers += 2.0 * size.head * labelled
+        aligners = aligner_flops(cfg, shape, teacher_shape) * tokens * rows.largest.slots / length
+    return Work(students, teachers, aligners)
+
+
+def checkpoint_bytes(cfg: RunConfig, count: int, stage: int, element: int) -> int:
+    """One DeepSpeed checkpoint, all ranks' files: fp32 weights, the optimizer's moments; below stage 3 the model, too.
+
+    Args:
+        cfg: The run.
+        count: Trained parameters.
+        stage: Of ZeRO.
+        element: Bytes of a weight.
+    """
+    return count * (4 * (3 if cfg.optimizer == "adamw" else 1) + (element if stage < 3 else 0))
+
+
+def disk_bytes(cfg: RunConfig, checkpoint: int, student: int, steps: int) -> int:
+    """What the output folder of a run of ``steps`` steps grows to: its checkpoints and the exported student."""
+    saved = 1 + ((steps - 1) // cfg.save_steps if cfg.save_steps else 0)
+    return saved * checkpoint + student

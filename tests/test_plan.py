@@ -1,0 +1,324 @@
+"""``kvds plan``: each number against arithmetic done by hand or against memory that was really used."""
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from kvds.align import build_aligner
+from kvds.cli import main
+from kvds.commands.plan import parse_size
+from kvds.config import RunConfig, parse_run_config
+from kvds.data.tokenizer import train_problem_tokenizer
+from kvds.deepspeed_config import load_deepspeed_config
+from kvds.errors import InputError
+from kvds.kv import KVShape, KVStates, Selection
+from kvds.models import load_config
+from kvds.plan.estimate import Machine, Plan
+from kvds.plan.live_memory import LiveMemory, drop_gradients
+from kvds.plan.states import ModelSize, aligner_size, model_size, state_memory
+from kvds.plan.step import BatchShape, StepPlanner, kv_bytes, lean_workspace
+from kvds.plan.work import aligner_flops, checkpoint_bytes, disk_bytes
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+QWEN = {
+    "teacher": {"num_hidden_layers": 28, "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12},
+    "student": {"num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Configurations alone of Qwen2's 1.5B and 0.5B, and a small tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, sizes in QWEN.items():
+        Qwen2Config(num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, **sizes).save_pretrained(
+            folder / name
+        )
+    train_problem_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def recipe(models, tmp_path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"teacher_name: {models / 'teacher'}\nstudent_name: {models / 'student'}\nmap_proj_share_dim: true\n"
+        f"tokenizer_name: {models / 'tokenizer'}\ndatasets: [synthetic]\nsynthetic_problems: 50\nmax_length: 64\n"
+        f"deepspeed_config: {REPOSITORY / 'ds_configs/zero3.json'}\nbatch_size: 4\n"
+    )
+    return file
+
+
+def config(recipe: Path, **changes: object) -> RunConfig:
+    flags = [token for key, value in changes.items() for token in (f"--{key}", str(value))]
+    return parse_run_config(["--config", str(recipe), "--output_dir", "outputs/x", *flags])
+
+
+# -- counting live memory ----------------------------------------------------------------------------------------------
+
+
+def test_live_memory_counts_storages_once_until_they_are_freed():
+    with LiveMemory() as memory:
+        a = torch.zeros(1024)  # 4096 bytes
+        view = a.view(32, 32)[:4]
+        b = a + 1
+        assert memory.live == 8192
+        del a
+        assert memory.live == 8192  # the view holds the storage
+        del view
+        assert memory.live == 4096
+        (b * 2) * 3  # two temporaries at once beside b
+    del b
+    gc.collect()
+    assert memory.live == 0 and memory.peak == 4096 * 3
+
+
+def test_gradients_are_dropped_when_they_are_whole():
+    layer = torch.nn.Linear(64, 64, bias=False)
+    drop_gradients(layer.parameters())
+    x = torch.ones(8, 64)
+    with LiveMemory() as memory:
+        memory.ignore(iter([layer.weight, x]))
+        layer(x).sum().backward()
+    assert layer.weight.grad is None and 64 * 64 * 4 <= memory.peak < 64 * 64 * 4 + 8 * 64 * 4 * 4
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def test_model_sizes_are_the_published_ones(models):
+    sizes = {name: model_size(load_config(str(models / name), flag=name)) for name in QWEN}
+    assert sizes["teacher"].total == 1_543_714_304 and sizes["student"].total == 494_032_768
+    assert sizes["student"].head == 151936 * 896
+    # Queries and output projection 896², keys and values 896 · 128 each, three matrices of the MLP; 24 layers.
+    assert sizes["student"].backbone == 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
+
+
+def test_aligner_size_is_that_of_the_module(recipe):
+    for mode in ("flat", "structured"):
+        cfg = config(recipe, alignment_mode=mode)
+        shapes = KVShape(24, 2, 64, 14), KVShape(28, 2, 128, 12)
+        real = sum(p.numel() for p in build_aligner(*shapes, cfg).parameters())
+        assert aligner_size(*shapes, cfg) == real
+
+
+def test_state_memory_by_hand(recipe, tmp_path):
+    raw = load_deepspeed_config(REPOSITORY / "ds_configs/zero3.json")
+    student, teacher = ModelSize(800, 100, 600, 100), ModelSize(4000, 500, 3000, 500)
+    common = {"student": student, "aligner": 200, "teacher": teacher, "element": 2, "device": "cuda"}
+
+    one = state_memory(config(recipe), raw, ranks=1, **common)
+    assert (one.weights, one.master, one.optimizer, one.gradients) == (2000, 4000, 8000, 4000)
+    assert (one.teacher, one.gathered, one.update, one.host) == (8000, 0, 4000, 0)
+    assert one.buckets == 2 * 50_000_000 and one.held == 2000 + 4000 + 8000 + 4000 + 8000 + 100_000_000
+
+    four = state_memory(config(recipe, teacher_placement="zero3"), raw, ranks=4, **common)
+    assert (four.weights, four.master, four.optimizer, four.gradients, four.teacher) == (500, 1000, 2000, 1000, 2000)
+    assert four.gathered == 2000  # stays whole: its next use is nearer than the reuse distance
+    offloaded = state_memory(config(recipe, teacher_placement="zero3_offload"), raw, ranks=4, **common)
+    assert (offloaded.teacher, offloaded.host) == (0, 2000)
+
+    sgd = state_memory(config(recipe, optimizer="sgd"), raw, ranks=1, **common)
+    assert sgd.optimizer == 0 and sgd.master == 4000
+    raw = load_deepspeed_config(REPOSITORY / "ds_configs/zero2.json")
+    two = state_memory(config(recipe), raw, ranks=4, **common)
+    assert (two.weights, two.master, two.optimizer, two.gradients) == (2000, 1000, 2000, 1000)
+    assert not two.gradients_held and two.held == 2000 + 1000 + 2000 + two.buckets + 8000
+    raw = load_deepspeed_config(REPOSITORY / "ds_configs/zero3_offload.json")
+    host = state_memory(config(recipe), raw, ranks=1, **common)
+    assert (host.weights, host.master, host.optimizer, host.update) == (0, 0, 0, 0)
+    assert host.host == 2000 + 4000 + 8000 + 4000
+
+
+# -- a step ------------------------------------------------------------------------------------------------------------
+
+
+def test_kv_bytes_by_hand():
+    # Two of keys and values, 28 layers, 2 heads of 128, 8 rows of 512 tokens, 2 bytes.
+    assert kv_bytes(KVShape(28, 2, 128, 12), BatchShape(8, 512, 0, 512), 2) == 2 * 28 * 2 * 128 * 8 * 512 * 2
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 4)])
+def test_lean_workspace_is_what_the_operation_takes(recipe, share, heads):
+    cfg = config(recipe, map_proj_share_dim=str(share).lower())
+    student, teacher = KVShape(3, heads[0], 32, 4), KVShape(4, heads[1], 64, 4)
+    aligner = build_aligner(student, teacher, cfg)
+    batch = BatchShape(2, 96, 0, 96)
+
+    def states(shape: KVShape, grad: bool) -> KVStates:
+        size = (2, shape.num_key_value_heads, 96, shape.head_dim)
+        keys, values = (tuple(torch.randn(size, requires_grad=grad) for _ in range(shape.num_hidden_layers))
+                        for _ in range(2))  # fmt: skip
+        return KVStates(keys, values)
+
+    inputs = states(student, True), states(teacher, False)
+    with LiveMemory() as memory:
+        memory.ignore(iter([*aligner.parameters(), *aligner.buffers(), *(t for kv in inputs for p in kv for t in p)]))
+        loss = aligner(*inputs, Selection(None, torch.ones(2, 96, dtype=torch.bool)))
+    gradients = kv_bytes(student, batch, 4)
+    maps = sum(p.numel() for p in aligner.parameters()) * 4
+    assert loss.loss.requires_grad
+    planned = gradients + lean_workspace(student, teacher, cfg, batch, "cpu")
+    assert planned <= memory.peak <= 1.15 * planned + 6 * maps
+
+
+def test_a_step_without_data_takes_what_a_step_with_data_takes(recipe, models):
+    cfg = config(recipe, alignment_mode="none", student_config_overrides=(
+        "num_hidden_layers=5,hidden_size=64,intermediate_size=160,num_attention_heads=4,num_key_value_heads=2,head_dim=16,"
+        "vocab_size=512"))  # fmt: skip
+    student = load_config(cfg.student, cfg.student_config_overrides, flag="student")
+    planner = StepPlanner(cfg, student, None, torch.float32, "cpu")
+    batch = BatchShape(4, 48, 100, 48)
+    from transformers import AutoModelForCausalLM
+
+    from kvds.distillation import DistillationModule
+
+    for checkpointing in (False, True):
+        planned = planner.plan(batch, checkpointing=checkpointing)
+        model = AutoModelForCausalLM.from_config(student, attn_implementation="sdpa").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        inputs = planner._inputs(batch, aligned=False)
+        module = DistillationModule(model)
+        memory = LiveMemory()
+        memory.ignore(iter([*module.parameters(), *module.buffers()]))
+        drop_gradients(module.parameters())
+        inputs.batch.attention_mask = torch.ones(4, 48, dtype=torch.int64)
+        inputs.batch.attention_mask[0, 40:] = 0  # padding, so that a mask is made
+        with memory:
+            module(step=inputs)[0].backward()
+        assert planned.peak == pytest.approx(memory.peak, rel=0.03)
+        assert 0 < planned.activations < planned.peak and planned.aligner == planned.teacher_kv == 0
+
+
+def test_checkpointing_and_kv_show_in_the_plan(recipe):
+    plan = Plan(config(recipe), Machine(8, 1, 80 * 2**30))
+    step, shape = plan.step, KVShape(28, 2, 128, 12)
+    assert plan.other_activations < step.activations / 4
+    assert step.teacher_kv == kv_bytes(shape, plan.rows.largest, 2)
+    assert (
+        plan.rows.largest.rows == 4 and 20 < plan.rows.largest.tokens <= 64 and "read from the data" in plan.rows.note
+    )
+    assert plan.kv_by_group() == [
+        kv_bytes(shape, plan.rows.largest, 2) + kv_bytes(KVShape(24, 2, 64, 14), plan.rows.largest, 2)
+    ]
+
+
+SELECTED = {"kv_method": "uniform", "kv_budget": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "states", "tokens"),
+    [
+        ({"alignment_mode": "flat", **SELECTED}, 2 * 3 * 2 * 16, 8),
+        ({"alignment_mode": "flat", **SELECTED, "kv_method": "rkv"}, 2 * 3 * 2 * 16, 48),
+        ({"alignment_mode": "flat", **SELECTED, "teacher_kv": "shuffled"}, 2 * 3 * 2 * 16, 48),
+        ({"alignment_mode": "relation", **SELECTED}, 2 * 3 * 2 * 16, 8),
+        ({"alignment_mode": "structural_kv"}, 2 * 3 * 2 * 16, 48),
+        ({"alignment_mode": "hidden", **SELECTED}, 3 * 64, 48),
+        ({"alignment_mode": "structured", "align_tokens": "segment"}, 2 * 3 * 2 * 16, 48),
+    ],
+)
+def test_what_is_compared_is_planned(recipe, changes, states, tokens):
+    sizes = "num_hidden_layers=3,hidden_size=64,intermediate_size=160,num_attention_heads=4,head_dim=16,vocab_size=512"
+    cfg = config(recipe, **changes)
+    student, teacher = (load_config(getattr(cfg, side), sizes, flag=side) for side in ("student", "teacher"))
+    planner = StepPlanner(cfg, student, teacher, torch.float32, "cpu")
+    planned = planner.plan(BatchShape(4, 48, 100, 8 if cfg.kv_budget else 48), checkpointing=False)
+    assert planned.teacher_kv == 4 * states * 4 * tokens
+    assert planned.aligner > 0 and planned.peak > planned.activations + planned.teacher_kv
+
+
+# -- work and disk -----------------------------------------------------------------------------------------------------
+
+
+def test_aligner_work_is_what_the_design_counts(recipe):
+    flops = aligner_flops(config(recipe), KVShape(24, 2, 64, 14), KVShape(28, 2, 128, 12))
+    # Joint mixing, student to teacher: 3 passes · 2 · 2 parts · 28 layers · (2 · 64 · 128 + 24 · 2 · 2 · 64).
+    assert flops == 3 * 2 * 2 * 28 * (2 * 64 * 128 + 24 * 2 * 2 * 64)
+
+
+def test_disk_by_hand(recipe):
+    cfg = config(recipe, save_steps=10)
+    assert checkpoint_bytes(cfg, 100, 3, 2) == 1200 and checkpoint_bytes(cfg, 100, 2, 2) == 1400
+    assert disk_bytes(cfg, 1000, 50, steps=35) == 4050  # after 10, 20, 30 and 35
+    assert disk_bytes(cfg, 1000, 50, steps=30) == 3050
+
+
+def test_an_epoch_of_known_work(recipe):
+    plan = Plan(config(recipe, alignment_mode="none", epochs=1), Machine(1, 1, 80 * 2**30))
+    work, rows = plan.work, plan.rows
+    assert work is not None and rows.steps == 13 and work.teacher == work.aligner == 0
+    attention = 4 * 24 * 14 * 64 * rows.largest.tokens
+    expected = 3 * rows.padded_tokens * (2 * plan.student_size.backbone + attention)
+    assert work.student == expected + 6 * plan.student_size.head * rows.labelled_tokens
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_changed_into_what_does(recipe, capsys):
+    """The advice, put into the recipe, fits; without it, it does not."""
+    wide = ["--set", "batch_size=16", "datasets=synthetic"]
+    assert main(["plan", str(recipe), "--gpus", "2", "--gpu-memory", "9GiB", *wide]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    advice = [line.strip().replace(": ", "=") for line in lines[lines.index("does not fit; in the recipe:") + 1 :]]
+    assert advice
+    settings = dict(line.split("=") for line in advice)
+    cfg = config(recipe, **{"batch_size": 16, **settings})
+    assert Plan(cfg, Machine(2, 1, 9 * 2**30)).fits
+    assert cfg.batch_size * cfg.gradient_accumulation_steps == 16
+
+
+def test_nothing_helps_on_a_tiny_gpu(recipe, capsys):
+    assert main(["plan", str(recipe), "--gpu-memory", "1GiB"]) == 1
+    assert "no setting here would make it; expected more GPUs" in capsys.readouterr().out
+
+
+def test_without_the_data_rows_are_assumed(recipe, capsys, tmp_path):
+    missing = ["--set", "datasets=gsm8k", f"data_dir={tmp_path}"]
+    assert main(["plan", str(recipe), *missing]) == 0
+    text = capsys.readouterr().out
+    assert "every row taken as --max_length 64 tokens" in text and "work: unknown without rows (--rows N)" in text
+    assert main(["plan", str(recipe), "--rows", "400", *missing]) == 0
+    assert re.search(r"per epoch \(student .*\), 100 steps", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "-1"], "--gpus, --nodes, --rows: expected"),
+        (["--gpu-memory", "80 apples"], "--gpu-memory 80 apples: expected a size such as 80GiB"),
+        (["--utilization", "2"], "a share in (0, 1]"),
+        (["--set", "batch_size"], "--set batch_size: expected KEY=VALUE"),
+        (["--set", "batchsize=1"], "unknown flag --batchsize"),
+        (["--set", "student_name=./nowhere"], "student_name=./nowhere"),
+    ],
+)
+def test_bad_input(recipe, capsys, arguments, message):
+    assert main(["plan", str(recipe), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_several_teachers_are_refused(recipe, capsys):
+    recipe.write_text(
+        recipe.read_text().replace("teacher_name: ", "teacher_names: [gpt2, ").replace("teacher\n", "teacher]\n")
+    )
+    assert main(["plan", str(recipe)]) == 2
+    assert "kvds plan knows runs of one teacher; expected --teacher_name" in capsys.readouterr().err
+
+
+def test_sizes_are_read_as_they_are_written():
+    assert [parse_size(text, "x") for text in ("80GiB", "24GB", "1.5 MiB", "7")] == [
+        80 * 2**30,
+        24 * 10**9,
+        3 * 2**19,
+        7,
+    ]
+    with pytest.raises(InputError):
+        parse_size("0GiB", "x")
