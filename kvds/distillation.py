@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kvds.align.diagnostics import effective_rank
 from kvds.data.batches import TokenBatch
 from kvds.kv import KVCapture, KVStates, Selection
-from kvds.losses import Head, LabelledPositions, head_losses
+from kvds.losses import Head, LabelledPositions, head_losses, spoil_gradient
 from kvds.models import backbone
 from kvds.teacher import TeacherOutput
 
@@ -171,7 +171,7 @@ class DistillationModule(nn.Module):
             loss = loss + weights.logit_kd * kd
             metrics["loss/logit_kd"] = kd.detach()
         metrics["loss/total"] = loss.detach()
-        return loss, metrics
+        return spoil_gradient(loss), metrics
 
     def _kv_loss(self, states: KVStates, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
         if self.aligner is None or step.teacher is None or step.teacher.states is None or step.selection is None:
@@ -207,7 +207,9 @@ def _state_metrics(states: KVStates, selection: Selection | None) -> dict[str, T
             if kept.shape[0] == 0:  # a micro-batch of padding alone, at the end of an epoch
                 return {}
             norms.append(kept.square().sum(-1).mean().sqrt())
-            ranks.append(torch.as_tensor(effective_rank(kept)))
+            # An eigenvalue solver raises on what is not finite; the step itself is left out and told of elsewhere.
+            rank = torch.as_tensor(effective_rank(torch.nan_to_num(kept, 0.0, 0.0, 0.0)))
+            ranks.append(torch.where(torch.isfinite(kept).all(), rank, torch.nan))
         metrics[f"kv/norm_{name}"] = torch.stack(norms).mean()
         metrics[f"kv/effective_rank_{name}"] = torch.stack(ranks).mean().to(metrics[f"kv/norm_{name}"])
     return metrics
