@@ -90,7 +90,7 @@ def main() -> int:
     shutil.rmtree(arguments.output, ignore_errors=True)
     arguments.output.mkdir(parents=True)
     make_models(arguments.output)
-    steps = 6 + 2 * arguments.kills
+    steps = 6 + 3 * arguments.kills  # a kill lets some two steps pass
     settings = {
         "max_steps": steps, "save_steps": 2, "keep_checkpoints": 2, "logging_steps": 3, "batch_size": 1,
         "warmup_ratio": 0.1, "lr": 0.003,
