@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import deepspeed
 import torch
@@ -46,7 +46,7 @@ class RecordingCheckpointEngine(TorchCheckpointEngine):
         try:
             with open(path, "wb") as plain:
                 file = ChecksummedFile(plain)
-                torch.save(state_dict, file)
+                torch.save(state_dict, cast(IO[bytes], file))
                 entry = file.finish()
         except OSError as error:
             self.faults.append(f"{path}: {error.strerror}")
