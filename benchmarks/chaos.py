@@ -107,12 +107,14 @@ def main() -> int:
 
         if any(run("straight")):
             sys.exit(f"chaos: the undisturbed run failed, see {arguments.output}/straight.log")
+        # Moments in units of a step, so that a slow machine gets as far between two kills as a fast one.
+        step_seconds = (time.monotonic() - begun) / steps
         finished = False
         while sum((kills["one rank"], kills["all ranks"])) < arguments.kills and not finished:
             attempts += 1
             everyone, saving = attempts % 2 == 0, attempts % 4 < 2
             victims = list(range(arguments.ranks)) if everyone else [chance.randrange(arguments.ranks)]
-            seconds = chance.uniform(0, 0.05 if saving else 2.0)
+            seconds = step_seconds * chance.uniform(0, 0.5 if saving else 6.0)
             codes = run("killed", _DEATH.format(seconds=seconds, victims=victims, saving=saving))
             survivors_left += codes.count(None)
             finished = not any(codes)

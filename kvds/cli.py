@@ -17,8 +17,8 @@ COMMANDS = {
     "eval": ("evaluate", "cross entropy and exact match of a model on held-out rows"),
     "export": ("export", "turn a checkpoint of a run into a plain student and its map_aligner.pt"),
     "profile": ("profile", "what an aligner is made of and what it has learned"),
-    "track": ("track", "hand the records of a run to MLflow, where it lacks them"),
     "report": ("report", "table and loss curves of one or more runs"),
+    "track": ("track", "hand the records of a run to MLflow, where it lacks them"),
 }
 
 
