@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import re
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,46 +14,47 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from kvds.align import AlignerGroup, KVAligner, aligner_config_dict, aligner_from_config_dict
+from kvds.checkpoint_folder import CHECKPOINTS, latest_step, resumable_steps, saved_steps, step_tag
+from kvds.checkpoint_manifest import folder_faults
+from kvds.durable_files import UNFINISHED, put_in_place
 from kvds.errors import InputError
 
-CHECKPOINTS = "checkpoints"
+log = logging.getLogger("kvds")
+
 ALIGNER_FILE = "map_aligner.pt"
 ALIGNER_START_FILE = "map_aligner_start.pt"
 STUDENT_FOLDER = "student"
-_TAG = re.compile(r"step-(\d{6,})")
 
 
-def step_tag(step: int) -> str:
-    """The name of the checkpoint after ``step`` optimizer steps."""
-    return f"step-{step:06d}"
+def choose_checkpoint(run_dir: Path) -> int | None:
+    """The step of the checkpoint to go on from: the latest whole one; all ranks call it and read a share of the files.
 
+    A checkpoint that is not as its manifest says is named in a warning and the one before is taken. Nothing is
+    unpickled here, and nothing that fails here is unpickled later.
 
-def latest_step(run_dir: Path) -> int | None:
-    """The step that ``checkpoints/latest`` names, or None where no checkpoint was ever completed.
+    Returns:
+        The step, the same on all ranks, or None where the run has no checkpoint.
 
     Raises:
-        InputError: the file names something that is not a checkpoint of this folder.
+        InputError: there are checkpoints and none is whole, or ``latest`` names something else.
     """
-    latest = run_dir / CHECKPOINTS / "latest"
-    if not latest.is_file():
-        return None
-    tag = latest.read_text().strip()
-    match = _TAG.fullmatch(tag)
-    if match is None or not (latest.parent / tag).is_dir():
-        raise InputError(
-            f"{latest}: names {tag[:80]!r}; expected a folder step-NNNNNN beside it (write the name of an older "
-            "checkpoint there, or --resume never)"
-        )
-    return int(match.group(1))
-
-
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int, state: dict[str, Any]) -> None:
-    """Save engine, optimizer and schedule with ``state`` (plain values) under ``checkpoints/step-NNNNNN``; all ranks
-    call it.
-    """
-    engine.save_checkpoint(
-        str(run_dir / CHECKPOINTS), tag=step_tag(step), client_state={"kvds": {**state, "step": step}}
-    )
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    steps = [resumable_steps(run_dir)]
+    torch.distributed.broadcast_object_list(steps, src=0)  # all ranks try the same ones
+    told = ""
+    for step in steps[0]:
+        mine = folder_faults(run_dir / CHECKPOINTS / step_tag(step), part=rank, parts=world)
+        everyone: list[Any] = [None] * world
+        torch.distributed.all_gather_object(everyone, mine)
+        faults = [fault for of_rank in everyone for fault in of_rank]
+        if not faults:
+            return step
+        fault = f"{run_dir / CHECKPOINTS / step_tag(step)}: not whole, {faults[0]}"
+        log.warning("%s; the checkpoint before is taken", fault)
+        told = told or fault
+    if told:
+        raise InputError(f"{told}, and none before it is whole; expected a whole checkpoint (or --resume never)")
+    return None
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int) -> dict[str, Any]:
@@ -123,27 +123,20 @@ def plain_student(config: PreTrainedConfig, state: dict[str, Tensor]) -> nn.Modu
     return model.eval()
 
 
-def _replace(new: Path, target: Path) -> None:
-    """Put a finished folder or file in the place of an older one."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    os.replace(new, target)
-
-
 def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)  # type: ignore[operator]
     tokenizer.save_pretrained(unfinished)
-    _replace(unfinished, folder)
+    put_in_place(unfinished, folder)
 
 
 def save_aligner(config: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
     """Write ``map_aligner.pt``: state dict and configuration, loadable with ``weights_only=True``."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(path.name + UNFINISHED)
     torch.save({"config": config, "state_dict": state}, unfinished)
-    _replace(unfinished, path)
+    put_in_place(unfinished, path)
 
 
 def load_aligner(path: str | Path) -> KVAligner | AlignerGroup:
@@ -188,9 +181,16 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
     step = latest_step(run_dir) if step is None else step
     folder = run_dir / CHECKPOINTS
     if step is None or not (folder / step_tag(step)).is_dir():
-        found = sorted(p.name for p in folder.glob("step-*")) if folder.is_dir() else []
+        found = [step_tag(saved) for saved in saved_steps(run_dir)]
         wanted = "no checkpoint" if step is None else f"no checkpoint {step_tag(step)}"
         raise InputError(f"--run {run_dir}: {wanted}; expected {', '.join(found) or 'a run that has saved one'}")
+    # Before DeepSpeed unpickles it: what is damaged is named, and what nobody wrote is not read.
+    faults = folder_faults(folder / step_tag(step))
+    if faults:
+        raise InputError(
+            f"{folder / step_tag(step)}: not whole, {faults[0]}; expected the checkpoint as it was saved (or another "
+            "--step)"
+        )
     plan = folder / "model"
     if not (plan / "config.json").is_file():
         raise InputError(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kvds.errors import InputError
+from kvds.errors import InputError, RunError
 
 # Command → what it does. Its module under kvds.commands is imported only when it is asked for.
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "prefetch": ("prefetch", "models, tokenizers and data sets of a recipe into a folder, for nodes without internet"),
     "profile": ("profile", "what an aligner is made of and what it has learned"),
     "report": ("report", "table and loss curves of one or more runs"),
+    "track": ("track", "hand the records of a run to MLflow, where it lacks them"),
 }
 
 
@@ -55,7 +56,7 @@ def _run(module_name: str, name: str, flags: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the process's exit status: 0, or 2 where the user's input is at fault."""
+    """Run one command and return the exit status: 0, 1 where it could not be done, 2 where the input is at fault."""
     flags = list(sys.argv[1:] if argv is None else argv)
     if not flags or flags[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -74,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
             raise InputError(f"unknown command {' '.join(name.split())[:100]}; {hint} (kvds --help)")
         return _run(COMMANDS[name][0], name, flags[1:])
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"kvds: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -19,6 +19,7 @@ import yaml
 from kvds.config_modes import READS_KEYS, mode_rules
 from kvds.config_values import near_miss, number, one_line, parse_overrides, split_dataset_weight
 from kvds.deepspeed_config import load_deepspeed_config
+from kvds.durable_files import write_durably
 from kvds.errors import InputError
 from kvds.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 
@@ -39,10 +40,12 @@ _FREE_ON_RESUME = {
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
     "teacher_cache",
+    "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout",
 }  # fmt: skip
 
 _AT_LEAST_ONE = ("max_length", "max_new_tokens", "calibration_batches", "synthetic_problems", "batch_size",
-                 "gradient_accumulation_steps", "epochs", "logging_steps", "layer_groups", "head_groups")  # fmt: skip
+                 "gradient_accumulation_steps", "epochs", "logging_steps", "layer_groups", "head_groups",
+                 "max_bad_steps")  # fmt: skip
 _AT_LEAST_ZERO = (
     "eval_subset_size",
     "save_steps",
@@ -51,6 +54,7 @@ _AT_LEAST_ZERO = (
     "task_weight",
     "logit_kd_weight",
     "weight_decay",
+    "keep_checkpoints",
 )
 
 
@@ -82,6 +86,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         for name in ("lr", "aligner_lr", "logit_kd_temperature"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "a number above 0, such as 5e-5")
+        minutes = self.max_minutes
+        _require(minutes is None or minutes > 0, "max_minutes", minutes, "above 0 (or leave --max_minutes away)")
+        _require(self.rank_timeout >= 5, "rank_timeout", self.rank_timeout, "at least 5 seconds")
         _require(
             self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, one to read and one to predict"
         )
@@ -317,9 +324,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
 
     def save(self, path: str | Path) -> None:
         """Write the resolved configuration as a recipe that reproduces the run."""
-        unfinished = Path(f"{path}.unfinished")
-        unfinished.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
-        os.replace(unfinished, path)
+        write_durably(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def check_resumable(self, saved: str | Path) -> None:
         """Compare with the configuration that a checkpoint was trained under.

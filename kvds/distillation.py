@@ -15,7 +15,7 @@ from kvds.align.diagnostics import effective_rank
 from kvds.data.batches import Segment, TokenBatch
 from kvds.data.packing import model_inputs
 from kvds.kv import Capture, Selection, States, open_capture, pool_steps, selected_shares
-from kvds.losses import Head, LabelledPositions, head_losses
+from kvds.losses import Head, LabelledPositions, head_losses, spoil_gradient
 from kvds.models import backbone
 from kvds.teacher import TeacherOutput
 
@@ -208,7 +208,7 @@ class DistillationModule(nn.Module):
             loss = loss + weights.logit_kd * kd
             metrics["loss/logit_kd"] = kd.detach()
         metrics["loss/total"] = loss.detach()
-        return loss, metrics
+        return spoil_gradient(loss), metrics
 
     def _kv_loss(self, states: States, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
         """The KV loss of the teacher; of several the weighted sum, one after the other."""
@@ -278,7 +278,9 @@ def _state_metrics(states: States, selection: Selection | None) -> dict[str, Ten
             if kept.shape[0] == 0:  # a micro-batch of padding alone, at the end of an epoch
                 return {}
             norms.append(kept.square().sum(-1).mean().sqrt())
-            ranks.append(torch.as_tensor(effective_rank(kept)))
+            # An eigenvalue solver raises on what is not finite; the step itself is left out and told of elsewhere.
+            rank = torch.as_tensor(effective_rank(torch.nan_to_num(kept, 0.0, 0.0, 0.0)))
+            ranks.append(torch.where(torch.isfinite(kept).all(), rank, torch.nan))
         metrics[f"kv/norm_{name}"] = torch.stack(norms).mean()
         metrics[f"kv/effective_rank_{name}"] = torch.stack(ranks).mean().to(metrics[f"kv/norm_{name}"])
     return metrics

@@ -1,4 +1,4 @@
-"""The one exception that means "what you gave cannot work, and here is what would"."""
+"""The exceptions that mean "here is what went wrong, in one line": the user's input, or what befell a run."""
 
 
 class InputError(ValueError):
@@ -7,4 +7,12 @@ class InputError(ValueError):
     The text is one line that names the place, the value, what was expected and the remedy. Entry points print it
     without
     a traceback and exit with code 2.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on though its input was right: a full disk, numbers that are not finite, a lost rank.
+
+    The text is one line that says what happened, what is still whole and what to do. Entry points print it without a
+    traceback and exit with code 1.
     """

@@ -40,6 +40,7 @@ def evaluate_model(
     all_reduce: Callable[[Tensor], None] | None = None,
     progress: bool = True,
     predictions_path: str | Path | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """Judge ``model`` on ``examples``, per corpus and over all.
 
@@ -62,6 +63,7 @@ def evaluate_model(
         progress: Show a bar (on rank 0).
         predictions_path: Also write a JSON line per row: completion, predicted and expected answer, cross entropy. With
             several ranks each writes its own share, ``NAME-rank1.jsonl`` and so on.
+        between_batches: Called before each batch, equally often on all ranks, whatever their shares.
 
     Returns:
         Corpus (and ``"all"``) → ``cross_entropy`` (nats per token), ``perplexity``, ``exact_match`` (0 to 1) and
@@ -79,17 +81,18 @@ def evaluate_model(
     # Neighbours in length go to different ranks: all are done at about the same time. The longest come first, so that
     # memory that does not suffice is noticed at once.
     share = sorted(samples, key=lambda sample: -len(sample.input_ids))[rank::world_size]
+    largest_share = -(-len(samples) // world_size)
     losses: dict[int, tuple[float, int]] = {}
     completions: dict[int, str] = {}
     bar = tqdm(total=2 * len(share), desc="evaluate", unit="row", disable=not progress or rank != 0, mininterval=0.5)
     with torch.no_grad(), _evaluation_mode(model), bar:
-        for rows in _batches(share, batch_size):
+        for rows in _batches(share, batch_size, largest_share, between_batches):
             for row, loss in zip(rows, _completion_losses(model, rows, pad), strict=True):
                 losses[row.example] = (loss, row.label_count)
             bar.update(len(rows))
         share = sorted(share, key=lambda sample: -_prompt_length(sample))
         with _greedy_defaults(model, tokenizer, pad, budget):
-            for rows in _batches(share, batch_size):
+            for rows in _batches(share, batch_size, largest_share, between_batches):
                 for row, text in zip(rows, _generate(model, tokenizer, rows, pad), strict=True):
                     completions[row.example] = text
                 bar.update(len(rows))
@@ -136,9 +139,13 @@ def _generation_budget(model: nn.Module, samples: Sequence[EncodedSample], max_n
     return max(1, min(max_new_tokens, limit - max(_prompt_length(sample) for sample in samples)))
 
 
-def _batches(samples: Sequence[EncodedSample], batch_size: int) -> Iterator[Sequence[EncodedSample]]:
-    for start in range(0, len(samples), batch_size):
-        yield samples[start : start + batch_size]
+def _batches(
+    samples: Sequence[EncodedSample], batch_size: int, largest_share: int, between: Callable[[], None]
+) -> Iterator[Sequence[EncodedSample]]:
+    for start in range(0, largest_share, batch_size):
+        between()
+        if start < len(samples):
+            yield samples[start : start + batch_size]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,11 @@ _KEYS = {"loss/kv": "kv_loss", "loss/kv_keys": "kv_loss_keys", "loss/kv_values":
 
 @torch.no_grad()
 def held_out_kv_loss(
-    engine: torch.nn.Module, loader: BatchLoader, make_input: Callable[[TokenBatch], StepInput]
+    engine: torch.nn.Module,
+    loader: BatchLoader,
+    make_input: Callable[[TokenBatch], StepInput],
+    *,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean KV loss per selected position over all rows of ``loader`` and all ranks; every rank calls it.
 
@@ -26,6 +30,7 @@ def held_out_kv_loss(
         engine: The DeepSpeed engine; left in evaluation mode.
         loader: Held-out rows; equally many batches on each rank.
         make_input: From a batch to the student's input with the teacher's output.
+        between_batches: Called before each batch, equally often on all ranks.
 
     Returns:
         ``kv_loss`` and, where they are matched, ``kv_loss_keys``, ``kv_loss_values`` and ``kv_loss_attention``.
@@ -35,6 +40,7 @@ def held_out_kv_loss(
     positions = 0.0
     for step in range(loader.steps_per_epoch):
         for batch in loader.step(step):
+            between_batches()
             metrics = engine(step=replace(make_input(batch), teacher_head=None))[1]
             # A step's value is a mean over its positions: weigh it by how many those are.
             positions += batch.position_normalizer

@@ -121,3 +121,12 @@ def head_losses(
             chunk_task, chunk_kd = checkpoint(chunk_losses, *inputs, use_reentrant=False, preserve_rng_state=False)
         task, kd = task + chunk_task, kd + chunk_kd
     return task * scale, kd * scale
+
+
+def spoil_gradient(loss: Tensor) -> Tensor:
+    """``loss`` itself, to the bit, with a NaN gradient where it is not finite.
+
+    A loss can be infinite while its gradient is not (a constant part overflows); the step is to be left out all the
+    same.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)

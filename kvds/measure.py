@@ -116,6 +116,29 @@ class IntervalMeter:
         return result
 
     def restart(self) -> None:
-        """Begin a new interval now (time spent outside training, in evaluation or saving, is not counted)."""
-        self._sums, self._counts, self._tokens = {}, {}, 0
+        """Begin a new interval now."""
+        self._sums, self._counts = {}, {}
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin to count time and tokens anew: what was spent outside training, in evaluation or saving, is no part."""
+        self._tokens = 0
         self._begun = time.perf_counter()
+
+    def states(self) -> list[dict[str, tuple[float, int]]]:
+        """Sum and count of each metric in the interval so far, of each rank; all ranks call it."""
+        own = {key: (float(value), self._counts[key]) for key, value in self._sums.items()}
+        everyone: list[dict[str, tuple[float, int]]] = [{}] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, own)
+        return everyone
+
+    def restore(self, states: list[dict[str, tuple[float, int]]]) -> None:
+        """Go on with an interval that :meth:`states` of as many ranks, or of another number of them, has described."""
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        mine = [states[rank]] if len(states) == world else states if rank == 0 else []
+        self.restart()
+        for state in mine:
+            for key, (value, count) in state.items():
+                held = torch.tensor(value, dtype=torch.float32, device=self._device)
+                self._sums[key] = self._sums[key] + held if key in self._sums else held
+                self._counts[key] = self._counts.get(key, 0) + count

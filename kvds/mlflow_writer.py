@@ -36,7 +36,9 @@ class MlflowWriter:
         params: Settings. MLflow refuses other values of a setting on resume: those become tags ``resumed/NAME``.
         tags: Facts of this attempt.
         run_id: The run to go on with; None begins one.
-        resume_step: Optimizer step that is gone on from; metrics that MLflow has from there on are not sent twice.
+        resume_step: Optimizer step that is gone on from; metrics that MLflow has are not sent twice.
+        backlog: Records of earlier, as ``metrics.jsonl`` holds them: sent where MLflow lacks them (a run that is killed
+            takes with it what it had not handed over yet).
         system_metrics: Record CPU, memory, disk, network and GPU use of this host.
         warn: Called with each exception, in this thread.
     """
@@ -54,6 +56,7 @@ class MlflowWriter:
         resume_step: int | None,
         system_metrics: bool,
         warn: Callable[[BaseException], None],
+        backlog: Sequence[Mapping[str, float]] = (),
     ) -> None:
         self.run_id: str | None = None
         self._folder, self._uri = folder, tracking_uri
@@ -62,6 +65,7 @@ class MlflowWriter:
         self._resumed_id, self._resume_step = run_id, resume_step
         self._system_metrics = system_metrics
         self._warn = warn
+        self._backlog = backlog
         self._queue: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._pending: list[tuple[str, float, int, int]] = []
         self._said: set[tuple[str, int]] = set()
@@ -141,9 +145,12 @@ class MlflowWriter:
         (self._folder / RUN_ID_FILE).write_text(run_id + "\n", encoding="utf-8")
         for key in run.data.metrics:
             if not key.startswith("system/"):
-                history = client.get_metric_history(run_id, key)
-                self._said |= {(key, m.step) for m in history if m.step >= (self._resume_step or 0)}
+                self._said |= {(key, m.step) for m in client.get_metric_history(run_id, key)}
         self.run_id, self._client = run_id, client
+        for record in self._backlog:
+            values = {name: value for name, value in record.items() if name != "step"}
+            self._collect(int(record["step"]), values, time.time_ns() // 1_000_000)
+        self._backlog = ()
 
         known = run.data.params
         params = {_key(name): _shortened(value, _PARAM_CHARACTERS) for name, value in self._params.items()}

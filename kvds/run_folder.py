@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import distributed as dist
 
-from kvds.checkpoint import CHECKPOINTS, latest_step
+from kvds.checkpoint import choose_checkpoint
+from kvds.checkpoint_folder import CHECKPOINTS, resumable_steps, saved_steps
 from kvds.config import RunConfig
+from kvds.durable_files import remove_leftovers
 from kvds.errors import InputError
 
 
@@ -30,15 +32,18 @@ def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
             f"resume={cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir} (a copy of that "
             f"folder is resumed by naming it in --output_dir)"
         )
-    step = None if cfg.resume == "never" else latest_step(folder)
-    if named and step is None:
+    there = cfg.resume != "never" and bool(resumable_steps(folder))
+    if named and not there:
         raise InputError(f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)")
-    if step is not None:
+    if there:
         cfg.check_resumable(folder / "config.yaml")
     dist.barrier()  # every rank has looked before one writes
+    step = choose_checkpoint(folder) if there else None
     if main_rank:
         folder.mkdir(parents=True, exist_ok=True)
-        if step is None and (folder / CHECKPOINTS).is_dir():
+        remove_leftovers(folder)
+        remove_leftovers(folder / CHECKPOINTS)
+        if step is None and saved_steps(folder):
             number = next(n for n in range(1, 1_000_000) if not (folder / f"{CHECKPOINTS}-{n}").exists())
             (folder / CHECKPOINTS).rename(folder / f"{CHECKPOINTS}-{number}")
         cfg.save(folder / "config.yaml")

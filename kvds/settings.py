@@ -165,6 +165,12 @@ class RunSettings:
     save_steps: int = setting("steps between checkpoints; 0: only at the end", 500)
     eval_steps: int = setting("steps between evaluations; 0: only at the end", 0)
     resume: str = setting("auto: go on from the output folder's last checkpoint; never; or that folder", "auto")
+    keep_checkpoints: int = setting("newest checkpoints that stay on the disk; 0: all", 0)
+    max_minutes: float | None = setting(
+        "minutes after its start at which the run saves a checkpoint and ends with exit code 85; unset: never", None
+    )
+    max_bad_steps: int = setting("steps in a row with a loss or gradient that is not finite before the run stops", 10)
+    rank_timeout: int = setting("seconds without a sign of life from one rank after which the others end", 120)
     report_to: str = setting("tracker beside metrics.jsonl", "mlflow", choices=("mlflow", "none"))
     tracking_uri: str | None = setting("MLflow tracking URI; unset: sqlite in the output folder", None)
     experiment_name: str = setting("MLflow experiment", "kvds")

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvds.metrics_file import METRICS_FILE, MetricsFile
+from kvds.errors import InputError
+from kvds.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from kvds.mlflow_writer import RUN_ID_FILE, MlflowWriter
 
 log = logging.getLogger("kvds")
@@ -124,6 +125,7 @@ class Tracker:
         except OSError as error:
             self._warn(error)
         self._run_id = run_id
+        backlog = self._records_so_far() if resume_step is not None else []
         if not enabled:
             return
         # A dead server is told of in seconds, not minutes.
@@ -146,7 +148,14 @@ class Tracker:
             resume_step=resume_step,
             system_metrics=system_metrics,
             warn=self._warn,
+            backlog=backlog,
         )
+
+    def _records_so_far(self) -> list[dict[str, float]]:
+        try:
+            return read_metrics(self._output_dir / METRICS_FILE)
+        except InputError:  # told already, or set aside
+            return []
 
     @property
     def run_id(self) -> str | None:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from kvds.align import AlignerGroup, aligner_config_dict, build_aligner, members_of, what_is_read
+from kvds.bad_steps import BadSteps
 from kvds.cache_fingerprint import cache_fingerprint
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
 from kvds.checkpoint import (
@@ -27,9 +29,9 @@ from kvds.checkpoint import (
     plain_student,
     save_aligner,
     save_architecture,
-    save_checkpoint,
     save_student,
 )
+from kvds.checkpoint_writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
@@ -51,9 +53,11 @@ from kvds.models import (
     load_model,
     load_tokenizer,
 )
+from kvds.preemption import StopRequest
 from kvds.provenance import write_provenance
 from kvds.run_data import load_run_data
 from kvds.run_folder import open_run_folder
+from kvds.run_guard import guarded
 from kvds.teacher import Teacher
 from kvds.teacher_cache import CachedTeacher
 from kvds.token_choice import TokenChoice
@@ -62,27 +66,29 @@ from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 log = logging.getLogger("kvds")
 
 
-def train(cfg: RunConfig, *, draw_report: bool = True) -> Path:
+def train(cfg: RunConfig, stop: StopRequest | None = None, *, draw_report: bool = True) -> Path:
     """Run one distillation from data to exported student; every rank calls it. Joins the process group if none is
     there. Without ``draw_report`` no ``report/`` is made (of many small runs, an experiment draws one).
+
+    Args:
+        cfg: The run.
+        stop: A request to stop that already listens to signals; None: one of its own.
 
     Returns:
         The output folder.
 
     Raises:
         InputError: before any model is loaded where the fault can be seen by then.
+        Preempted: it was asked to stop, has saved a checkpoint and can be resumed.
+        RunError: it cannot go on.
     """
     raw = load_deepspeed_config(cfg.deepspeed_config)
     device = init_distributed()
     _quiet_logs()
-    run = TrainingRun(cfg, raw, device)
-    try:
+    with guarded(cfg, stop) as guard:
+        guard.run = run = TrainingRun(cfg, raw, device, guard.stop)
         run.fit()
         run.finish(draw_report=draw_report)
-    except BaseException:
-        run.close("FAILED")
-        raise
-    run.close("FINISHED")
     return run.output_dir
 
 
@@ -101,8 +107,11 @@ def _quiet_logs() -> None:
 class TrainingRun:
     """One run on one rank. Construction does all that can fail on bad input, cheapest first."""
 
-    def __init__(self, cfg: RunConfig, raw: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, cfg: RunConfig, raw: dict[str, Any], device: torch.device, stop: StopRequest | None = None
+    ) -> None:
         self.cfg, self.device = cfg, device
+        self.stop = StopRequest() if stop is None else stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.output_dir = Path(cfg.output_dir)
         self.tracker: Tracker | None = None
@@ -144,10 +153,9 @@ class TrainingRun:
         if aligner is not None:
             aligner.to(device)
             if resume_step is None:
-                batches = self._calibration_batches()
                 for (_, member), teacher in zip(members_of(aligner), self.teachers, strict=True):
                     match = partial(self.choice.with_teacher, teacher)
-                    calibrate_aligner(member, student, batches, match, rope=cfg.kv_rope)
+                    calibrate_aligner(member, student, self._calibration_batches(), match, rope=cfg.kv_rope)
                 if self.rank == 0:  # `kvds profile` tells what training made of it
                     start = self.output_dir / ALIGNER_START_FILE
                     save_aligner(aligner_config_dict(aligner), aligner.state_dict(), start)
@@ -166,7 +174,12 @@ class TrainingRun:
             offload_checkpoints=cfg.checkpoint_offload,
         )
         self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
+        self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints)
+        self.bad_steps = BadSteps(self.engine, self.output_dir, cfg.max_bad_steps)
+        self.meter = IntervalMeter(device)
         self.step = 0
+        self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
+        self.evaluation_pending = False
         self.kv_weight = self.start_kv_weight = 0.0
         self.kv_health = KVHealth()
         run_id = None
@@ -175,6 +188,8 @@ class TrainingRun:
             self.step, self.kv_weight, self.kv_health = state["step"], state["kv_weight"], KVHealth(state["kv_health"])
             self.start_kv_weight = state["start_kv_weight"]
             run_id = state["mlflow_run_id"]
+            self.saved_step, self.evaluation_pending = self.step, state["evaluation_pending"]
+            self.meter.restore(state["meters"])
             log.info("resumed from step %d of %d", self.step, self.total_steps)
         elif cfg.uses_kv:
             self.kv_weight = self.start_kv_weight = self._initial_kv_weight()
@@ -219,9 +234,11 @@ class TrainingRun:
             shuffled=cfg.teacher_kv == "shuffled",
         )  # fmt: skip
 
-    def _calibration_batches(self) -> list[TokenBatch]:
-        steps = range(min(self.cfg.calibration_batches, self.loader.steps_per_epoch))
-        return [batch.to(self.device) for step in steps for batch in self.loader.step(step)]
+    def _calibration_batches(self) -> Iterator[TokenBatch]:
+        for step in range(min(self.cfg.calibration_batches, self.loader.steps_per_epoch)):
+            for batch in self.loader.step(step):
+                self.stop.check()
+                yield batch.to(self.device)
 
     def _initial_kv_weight(self) -> float:
         cfg = self.cfg
@@ -299,13 +316,17 @@ class TrainingRun:
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""
         cfg = self.cfg
-        meter, timer = IntervalMeter(self.device), PhaseTimer(self.device)
+        meter, timer = self.meter, PhaseTimer(self.device)
+        meter.restart_clock()
         self.engine.train()
         bar = tqdm(
             total=self.total_steps, initial=self.step, desc=f"train {self.output_dir.name}", unit="step",
             disable=self.rank != 0, mininterval=1.0,
         )  # fmt: skip
+        if self.evaluation_pending:
+            self._evaluate_on_the_way()
         while self.step < self.total_steps:
+            self.stop.check()
             watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
             weights = self._weights(self.step)
             # Random states are a function of seed, step and rank: a resumed run draws the same dropout masks.
@@ -322,17 +343,19 @@ class TrainingRun:
                     self.engine.step()
                 gradient_watch = self.engine.module.gradient_watch
                 meter.update(metrics | (gradient_watch.squares() if gradient_watch is not None else {}), tokens)
+                self.bad_steps.note(inputs.batch, metrics)
             self.step += 1
             bar.update()
+            if self.bad_steps.end_step(self.step) and self.tracker is not None:
+                self.tracker.log(self.step, {"bad_steps": self.bad_steps.count})
             if watch:
                 self._log(meter.read(timer.read()), weights, bar)
             if self._due(cfg.eval_steps):
-                self._evaluate(self._plain_student())
-                self.engine.train()
+                self._evaluate_on_the_way()
             if self._due(cfg.save_steps) or self.step == self.total_steps:
                 self._save()
             if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
-                meter.restart()
+                meter.restart_clock()
         bar.close()
 
     def _due(self, interval: int) -> bool:
@@ -365,8 +388,21 @@ class TrainingRun:
             share = cfg.kv_weight_share or 0.0
             self.kv_weight = held_weight(self.kv_weight, metrics["kv/gradient_ratio"], share, self.start_kv_weight)
 
+    def _evaluate_on_the_way(self) -> None:
+        self.evaluation_pending = True  # what a stop in the middle of it leaves for the resumed run
+        self._evaluate(self._plain_student())
+        self.evaluation_pending = False
+        self.engine.train()
+
+    def save_before_leaving(self) -> None:
+        """Save a checkpoint of the last step taken, unless there is one; all ranks call it."""
+        if self.step > self.saved_step:
+            self._save()
+
     def _save(self) -> None:
         state = {
+            "evaluation_pending": self.evaluation_pending,
+            "meters": self.meter.states(),
             "kv_weight": self.kv_weight,
             "start_kv_weight": self.start_kv_weight,
             "kv_health": self.kv_health.state,
@@ -375,7 +411,8 @@ class TrainingRun:
         # Rank 0 alone tracks; the other ranks' states must not disagree with its file.
         shared = [state]
         dist.broadcast_object_list(shared, src=0)
-        save_checkpoint(self.engine, self.output_dir, self.step, shared[0])
+        if self.checkpoints.save(self.step, shared[0]):
+            self.saved_step = self.step
 
     # -- evaluation and export ------------------------------------------------------------------------------------
 
@@ -389,12 +426,12 @@ class TrainingRun:
             model, self.tokenizer, self.eval_examples, batch_size=4 * self.cfg.batch_size,
             max_new_tokens=self.cfg.max_new_tokens,
             max_length=self.cfg.max_length, rank=self.rank, world_size=self.world_size, all_reduce=all_reduce_sum,
-            progress=self.rank == 0,
+            progress=self.rank == 0, between_batches=self.stop.check,
         )  # fmt: skip
         # A cache holds the training rows alone.
         if self.cfg.uses_kv and self.eval_loader is not None and self.cfg.teacher_cache is None:
             inputs = partial(self._step_input, weights=LossWeights(kv=1.0), watch=False)
-            results["all"] |= held_out_kv_loss(self.engine, self.eval_loader, inputs)
+            results["all"] |= held_out_kv_loss(self.engine, self.eval_loader, inputs, between_batches=self.stop.check)
         if self.tracker is not None:
             self.tracker.log(
                 self.step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()}

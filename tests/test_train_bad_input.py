@@ -85,7 +85,7 @@ def make_files(folder: Path) -> None:
     (folder / "batch.json").write_text(json.dumps({**ds, "train_batch_size": 7}))
     for name in ("lost", "strange"):
         (folder / name / "checkpoints/step-000003").mkdir(parents=True)
-    (folder / "lost/checkpoints/latest").write_text("step-000009")
+    (folder / "lost/checkpoints/latest").write_text("step-000001")
     (folder / "strange/checkpoints/latest").write_text("step-000003")
 
 
@@ -138,7 +138,7 @@ CASES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
         ("map_start=pca: the teacher's 6 dimensions", "no 8 principal directions", "--map_start procrustes"),
     ),
     "kernel without a GPU": ({"impl": "triton"}, ("impl=triton: ", "impl=auto")),
-    "lost checkpoint": ({"output_dir": "@/lost"}, ("@/lost/checkpoints/latest: names 'step-000009'", "--resume never")),
+    "lost checkpoint": ({"output_dir": "@/lost"}, ("@/lost/checkpoints/latest: names 'step-000001'", "--resume never")),
     "checkpoint without its settings": ({"output_dir": "@/strange"}, ("@/strange/config.yaml: missing",
     "--resume never")),
     "resume elsewhere": ({"resume": "@/data"}, ("resume=@/data", "--output_dir")),

@@ -18,6 +18,7 @@ from kvds.config import RunConfig
 from kvds.errors import InputError
 from kvds.experiment.report import read_run
 from kvds.experiment.results import FAILED, FINISHED, summarise
+from kvds.preemption import EXIT_CODE, Preempted
 
 # Parameters of the map; 0 without one.
 ALIGNER_COUNT = "parameters/aligner"
@@ -75,6 +76,8 @@ def serve(jobs: TextIO, answers: TextIO) -> None:
         job = json.loads(line)
         try:
             answer = {"status": FINISHED, **train_job(job["settings"], job["ranks"])}
+        except Preempted as reason:  # SIGTERM: the experiment ends this process
+            raise SystemExit(EXIT_CODE) from reason
         except Exception as error:  # whatever it is, the others go on
             import traceback
 
