@@ -163,7 +163,9 @@ def flags(folder: Path, case: str) -> list[str]:
 
 
 def start(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    # As a user's shell: no ranks, and kernels that are not interpreted as those of this session are.
+    left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TRITON_INTERPRET")
+    environment = {k: v for k, v in os.environ.items() if k not in left_out}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     # No timeout: killed while DeepSpeed compiles, it would leave a lock behind that every later run waits for.
     return subprocess.run([sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
