@@ -9,6 +9,7 @@ data=${1:-${KVDS_DATA_DIR:-../shared/data}}
 output=${2:-outputs/smoke}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 [ -d "$data/gsm8k" ] || { echo "smoke: $data/gsm8k is missing; expected a folder with gsm8k/, tokenizers/ and models/" >&2; exit 2; }
+mkdir -p "$output"
 
 gpt2=(--model_name "$data/models/gpt2" --tokenizer_name "$data/tokenizers/gpt2"
   --teacher_config_overrides "n_layer=4,n_embd=128,n_head=4" --student_config_overrides "n_layer=4,n_embd=128,n_head=4")
