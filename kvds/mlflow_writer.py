@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvds.mlflow_database import make_database
+
 RUN_ID_FILE = "mlflow_run_id"
 _T = TypeVar("_T")
 
@@ -133,6 +135,7 @@ class MlflowWriter:
 
         for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        make_database(self._uri)
         client = MlflowClient(tracking_uri=self._uri)
         tags = dict(self._tags)
         run = self._find(client)
