@@ -199,5 +199,6 @@ def test_no_internet_says_how_to_use_a_folder(monkeypatch):
             load_mixture([name], "train")
         assert str(caught.value) == (
             f"datasets={name}: {corpus.hub_name} could not be loaded from the hub or its cache "
-            f"(Couldn't reach the Hub); without internet, expected --data_dir FOLDER with {corpus.files['train']}"
+            f"(Couldn't reach the Hub); without internet, expected --data_dir FOLDER with {corpus.files['train']}, "
+            "or what `kvds prefetch RECIPE --to DIR` brings where there is some"
         )

@@ -86,6 +86,7 @@ RUNS: dict[str, dict[str, object]] = {
     "recorded": {"report_to": "mlflow", "eval_subset_size": 6, "max_new_tokens": 6, "eval_steps": 2},
     "no_kv_weight": {"kv_weight": 0},
     "task_only": {"alignment_mode": "none"},
+    "reference": {"impl": "reference"},
     "hidden": {"alignment_mode": "hidden", "gradient_checkpointing": "true"},
     "relation": {"alignment_mode": "relation"},
     "segment": {"align_tokens": "segment"},
@@ -319,6 +320,16 @@ def test_accumulating_four_of_one_equals_one_of_four(distributed):
     assert relative_error(load(distributed / "accumulated/student"), load(distributed / "structured/student")) < 1e-5
     accumulated, whole = (load_aligner(distributed / run / "map_aligner.pt") for run in ("accumulated", "structured"))
     assert relative_error(accumulated, whole) < 1e-5
+
+
+@pytest.mark.multiprocess
+def test_the_lean_operation_trains_as_the_oracle_does(distributed):
+    lean, reference = distributed / "structured", distributed / "reference"  # auto is lean where there is no GPU
+    for key in ("loss/task", "loss/kv"):
+        assert logged(lean, key) == pytest.approx(logged(reference, key), rel=1e-5)
+    load = AutoModelForCausalLM.from_pretrained
+    assert relative_error(load(lean / "student"), load(reference / "student")) < 1e-5
+    assert relative_error(load_aligner(lean / "map_aligner.pt"), load_aligner(reference / "map_aligner.pt")) < 1e-5
 
 
 @pytest.mark.multiprocess

@@ -36,5 +36,7 @@ def default_layer_map(alignment_mode: str) -> str:
 
 def near_diagonal_logits(num_targets: int, num_sources: int) -> Tensor:
     """``[num_targets, num_sources]`` logits whose softmax peaks at the source of the same relative depth."""
-    position = torch.linspace(0, num_sources - 1, num_targets) if num_targets > 1 else torch.tensor([num_sources - 1.0])
+    # No linspace: loading a model makes transformers keep it on the CPU for good, also where all else is meta.
+    depth = (num_sources - 1) / (num_targets - 1) if num_targets > 1 else 0.0
+    position = torch.arange(num_targets) * depth + (num_sources - 1) * (num_targets == 1)
     return -_SHARPNESS * (position[:, None] - torch.arange(num_sources)).abs()
