@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed as dist
 
@@ -26,6 +26,7 @@ from kvds.config_values import one_line
 from kvds.errors import InputError, RunError
 
 log = logging.getLogger("kvds")
+_T = TypeVar("_T")
 
 _INTERVAL = 1.0
 # With a collective broken, a rank that has been silent for so long is the one that broke it.
@@ -128,10 +129,7 @@ class RankWatch:
             seen = {rank: (beat, since + deaf) for rank, (beat, since) in seen.items()}
             before = time.monotonic()
             try:
-                self._store.set(f"beat{self._rank}", str(count))
-                verdict = self._store.get("verdict").decode()
-                hurry = self._store.get("hurry") == b"yes"
-                beats = {rank: self._store.get(f"beat{rank}").decode() for rank in seen}
+                verdict, hurry, beats = _within(self._timeout, self._exchange, count, list(seen))
             except Exception as error:
                 if not self._stopped.is_set():
                     self._end(self._verdict(0, f"its store does not answer, {one_line(error)[:60]}"))
@@ -144,6 +142,12 @@ class RankWatch:
             most = max(silence, key=lambda rank: silence[rank], default=None)
             if most is not None and silence[most] > (_SUSPICIOUS_SECONDS if hurry else self._timeout):
                 self._condemn(most, silence[most])
+
+    def _exchange(self, count: int, ranks: list[int]) -> tuple[str, bool, dict[int, str]]:
+        """Say that this rank lives, and read the verdict, whether to hurry, and what ``ranks`` last said."""
+        self._store.set(f"beat{self._rank}", str(count))
+        beats = {rank: self._store.get(f"beat{rank}").decode() for rank in ranks}
+        return self._store.get("verdict").decode(), self._store.get("hurry") == b"yes", beats
 
     def _condemn(self, rank: int, silent: float) -> None:
         if rank not in self._who:
@@ -177,7 +181,7 @@ class RankWatch:
         last.start()
         last.join(5.0)
         with contextlib.suppress(Exception):
-            self._store.add("read", 1)
+            _within(_INTERVAL, self._store.add, "read", 1)
         if self._rank == 0:
             self._await_readers()
         sys.stdout.flush()
@@ -189,6 +193,35 @@ class RankWatch:
         with contextlib.suppress(Exception):
             while self._store.add("read", 0) < self._world - 1 and time.monotonic() < deadline:
                 time.sleep(0.1)
+
+
+def _within(seconds: float, call: Callable[..., _T], *arguments: Any) -> _T:
+    """``call(*arguments)``, given up after ``seconds``.
+
+    A store whose host is stopped, not dead, keeps torch's client waiting for good, whatever timeout it was given: after
+    the timeout it asks the host to forget the question, and waits for the answer to that.
+
+    Raises:
+        TimeoutError: no answer; the call may still be waiting in a thread that nobody waits for.
+    """
+    found: list[_T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call(*arguments))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="kvds-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    thread.join(2 * _INTERVAL)  # this machine may have been paused: then the answer comes now
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError(f"no answer for {seconds:.0f} s")
+    return found[0]
 
 
 def _start_ticks(pid: int) -> str | None:
