@@ -288,12 +288,14 @@ def matmul_tflop_per_s(device: str, dtype: torch.dtype) -> float:
 
 
 def cells(args: argparse.Namespace, providers: list[str]) -> Iterator[Cell]:
-    """The sweep, the most asked-for cells first."""
-    for pair, tokens in itertools.product(args.pairs, args.tokens):
+    """The sweep, the most asked-for cells first: all pairs at a size before the next size, slow compilation last."""
+    for last, tokens, pair in itertools.product((False, True), args.tokens, args.pairs):
         for layer_map, proj, direction, mode in itertools.product(args.layer_maps, args.proj, DIRECTIONS, args.modes):
             if proj == "per_head" and pair not in ("qwen2", "small"):
                 continue
             for provider in providers:
+                if (provider == "compile") != last:
+                    continue
                 if provider == "compile" and (tokens not in COMPILED_TOKENS[pair] or layer_map == "sparse"):
                     continue
                 yield Cell(pair, layer_map, proj, direction, mode, tokens, provider, args.budget)

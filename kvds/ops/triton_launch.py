@@ -180,7 +180,8 @@ def launch(
     """Run one stage over a range of tokens; returns the flat sums per problem (added to ``sums`` if given)."""
     source, target, source_grad, target_grad = sides
     mix, proj, bias = weights
-    tile = choose_tile(stage, dims, call.dtype.itemsize)
+    gradients = needs.any or source_grad is not None or target_grad is not None
+    tile = choose_tile(stage, dims, call.dtype.itemsize, gradients=gradients)
     splits = count_splits(stage, tile, token_range[1] - token_range[0], processors(source.table.device))
     size = (
         tile.block_y * tile.block_x * needs.mix

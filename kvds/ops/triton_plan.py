@@ -26,8 +26,6 @@ TILE_ROWS = 64
 """Rows that a tile is filled up to with further tokens."""
 WORKSPACE_BYTES = 128 * 2**20
 """Intermediates of one chunk of tokens. More than the L2 cache holds: every chunk costs launches, which cost more."""
-PROGRAMS_PER_PROCESSOR = {4: 2, 8: 1}
-"""By warps of a program: what fits a multiprocessor's registers."""
 MIN_TILES_PER_PROGRAM = 4
 """Below this a program's partial weight gradients cost more to write than its tiles to read."""
 
@@ -81,7 +79,8 @@ class Stage:
 class Tile:
     """Block sizes of a launch: ``tokens`` per tile, padded rows and dimensions, and how it is compiled.
 
-    ``delayed``: a tile's gradients are computed beside the next tile's residual.
+    ``programs``: how many of them fit a multiprocessor's registers. ``delayed``: a tile's gradients are computed beside
+    the next tile's residual.
     """
 
     tokens: int
@@ -91,6 +90,7 @@ class Tile:
     block_dim_y: int
     num_warps: int
     num_stages: int
+    programs: int
     delayed: bool = False
 
 
@@ -127,25 +127,30 @@ def plan_stages(
     return [*mix_layers, Stage(*by_layer, projects=False, shared_mix=shared_heads), by_row]
 
 
-def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int) -> Tile:
-    """Blocks for a stage; ``dims`` are those of its source and its target, ``itemsize`` bytes an element."""
+def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients: bool) -> Tile:
+    """Blocks for a launch of a stage; ``dims`` are those of its source and its target, ``itemsize`` bytes an element.
+
+    ``gradients``: whether the launch sums any weight's gradient or writes a state's.
+    """
     tokens = max(1, TILE_ROWS // max(stage.rows_x, stage.rows_y))
     block_x, block_y = _power_of_two(tokens * stage.rows_x), _power_of_two(tokens * stage.rows_y)
     block_dx, block_dy = _power_of_two(dims[0]), _power_of_two(dims[1])
     accumulators = block_y * block_x * stage.mixes + (block_dx + block_y) * block_dy * stage.projects
     # Measured on an H100. Eight warps hold the three weight gradients of a wide target without spills if they share
     # every product's columns, which they do where no product of a turn feeds another: hence delayed. The narrower sides
-    # of the other direction fit four warps, two programs side by side.
-    delayed = itemsize == 2 and stage.mixes and stage.projects and not stage.dims_first and accumulators > 16384
+    # of the other direction, and launches without gradients, fit four warps, two programs side by side.
+    both = stage.mixes and stage.projects
+    delayed = gradients and itemsize == 2 and both and not stage.dims_first and accumulators > 16384
     num_warps = 8 if delayed or (itemsize > 2 and accumulators > 8192) else 4
     num_stages = 2 if itemsize == 2 and (stage.dims_first or (delayed and tokens > 1)) else 1
-    return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, num_stages, delayed)
+    programs = 2 if num_warps == 4 else 1
+    return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, num_stages, programs, delayed)
 
 
 def count_splits(stage: Stage, tile: Tile, tokens: int, processors: int) -> int:
     """Programs per problem."""
     tiles = -(-tokens // tile.tokens)
-    wanted = max(1, processors * PROGRAMS_PER_PROCESSOR[tile.num_warps] // stage.problems)
+    wanted = max(1, processors * tile.programs // stage.problems)
     return max(1, min(wanted, -(-tiles // MIN_TILES_PER_PROGRAM)))
 
 

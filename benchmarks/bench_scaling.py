@@ -1,0 +1,156 @@
+"""Several GPUs of one host: whole runs through the ``deepspeed`` launcher, ZeRO-3, on 1, 2, … of them.
+
+    python benchmarks/bench_scaling.py --data_dir DATA --gpus 1 2 4
+
+Two questions. *Equality*: a Qwen2 pair of few layers in fp32 on one and the same global batch; how far the first losses
+on N GPUs lie from those on one. *Weak scaling*: Qwen2-1.5B into Qwen2-0.5B (random weights, bf16, real GSM8K text), the
+same rows per GPU whatever their number: real tokens/s, peak memory per GPU, share of N times one GPU's speed. Runs are
+one after the other. Writes ``scaling_DEVICE.csv`` and ``.md`` below ``--output_dir``; on a machine without a GPU
+``--gpus`` counts CPU ranks and only the question of equality is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
+from kvds.metrics_file import METRICS_FILE, read_metrics
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SMALL = "num_hidden_layers={layers},hidden_size=256,intermediate_size=512,num_attention_heads=4,num_key_value_heads=2"
+GLOBAL_BATCH = 16
+SPENT = ("teacher", "forward", "backward", "optimizer")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, default=REPOSITORY.parent / "shared" / "data")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--batch_size", type=int, default=32, help="rows per GPU of the weak scaling (32)")
+    parser.add_argument("--steps", type=int, default=24, help="of the weak scaling (24)")
+    parser.add_argument("--placements", nargs="+", default=["replicated", "zero3"])
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no further run after so many (9)")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def train(gpus: int, flags: dict[str, Any], log: Path) -> list[dict[str, Any]]:
+    """One run on ``gpus`` ranks; its metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"output_dir": f"{folder}/run", "report_to": "none", "resume": "never", "save_steps": 0,
+                 "eval_subset_size": 0, "logging_steps": 1, "max_grad_norm": 1.0} | flags  # fmt: skip
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = ["deepspeed", "--num_accelerators", str(gpus), "launch/distill.py", *words]
+        with log.open("a") as file:
+            file.write(f"$ {' '.join(command)}\n")
+            file.flush()
+            subprocess.run(
+                [sys.executable, "-m", "deepspeed.launcher.runner", *command[1:]], cwd=REPOSITORY, env=environment,
+                stdout=file, stderr=subprocess.STDOUT, check=True,
+            )  # fmt: skip
+        return read_metrics(Path(folder) / "run" / METRICS_FILE)
+
+
+def models(data_dir: Path) -> dict[str, Any]:
+    return {
+        "teacher_name": data_dir / "models" / "qwen2-1.5b", "student_name": data_dir / "models" / "qwen2-0.5b",
+        "teacher_init": "random", "student_init": "random", "tokenizer_name": data_dir / "tokenizers" / "qwen2",
+        "datasets": "gsm8k", "data_dir": data_dir,
+    }  # fmt: skip
+
+
+def equality(gpus: int, data_dir: Path, config: str, log: Path) -> list[float]:
+    """The first losses of a small pair on the same global batch."""
+    flags = models(data_dir) | {
+        "teacher_config_overrides": SMALL.format(layers=4), "student_config_overrides": SMALL.format(layers=3),
+        "deepspeed_config": config, "batch_size": GLOBAL_BATCH // gpus, "max_steps": 8, "subset_size": 160,
+        "lr": 1e-3, "kv_weight": 1.0,
+    }  # fmt: skip
+    return [record["loss/total"] for record in train(gpus, flags, log) if "loss/total" in record]
+
+
+def weak(gpus: int, placement: str, arguments: argparse.Namespace, log: Path) -> dict[str, Any]:
+    """A row of the table: the real pair, the same rows per GPU."""
+    steps = arguments.steps
+    flags = models(arguments.data_dir) | {
+        "deepspeed_config": "ds_configs/zero3.json", "batch_size": arguments.batch_size, "max_steps": steps,
+        "subset_size": arguments.batch_size * gpus * steps, "max_length": 512, "kv_weight": 1.0,
+        "teacher_placement": placement, "calibration_batches": 1,
+    }  # fmt: skip
+    records = [r for r in train(gpus, flags, log) if "perf/tokens_per_second" in r][steps // 3 :]
+    row: dict[str, Any] = {"question": "weak scaling", "gpus": gpus, "placement": placement}
+    row["rows_per_gpu"] = arguments.batch_size
+    row["tokens_per_second"] = statistics.median(r["perf/tokens_per_second"] for r in records)
+    row["peak_gib"] = max(r["perf/peak_memory_bytes"] for r in records) / 2**30
+    for phase in SPENT:
+        row[f"{phase}_ms"] = 1000 * statistics.median(r[f"perf/seconds_{phase}"] for r in records)
+    return row
+
+
+def main() -> int:
+    """Run all, write, print."""
+    arguments = parse()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name().split()[1].lower() if cuda else "cpu"
+    log = arguments.output_dir / f"scaling_{device}.log"
+    begun = time.monotonic()
+    rows: list[dict[str, Any]] = []
+
+    def attempt(row: dict[str, Any], make: Any) -> dict[str, Any]:
+        if time.monotonic() - begun > 60 * arguments.minutes:
+            return row | {"note": "not started: out of time"}
+        try:
+            return row | make()
+        except (subprocess.CalledProcessError, OSError, ValueError, statistics.StatisticsError) as error:
+            return row | {"note": f"failed: {error}"[:200]}
+
+    config = "ds_configs/zero3_fp32.json" if cuda else "ds_configs/zero3_cpu.json"
+    alone: list[float] = []
+    for gpus in arguments.gpus:
+        row = {"question": "equality", "gpus": gpus, "placement": "replicated", "rows_per_gpu": GLOBAL_BATCH // gpus}
+
+        def compare(gpus: int = gpus) -> dict[str, Any]:
+            losses = equality(gpus, arguments.data_dir, config, log)
+            alone[:] = alone or losses
+            worst = max(abs(a - b) / abs(b) for a, b in zip(losses, alone, strict=True))
+            return {"steps": len(losses), "last_loss": losses[-1], "largest_relative_difference": worst}
+
+        rows.append(attempt(row, compare))
+        print(rows[-1], flush=True)
+    for placement in arguments.placements if cuda else ():
+        single = None
+        for gpus in arguments.gpus:
+            row = {"question": "weak scaling", "gpus": gpus, "placement": placement}
+            row = attempt(row, lambda g=gpus, p=placement: weak(g, p, arguments, log))
+            if "tokens_per_second" in row:
+                single = single or row["tokens_per_second"] / gpus
+                row["percent_of_linear"] = 100 * row["tokens_per_second"] / (gpus * single)
+            rows.append(row)
+            print(row, flush=True)
+    facts = provenance(("torch", "deepspeed", "transformers", "triton"))
+    stem = arguments.output_dir / f"scaling_{device}"
+    write_csv(stem.with_suffix(".csv"), [row | facts for row in rows])
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    heading = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command")
+    table = markdown_table(rows, columns)
+    stem.with_suffix(".md").write_text(f"# ZeRO-3 on several GPUs\n\n{heading}; `{facts['command']}`\n\n{table}\n")
+    print(table)
+    return int(any("failed" in str(row.get("note", "")) for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# What is measured on GPUs, stage by stage, without the network.
+#   bash benchmarks/run_gpu.sh [--data DIR] [--to DIR] [--wheels DIR] STAGE...
+# Stages, each with its own time limit:
+#   tests      pytest -m gpu                                                     4 min
+#   sanitizer  compute-sanitizer on a small case of every kernel                 4 min
+#   ops        bench_map_projection.py in full                                   9 min
+#   ncu        what bounds the fused kernel, by its hardware counters            2 min
+#   step       bench_train_step.py --pair qwen2, beside the earlier way and TRL  9 min
+#   scaling    bench_scaling.py on 1, 2, … GPUs                                  9 min
+#   gsm8k_large  A/B at 60 M → 15 M parameters on GSM8K, spread over all GPUs    9 min
+# --data: the folder with gsm8k/, tokenizers/ and models/ (default ../shared/data); --to: where results go (default
+# benchmarks/results); --wheels: a folder of wheels to use beside the machine's own torch (made by launch/wheelhouse.sh).
+# A stage that fails does not stop the next; the exit code says whether any did.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+data=../shared/data to=benchmarks/results wheels='' stages=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --data) data=$2 && shift 2 ;;
+    --to) to=$2 && shift 2 ;;
+    --wheels) wheels=$2 && shift 2 ;;
+    tests | sanitizer | ops | ncu | step | scaling | gsm8k_large) stages+=("$1") && shift ;;
+    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -20 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
+  esac
+done
+[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -20 ${BASH_SOURCE[0]})" >&2; exit 2; }
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "run_gpu: torch sees no GPU" >&2; exit 2; }
+mkdir -p "$to"
+
+if [ -n "$wheels" ]; then
+  site=${KVDS_SITE:-/tmp/kvds-site}
+  [ -d "$site" ] || python -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl || exit 1
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+counts=1
+for ((n = 2; n <= gpus; n *= 2)); do counts+=" $n"; done
+
+run_stage() {
+  case $1 in
+    tests) timeout 240 python -m pytest $(grep -l mark.gpu tests/test_*.py) -m gpu -q -p no:cacheprovider ;;
+    sanitizer)
+      # Without the caching allocator each tensor is an allocation of its own: a byte beyond it is seen.
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool memcheck --error-exitcode 86 \
+        --target-processes all python benchmarks/smallest_kernels.py ;;
+    ops) timeout 540 python benchmarks/bench_map_projection.py --minutes 7.5 --output "$to/map_projection_$(name).csv" ;;
+    ncu)
+      timeout 120 ncu --clock-control none --kernel-name map_projection_kernel --launch-count 2 --set full \
+        python benchmarks/smallest_kernels.py --pair qwen2 --tokens 32768 ;;
+    step)
+      timeout 540 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 32 --rounds 12 --minutes 6 \
+        --data_dir "$data" --output_dir "$to" ;;
+    scaling)
+      # shellcheck disable=SC2086
+      timeout 540 python benchmarks/bench_scaling.py --data_dir "$data" --gpus $counts --minutes 7 --output_dir "$to" ;;
+    gsm8k_large)
+      timeout 540 python -m kvds.cli ab launch/recipes/experiments/gsm8k_large.yaml --set data_dir="$data" \
+        --devices "$(seq -s, 0 $((gpus - 1)))" --workers $((2 * gpus)) --max_minutes 8 --output "$to/ab" ;;
+  esac
+}
+
+name() { python -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())'; }
+
+failed=0
+for stage in "${stages[@]}"; do
+  begun=$SECONDS status=0
+  echo "== $stage"
+  run_stage "$stage" 2>&1 | tee "$to/run_gpu_$stage.log"
+  status=${PIPESTATUS[0]}
+  echo "== $stage: $((SECONDS - begun)) s, exit code $status"
+  [ "$status" = 0 ] || failed=1
+done
+exit "$failed"
