@@ -53,7 +53,7 @@ run_stage() {
       timeout 120 ncu --clock-control none --kernel-name map_projection_kernel --launch-count 2 --set full \
         python benchmarks/smallest_kernels.py --pair qwen2 --tokens 32768 ;;
     step)
-      timeout 540 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 32 --rounds 12 --minutes 6 \
+      CUDA_VISIBLE_DEVICES=0 timeout 540 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 32 --rounds 12 --minutes 6 \
         --data_dir "$data" --output_dir "$to" ;;
     scaling)
       # shellcheck disable=SC2086

@@ -32,6 +32,9 @@ def init_distributed() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
+    if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():
+        # Alone there is nobody to meet: a port, which another run may take in the meantime, is not needed.
+        dist.init_process_group(accelerator.communication_backend_name(), store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     return torch.device(accelerator.current_device_name())
 

@@ -142,8 +142,15 @@ def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients
     both = stage.mixes and stage.projects
     delayed = gradients and itemsize == 2 and both and not stage.dims_first and accumulators > 16384
     num_warps = 8 if delayed or (itemsize > 2 and accumulators > 8192) else 4
-    num_stages = 2 if itemsize == 2 and (stage.dims_first or (delayed and tokens > 1)) else 1
     programs = 2 if num_warps == 4 else 1
+    num_stages = 1
+    if itemsize == 2 and not gradients:
+        # Nothing but the projection's accumulator stands in registers: loads run ahead instead, or more programs do.
+        programs, num_stages = (programs, 3) if stage.projects else (4, 1)
+    elif itemsize == 2 and both:
+        num_stages = 2 if stage.dims_first or (delayed and tokens > 1) else 1
+    elif itemsize == 2:
+        num_stages = 2 if stage.mixes else 3 if dims[0] > dims[1] else 1
     return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, num_stages, programs, delayed)
 
 
