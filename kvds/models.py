@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from kvds.config import RunConfig, parse_overrides
 from kvds.config_values import one_line
 from kvds.errors import InputError
 from kvds.kv import KVShape
+from kvds.kv.families import FAMILIES
+
+log = logging.getLogger("kvds")
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,7 +47,11 @@ def _from_hub(loader: Any, name: str, what: str, flag: str, **kwargs: Any) -> An
         raise InputError(f"{flag}={name}: no such folder; expected a local folder with a {what}, or a hub name")
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except RuntimeError:
+    except RuntimeError as error:
+        if isinstance(error, RecursionError):
+            raise InputError(
+                f"{flag}={name}: its {what} nests too deep; expected what save_pretrained writes"
+            ) from error
         raise  # shapes that do not fit, or no memory: the caller knows what that means
     except Exception as error:  # each reader of a damaged file raises another kind
         reason = one_line(error)
@@ -68,6 +76,7 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
     config = _from_hub(AutoConfig, name, "config.json", f"--{flag}_name")
     changes = parse_overrides(overrides)
     if not changes:
+        _check_sizes(config, f"--{flag}_name={name}")
         return config
     values = config.to_dict()
     # transformers keeps what config.json calls rope_theta in a mapping of its own.
@@ -111,12 +120,18 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
         raise InputError(
             f"--{flag}_config_overrides {overrides}: {reason}; expected values that fit together"
         ) from error
-    _check_heads(changed, f"--{flag}_config_overrides {overrides}")
+    _check_sizes(changed, f"--{flag}_config_overrides {overrides}")
     return changed
 
 
-def _check_heads(config: PreTrainedConfig, place: str) -> None:
-    """Refuse shapes that transformers builds and then cannot run."""
+def _check_sizes(config: PreTrainedConfig, place: str) -> None:
+    """Refuse shapes that transformers builds and then cannot run, of the families that are known."""
+    if config.model_type not in FAMILIES:
+        return  # the families are told where one is needed
+    for key in sorted(_SIZES):
+        value = getattr(config, key, None)
+        if value is not None and value < 1:
+            raise InputError(f"{place}: {key} is {value}; expected a whole number, at least 1 (in config.json)")
     width, heads = config.hidden_size, config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
@@ -193,9 +208,46 @@ def check_positions(config: PreTrainedConfig, max_length: int, *, flag: str) -> 
         )
 
 
+def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> None:
+    """Build the model on the meta device, which takes neither memory nor weights: what transformers makes no model of
+    is told before any weights are read.
+    """
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # an activation that nobody knows is a KeyError, a bad padding id an AssertionError …
+        raise InputError(
+            f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected a "
+            f"config.json that fits (see --{flag}_config_overrides)"
+        ) from error
+
+
 def kv_shape(config: PreTrainedConfig) -> KVShape:
     """Layer count, KV heads and head_dim as the configuration states them."""
     return KVShape.from_config(config)
+
+
+def run_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
+    """The architecture of a run's model, checked against the run: all that can be said without its weights.
+
+    Args:
+        cfg: The run.
+        tokenizer: Of the run.
+        name: Folder or hub name.
+        flag: ``"teacher"`` or ``"student"``.
+
+    Raises:
+        InputError: no such model, or one that this run cannot use.
+    """
+    overrides = getattr(cfg, f"{flag}_config_overrides")
+    if overrides and getattr(cfg, f"{flag}_init") == "pretrained":
+        log.info("%s: configuration overrides on pretrained weights: their shapes must still fit", flag)
+    config = load_config(name, overrides, flag=flag)
+    kv_shape(config)
+    check_vocabulary(config, tokenizer, flag=flag)
+    check_positions(config, cfg.max_length, flag=flag)
+    check_buildable(name, config, flag=flag)
+    return config
 
 
 @contextlib.contextmanager

@@ -13,17 +13,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvds.config import parse_run_config
+from kvds.data.reasoning import check_rows
 from kvds.errors import InputError, RunError
 from kvds.preemption import EXIT_CODE, Preempted, StopRequest
 from kvds.rank_environment import adopt_slurm_ranks
 
 
 def main() -> int:
-    """Run and return the exit code: 0 done, 1 failed, 2 for a fault in the input, 85 stopped with a checkpoint."""
+    """Run, or with ``--dry_run`` only check, and return the exit code: 0 done, 1 failed, 2 for a fault in the input, 85
+    stopped with a checkpoint.
+    """
     stop = StopRequest().install()
     try:
         adopt_slurm_ranks()
         cfg = parse_run_config(sys.argv[1:])
+        check_rows(cfg, cfg.seed)
+        if cfg.dry_run:
+            from kvds.dry_run import dry_run
+
+            dry_run(cfg)
+            return 0
         from kvds.engine import leave_distributed
         from kvds.train import train
 
