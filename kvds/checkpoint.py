@@ -17,6 +17,8 @@ from kvds.align import AlignerGroup, KVAligner, aligner_config_dict, aligner_fro
 from kvds.checkpoint_folder import CHECKPOINTS, latest_step, resumable_steps, saved_steps, step_tag
 from kvds.checkpoint_manifest import folder_faults
 from kvds.config_values import one_line
+from kvds.checkpoint_origin import read_origin
+from kvds.checkpoint_universal import load_on_other_ranks
 from kvds.durable_files import UNFINISHED, put_in_place
 from kvds.errors import InputError
 
@@ -59,27 +61,18 @@ def choose_checkpoint(run_dir: Path) -> int | None:
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int) -> dict[str, Any]:
-    """Restore the engine from ``checkpoints/step-NNNNNN`` and return the ``state`` that was saved with it; all ranks
-    call it.
+    """Restore the engine from ``checkpoints/step-NNNNNN``, which any number of ranks may have written, and return the
+    ``state`` that was saved with it; all ranks call it.
     """
-    world = saved_world_size(run_dir, step)
-    if world != torch.distributed.get_world_size():
-        raise InputError(
-            f"--resume: {step_tag(step)} in {run_dir} was saved by {world} ranks; expected the same number, "
-            f"got {torch.distributed.get_world_size()} (start {world} ranks, or --resume never with another "
-            "--output_dir)"
-        )
+    other_ranks = read_origin(run_dir, step).ranks != torch.distributed.get_world_size()
+    if other_ranks and engine.zero_optimization_stage() > 0:  # stage 0 has no shards
+        return load_on_other_ranks(engine, run_dir, step)["kvds"]
     path, client = engine.load_checkpoint(str(run_dir / CHECKPOINTS), tag=step_tag(step))
     if path is None:
         raise InputError(
             f"{run_dir / CHECKPOINTS / step_tag(step)}: DeepSpeed could not load it; expected a whole checkpoint"
         )
     return client["kvds"]
-
-
-def saved_world_size(run_dir: Path, step: int) -> int:
-    """How many ranks wrote the optimizer shards of a checkpoint."""
-    return len(list((run_dir / CHECKPOINTS / step_tag(step)).glob("*_optim_states.pt")))
 
 
 def gather_parameters(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
@@ -173,7 +166,6 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
     Raises:
         InputError: no such run or checkpoint.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from transformers import AutoTokenizer
 
     run_dir, output = Path(run_dir), Path(output)
@@ -198,7 +190,7 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
         raise InputError(
             f"{plan}: the student's config.json is missing; expected the folder that training writes beside checkpoints"
         )
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_tag(step))
+    state = _whole_weights(run_dir, step)
     config = AutoConfig.from_pretrained(plan)
     dtype = config.dtype or torch.float32
     student = {k.removeprefix("student."): v.to(dtype) for k, v in state.items() if k.startswith("student.")}
@@ -224,6 +216,17 @@ def _aligner_config(path: Path) -> dict[str, Any] | None:
         raise InputError(
             f"{path}: not what kvds saved ({one_line(error)[:160]}); expected the file that training wrote there"
         ) from error
+
+
+def _whole_weights(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Weights and buffers of a checkpoint whose manifest has been checked, put together from all shards."""
+    folder = run_dir / CHECKPOINTS
+    if read_origin(run_dir, step).zero_stage == 0:  # they lie there whole
+        file = folder / step_tag(step) / "mp_rank_00_model_states.pt"
+        return torch.load(file, map_location="cpu", weights_only=False)["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_tag(step))
 
 
 def _without_tied_copies(config: PreTrainedConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:

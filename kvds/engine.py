@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import get_scheduler
 
+from kvds.bad_steps import leave_out_bad_steps
 from kvds.config import RunConfig
 from kvds.config_values import one_line
+from kvds.deepspeed_config import compute_dtype
 from kvds.distillation import DistillationModule
 from kvds.errors import InputError
+from kvds.models import TORCH_DTYPES
 from kvds.rank_environment import adopt_slurm_ranks, free_port
 
 
@@ -94,7 +97,14 @@ def build_engine(
     """Wrap ``module``. The learning-rate schedule is transformers' own, stepped by the engine once per optimizer
     step.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        # Where one parameter was loaded in shards DeepSpeed casts none, and wants all of one dtype.
+        for parameter in module.parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(TORCH_DTYPES[compute_dtype(engine_config)])
     optimizer = build_optimizer(module, cfg, engine_config)
+    if engine_config["zero_optimization"]["stage"] == 0 and compute_dtype(engine_config) == "fp32":
+        leave_out_bad_steps(optimizer)
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
     return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config)[0]

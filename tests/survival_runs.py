@@ -1,11 +1,16 @@
 """Small runs with everything that has a memory switched on, and faults to inject into them at an exact moment."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
+from benchmarks.forked_ranks import RankServer
+from kvds.checkpoint import load_aligner
 from kvds.data.tokenizer import train_problem_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -26,7 +31,8 @@ def make_models(folder: Path) -> None:
 
 
 def flags(models: Path, output: Path, **changes: object) -> list[str]:
-    """Adam, warm-up and decay, accumulation, dropout, a calibrated weight that decays, means over 3 steps.
+    """Adam with two rates and weight decay, warm-up and decay, accumulation, dropout, a calibrated weight that decays,
+    means over 3 steps.
 
     18 rows in global batches of 4: an epoch ends in the middle of a step's batch.
     """
@@ -36,9 +42,35 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
         "kv_weight": "auto:1.5", "kv_weight_schedule": "linear", "map_start": "procrustes", "calibration_batches": 1,
         "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3, "lr": 0.01,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "logging_steps": 3, "rank_timeout": 60,
+        "aligner_lr": 0.02, "weight_decay": 0.1,
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
     }  # fmt: skip
     return [token for key, value in values.items() for token in (f"--{key}", str(value))]
+
+
+Start = Callable[..., tuple[list[int | None], str]]
+
+
+def starter(server: RankServer, folder: Path) -> Start:
+    """A function that runs ``folder/NAME`` once to its end: exit codes and what the ranks wrote this time."""
+    count = iter(range(1000))
+
+    def start(name: str, *, ranks: int = 1, setup: str = "", **changes: object) -> tuple[list[int | None], str]:
+        log = folder / f"{name}-{next(count)}.log"
+        codes = server.start(flags(folder, folder / name, **changes), ranks=ranks, log=log, setup=setup).wait(300)
+        return codes, log.read_text()
+
+    return start
+
+
+def cut(run: Path, copy: Path, step: int) -> Path:
+    """A copy of a finished ``run`` as a power cut after its checkpoint of ``step`` would have left it."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("student", "map_aligner.pt", "eval.json"))
+    for later in (copy / "checkpoints").glob("step-*"):
+        if later.name > f"step-{step:06d}":
+            shutil.rmtree(later)
+    (copy / "checkpoints/latest").write_text(f"step-{step:06d}")
+    return copy
 
 
 def at_step(step: int, action: str, *, of_rank: int | None = None) -> str:
@@ -60,7 +92,7 @@ BatchLoader.step = hooked
 def at_call(name: str, action: str) -> str:
     """Statements for a rank to run first: do ``action`` when the training loop calls ``kvds.train.NAME``."""
     return f"""
-import os, signal
+import os, resource, signal
 import kvds.train
 
 def hooked(*arguments, ask=kvds.train.{name}, **keywords):
@@ -96,3 +128,15 @@ def records(run: Path) -> list[dict[str, float]]:
     """What was logged, without what a clock or the allocator says."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def check_equal(straight: Path, other: Path) -> None:
+    """Same records, same student, same map, to the bit; it did train."""
+    assert records(straight) == records(other)
+    weights = [load_file(run / "student/model.safetensors") for run in (straight, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    maps = [load_aligner(run / "map_aligner.pt").state_dict() for run in (straight, other)]
+    assert maps[0].keys() == maps[1].keys() and all(torch.equal(maps[0][name], maps[1][name]) for name in maps[0])
+    before = load_file(straight.parent / "student/model.safetensors")
+    assert max(float((before[name] - weights[0][name]).abs().max()) for name in before) > 1e-3

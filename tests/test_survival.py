@@ -15,13 +15,11 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from benchmarks.forked_ranks import RankServer
-from kvds.checkpoint import load_aligner
+from kvds.checkpoint_folder import latest_step
 from kvds.cli import main
-from tests.survival_runs import at_call, at_step, flags, make_models, records, spoil
+from tests.survival_runs import REPOSITORY, at_call, at_step, check_equal, cut, make_models, records, spoil, starter
 
 WITH_EVALUATION = {"eval_subset_size": 3, "eval_steps": 4, "max_new_tokens": 4}
-SECONDS = 300
 FULL_DISK = "resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, resource.RLIM_INFINITY))"
 
 
@@ -33,34 +31,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server():
-    with RankServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def start(server, folder):
-    """Runs once to its end: exit codes and what the ranks wrote this time."""
-    count = iter(range(1000))
-
-    def start(name: str, *, ranks: int = 1, setup: str = "", **changes: object) -> tuple[list[int | None], str]:
-        log = folder / f"{name}-{next(count)}.log"
-        codes = server.start(flags(folder, folder / name, **changes), ranks=ranks, log=log, setup=setup).wait(SECONDS)
-        return codes, log.read_text()
-
-    return start
-
-
-def check_equal(straight: Path, other: Path) -> None:
-    """Same records, same student, same map, to the bit; it did train."""
-    assert records(straight) == records(other)
-    weights = [load_file(run / "student/model.safetensors") for run in (straight, other)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    maps = [load_aligner(run / "map_aligner.pt").state_dict() for run in (straight, other)]
-    assert maps[0].keys() == maps[1].keys() and all(torch.equal(maps[0][name], maps[1][name]) for name in maps[0])
-    before = load_file(straight.parent / "student/model.safetensors")
-    assert max(float((before[name] - weights[0][name]).abs().max()) for name in before) > 1e-3
+def start(rank_server, folder):
+    return starter(rank_server, folder)
 
 
 def errors(log: str) -> list[str]:
@@ -164,6 +136,44 @@ def test_a_signal_to_one_rank_stops_both_and_a_full_disk_on_the_other_stops_none
     check_equal(straight2, folder / "both")
 
 
+def check_close(straight: Path, other: Path) -> None:
+    """Same records and same student within rounding."""
+    pairs = list(zip(records(straight), records(other), strict=True))
+    assert pairs and all(one == pytest.approx(two, rel=1e-5, abs=1e-5) for one, two in pairs)
+    weights = [load_file(run / "student/model.safetensors") for run in (straight, other)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-5) for name in weights[0])
+
+
+def test_two_ranks_then_one_then_two_are_as_two_all_the_way(start, straight2, folder):
+    run = cut(straight2, folder / "elastic", 3)
+    codes, log = start("elastic", batch_size=1, setup=at_call("load_checkpoint", FULL_DISK.format(bytes=8192)))
+    assert codes == [1] and "Traceback" not in log
+    [message] = errors(log)
+    assert "step-000003: could not be converted for 1 ranks (a file could not be written whole); the" in message
+    assert "make room" in message and latest_step(run) == 3 and not list((run / "checkpoints").glob("universal*"))
+    codes, log = start("elastic", batch_size=1, setup=at_step(4, "os.kill(os.getpid(), signal.SIGTERM)"))
+    assert codes == [85] and "resumed from step 3 of 8" in log
+    assert "saved by 2 ranks, now there are 1: --gradient_accumulation_steps is 4 instead of 2" in log
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "model", "step-000003",
+                                                                             "step-000005"]  # fmt: skip
+    codes, log = start("elastic", ranks=2, batch_size=1)
+    assert codes == [0, 0] and "resumed from step 5 of 8" in log
+    check_close(straight2, run)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_no_optimizer_moves_comes_along_to_other_ranks(stage, start, folder):
+    """A frozen map and the scales that its start was measured with."""
+    settings = {"aligner_update": "frozen", "deepspeed_config": REPOSITORY / f"ds_configs/zero{stage}_fp32.json"}
+    settings |= {"batch_size": 1, "gradient_accumulation_steps": 4}
+    codes, log = start(f"frozen{stage}", **settings)
+    assert codes == [0], log[-3000:]
+    cut(folder / f"frozen{stage}", folder / f"frozen{stage} on 2", 3)
+    codes, log = start(f"frozen{stage} on 2", ranks=2, **settings)
+    assert codes == [0, 0] and "resumed from step 3 of 8" in log
+    check_close(folder / f"frozen{stage}", folder / f"frozen{stage} on 2")
+
+
 def test_three_full_disks_in_a_row_stop_the_run(start, folder):
     codes, log = start("full", setup=at_step(4, FULL_DISK.format(bytes=8192)), save_steps=1)
     assert codes == [1] and "Traceback" not in log
@@ -211,6 +221,31 @@ def test_a_few_bad_gradients_are_survived(start, folder):
     assert [r["bad_steps"] for r in records(folder / "few") if "bad_steps" in r] == [1, 2]
     weights = load_file(folder / "few/student/model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_without_zero_a_bad_step_is_left_out_as_well(start, folder):
+    """Stage 0 steps with a plain optimizer, which an infinite loss of rank 1 would make write NaN into all weights."""
+    stage0 = REPOSITORY / "ds_configs/zero0_fp32.json"
+    setup = spoil(range(4, 99), "+ inf", of_rank=1)
+    settings = {"deepspeed_config": stage0, "max_bad_steps": 99, "save_steps": 2, "batch_size": 1}
+    codes, log = start("stage0", ranks=2, setup=setup, **settings)
+    assert codes == [0, 0], log[-3000:]
+    assert [r["bad_steps"] for r in records(folder / "stage0") if "bad_steps" in r] == [1, 2, 3, 4]
+    half, whole = (folder / f"stage0/checkpoints/step-00000{n}/mp_rank_00_model_states.pt" for n in (4, 8))
+    weights = [torch.load(file, weights_only=False)["module"] for file in (half, whole)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    start_weights = load_file(folder / "student/model.safetensors")
+    assert max(float((start_weights[n] - weights[0][f"student.{n}"]).abs().max()) for n in start_weights) > 1e-3
+
+
+def test_a_pretrained_student_trains_in_bf16_under_zero3(start, folder):
+    """Its weights are loaded in shards, the map's are not, and DeepSpeed wants one dtype."""
+    bf16 = REPOSITORY / "ds_configs/zero3_cpu_bf16.json"
+    codes, log = start("bf16", deepspeed_config=bf16, max_steps=2, save_steps=0, logging_steps=1)
+    assert codes == [0], log[-3000:]
+    first, second = (record["loss/kv"] for record in records(folder / "bf16"))
+    assert second != first
+    assert load_file(folder / "bf16/student/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_weights_that_are_not_finite_are_never_saved(start, folder):
