@@ -39,7 +39,7 @@ _FREE_ON_RESUME = {
     "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
-    "teacher_cache",
+    "teacher_cache", "data_cache",
     "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout",
 }  # fmt: skip
 
@@ -250,6 +250,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         if self.teacher_cache is not None:
             expected = "an existing folder written by `kvds cache` (or leave --teacher_cache away)"
             _require(os.path.isdir(self.teacher_cache), "teacher_cache", self.teacher_cache, expected)
+        expected = "a folder, which need not be there yet (or --data_cache never)"
+        _require(not os.path.isfile(self.data_cache or ""), "data_cache", self.data_cache, expected)
         for spec in self.datasets:
             file = Path(split_dataset_weight(spec)[0])
             if file.suffix in (".json", ".jsonl"):

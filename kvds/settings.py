@@ -44,6 +44,9 @@ class DataSettings:
         "gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT", ("synthetic",)
     )
     data_dir: str | None = setting("folder with the publishers' files; unset: hub names through `datasets`", None)
+    data_cache: str | None = setting(
+        "folder for rows as tokens, which later runs read; never: keep none; unset: kvds below HF_DATASETS_CACHE", None
+    )
     subset_size: int | None = setting("training rows in all; unset: every row", None)
     max_length: int = setting("tokens per row; longer rows are left out and counted", 512)
     packing: bool = setting("samples of a micro-batch share rows of max_length tokens; off: a padded row each", False)

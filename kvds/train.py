@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from kvds.checkpoint import (
 from kvds.checkpoint_writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
+from kvds.data.read_ahead import ReadAhead
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
 from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
 from kvds.engine import all_reduce_sum, build_engine, init_distributed
@@ -125,7 +127,10 @@ class TrainingRun:
         check_same_tokenizer(cfg, self.tokenizer)
         student_config = self._model_config("student")
         teacher_configs = [self._model_config("teacher", name) for name in cfg.teachers] if cfg.uses_teacher else []
-        data = load_run_data(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
+        first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        data = load_run_data(
+            cfg, self.tokenizer, rank=self.rank, world_size=self.world_size, first=first_of_node, wait=dist.barrier
+        )
         self.loader, self.eval_examples, self.eval_loader = data.loader, data.eval_examples, data.eval_loader
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
         dtype = TORCH_DTYPES[compute_dtype(raw)]
@@ -315,6 +320,15 @@ class TrainingRun:
 
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""
+        with ReadAhead(self._batches, range(self.step, self.total_steps)) as ahead:
+            self._fit(ahead)
+
+    def _batches(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of a step, ready to be copied to the device."""
+        batches = self.loader.step(step)
+        return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+
+    def _fit(self, ahead: ReadAhead[list[TokenBatch]]) -> None:
         cfg = self.cfg
         meter, timer = self.meter, PhaseTimer(self.device)
         meter.restart_clock()
@@ -331,7 +345,7 @@ class TrainingRun:
             weights = self._weights(self.step)
             # Random states are a function of seed, step and rank: a resumed run draws the same dropout masks.
             torch.manual_seed((cfg.seed * 1_000_003 + self.step) * 4099 + self.rank)
-            for batch in self.loader.step(self.step):
+            for batch in ahead.take(self.step):
                 tokens = int(batch.attention_mask.sum()) if int(batch.sample_ids.max()) >= 0 else 0
                 with timer.phase("teacher"):
                     inputs = self._step_input(batch, weights, watch=watch, step=self.step)

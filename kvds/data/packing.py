@@ -21,6 +21,8 @@ from kvds.kv.select import Selection
 if TYPE_CHECKING:
     from kvds.data.batches import TokenBatch
 
+_TENSORS = ("document_ids", "position_ids", "token_index", "token_mask")
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -43,8 +45,11 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """The same with its tensors on ``device``."""
-        names = ("document_ids", "position_ids", "token_index", "token_mask")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
+
+    def pin_memory(self) -> Packing:
+        """The same in host memory that a GPU can copy from while it computes."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
     def attention_mask(self, implementation: str, dtype: torch.dtype) -> Tensor:
         """``[B, 1, T, T]``: which tokens see which, in the form that an attention of transformers takes as it is.
