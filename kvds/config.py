@@ -38,6 +38,7 @@ SECTIONS = (ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings
 _FREE_ON_RESUME = {
     "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
+    "teacher_tp_size",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
     "teacher_cache", "data_cache",
     "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout",
@@ -73,6 +74,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         self._check_alignment()
         self._check_step()
         self._check_teachers()
+        self._check_placement()
         self._check_files()
 
     def _check_numbers(self) -> None:
@@ -207,6 +209,18 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         _require(len(weights) in (0, len(names)), "teacher_weights", " ".join(map(str, weights)), expected)
         for weight in weights:
             _require(0 < weight < math.inf, "teacher_weights", weight, "numbers above 0 (--teacher_weights 0.5 0.5)")
+
+    def _check_placement(self) -> None:
+        if self.teacher_placement != "tensor_parallel":
+            return
+        _require(self.teacher_tp_size >= 2, "teacher_tp_size", self.teacher_tp_size, "at least 2 ranks")
+        for found, flag in (
+            (self.logit_kd_weight > 0, "--logit_kd_weight, which reads the teacher's logits"),
+            (self.kv_method in READS_KEYS, f"--kv_method {self.kv_method}, which reads the teacher's queries"),
+            (self.alignment_mode == "hidden", "--alignment_mode hidden"),
+        ):
+            expected = f"replicated, zero3 or zero3_offload with {flag}: only keys and values are exchanged"
+            _require(not found, "teacher_placement", "tensor_parallel", expected)
 
     def _check_files(self) -> None:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):

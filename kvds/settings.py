@@ -31,9 +31,11 @@ class ModelSettings:
     checkpoint_offload: bool = setting("gradient_checkpointing: keep the layers' inputs in host memory", False)
     teacher_cache: str | None = setting("folder written by `kvds cache`, read instead of running the teacher", None)
     teacher_placement: str = setting(
-        "whole on each rank, sharded by ZeRO-3, or sharded and offloaded to host memory", "replicated",
-        choices=("replicated", "zero3", "zero3_offload"),
+        "whole on each rank, sharded by ZeRO-3, sharded and offloaded to host memory, or its heads dealt out to "
+        "teacher_tp_size ranks", "replicated",
+        choices=("replicated", "zero3", "zero3_offload", "tensor_parallel"),
     )  # fmt: skip
+    teacher_tp_size: int = setting("tensor_parallel: ranks that share one teacher, best of one node", 2)
 
 
 @dataclass(frozen=True, kw_only=True)

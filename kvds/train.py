@@ -62,6 +62,7 @@ from kvds.run_folder import open_run_folder
 from kvds.run_guard import guarded
 from kvds.teacher import Teacher
 from kvds.teacher_cache import CachedTeacher
+from kvds.teacher_heads import check_heads
 from kvds.token_choice import TokenChoice
 from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 
@@ -144,6 +145,9 @@ class TrainingRun:
             if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
                 for member in members:
                     member.to(device).try_out(dtype, device)
+        if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
+            for config in teacher_configs:
+                check_heads(config, cfg.teacher_tp_size, self.world_size)
         self.teachers = [self._build_teacher(i, config, dtype, raw) for i, config in enumerate(teacher_configs)]
         self.teacher = self.teachers[0] if self.teachers else None
         student: Any = load_model(
@@ -226,7 +230,9 @@ class TrainingRun:
             return CachedTeacher(
                 Path(cfg.teacher_cache), dtype=dtype, device=self.device, fingerprint=made_of, verify=self.rank == 0
             )
-        placed = None if cfg.teacher_placement == "replicated" else teacher_engine_config(raw, cfg, self.world_size)
+        shared = cfg.teacher_placement == "tensor_parallel"
+        whole = shared or cfg.teacher_placement == "replicated"
+        placed = None if whole else teacher_engine_config(raw, cfg, self.world_size)
         model = load_model(
             cfg.teachers[number], config, init=cfg.teacher_init, dtype=dtype,
             attn_implementation=cfg.attn_implementation, seed=cfg.seed + 1 + number, flag="teacher",
@@ -236,7 +242,7 @@ class TrainingRun:
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
             wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
             observe=self.choice.observing,
-            shuffled=cfg.teacher_kv == "shuffled",
+            shuffled=cfg.teacher_kv == "shuffled", tensor_parallel=cfg.teacher_tp_size if shared else 1,
         )  # fmt: skip
 
     def _calibration_batches(self) -> Iterator[TokenBatch]:

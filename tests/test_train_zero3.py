@@ -69,6 +69,10 @@ RUNS: dict[str, dict[str, object]] = {
     "zero2": {"deepspeed_config": None},
     "teacher_zero3": {"teacher_placement": "zero3"},
     "teacher_offload": {"teacher_placement": "zero3_offload"},
+    "teacher_heads": {"teacher_placement": "tensor_parallel"},
+    "teacher_heads_crop": {
+        "teacher_placement": "tensor_parallel", "packing": "true", "kv_method": "right_crop", "kv_budget": 6,
+    },
     "cached": {"teacher_cache": None},  # no teacher is loaded: set in the fixture
     "cached_crop": {"teacher_cache": None, "kv_method": "right_crop", "kv_budget": 6, "packing": "true"},
     "checkpointing": {"gradient_checkpointing": "true"},
