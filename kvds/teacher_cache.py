@@ -120,10 +120,20 @@ class CachedTeacher:
         self._reader = ShardReader(folder, dtype, verify=verify)
         check_fingerprint(self._reader.manifest["fingerprint"], fingerprint, folder / MANIFEST)
         self._device = device
+        self._ahead: dict[tuple[tuple[int, ...], ...], list[list[tuple[Tensor, Tensor]]]] = {}
+
+    def read_ahead(self, batch: TokenBatch) -> None:
+        """Read what a later call with this very batch will want; another thread may do so meanwhile."""
+        self._ahead[batch.row_samples] = self._read(batch)
+
+    def _read(self, batch: TokenBatch) -> list[list[tuple[Tensor, Tensor]]]:
+        return [[self._reader.sample(i) for i in row] for row in batch.row_samples]
 
     def __call__(self, batch: TokenBatch, selection: Selection | None = None) -> TeacherOutput:
         """The states of the batch's samples: all positions, or with a selection's index those in its slots."""
-        rows = [[self._reader.sample(i) for i in row] for row in batch.row_samples]
+        rows = self._ahead.pop(batch.row_samples, None)
+        if rows is None:
+            rows = self._read(batch)
         keys, values = (self._assembled([[s[side] for s in row] for row in rows], batch, selection) for side in (0, 1))
         return TeacherOutput(KVStates(keys, values), None)
 

@@ -332,6 +332,9 @@ class TrainingRun:
     def _batches(self, step: int) -> list[TokenBatch]:
         """The micro-batches of a step, ready to be copied to the device."""
         batches = self.loader.step(step)
+        if isinstance(self.teacher, CachedTeacher):
+            for batch in batches:
+                self.teacher.read_ahead(batch)
         return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
 
     def _fit(self, ahead: ReadAhead[list[TokenBatch]]) -> None:
