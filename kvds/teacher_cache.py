@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvds.cache_fingerprint import check_fingerprint
-from kvds.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_shard
+from kvds.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_json, write_shard
 from kvds.data.batches import EncodedSample, TokenBatch, collate
 from kvds.kv import KVStates, Selection
 from kvds.teacher import Teacher, TeacherOutput
@@ -62,7 +62,7 @@ def write_teacher_cache(
     if mark.is_file():
         check_fingerprint(json.loads(mark.read_text()), made_of, folder)
     else:
-        mark.write_text(json.dumps(made_of, indent=1) + "\n")
+        write_json(mark, made_of)
     shards = -(-len(samples) // shard_samples)
     for number in range(rank, shards, world_size):
         numbers = range(number * shard_samples, min(len(samples), (number + 1) * shard_samples))
