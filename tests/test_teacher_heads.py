@@ -1,6 +1,11 @@
-"""Which teachers and how many ranks can share heads. What they compute is tested in test_train_zero3.py."""
+"""Ranks that share the heads of a teacher each get what a whole one gives; test_train_zero3.py trains with one."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from transformers import GPT2Config, Qwen2Config
@@ -8,6 +13,7 @@ from transformers import GPT2Config, Qwen2Config
 from kvds.errors import InputError
 from kvds.teacher_heads import check_heads
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 QWEN2 = Qwen2Config(num_hidden_layers=2, hidden_size=96, num_attention_heads=12, num_key_value_heads=4)
 
 
@@ -27,3 +33,13 @@ def test_numbers_that_divide_pass(size: int, world_size: int) -> None:
 def test_what_cannot_be_dealt_out_is_refused(config: object, size: int, world_size: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_heads(config, size, world_size)
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_each_get_the_keys_and_values_of_a_whole_teacher() -> None:
+    port = str(20000 + (os.getpid() + 7) % 20000)
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", port, "tests/heads_ranks.py"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("all equal") == 2
