@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, content: Any) -> None:
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+def write_json(path: Path, content: Any) -> None:
+    """Replace ``path`` as a whole: processes that write the same, on one node or several, do not disturb each other."""
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(unfinished, path)
 
@@ -70,7 +72,7 @@ def write_shard(folder: Path, number: int, keys: Sequence[Tensor], values: Seque
         tensors[name], extra = _encoded(torch.cat(list(samples)), store)
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in extra.items()}
     path = shard_path(folder, number)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
     save_file(tensors, unfinished)
     record = {
         "counts": [len(sample) for sample in keys],
@@ -78,7 +80,7 @@ def write_shard(folder: Path, number: int, keys: Sequence[Tensor], values: Seque
         "bytes": unfinished.stat().st_size,
     }
     os.replace(unfinished, path)
-    _write_json(path.with_suffix(".json"), record)
+    write_json(path.with_suffix(".json"), record)
 
 
 def shard_is_written(folder: Path, number: int) -> bool:
@@ -93,7 +95,7 @@ def finish_cache(folder: Path, shards: int, facts: dict[str, Any]) -> bool:
     if not all(shard_is_written(folder, number) for number in range(shards)):
         return False
     records = [json.loads(shard_path(folder, n).with_suffix(".json").read_text()) for n in range(shards)]
-    _write_json(folder / MANIFEST, {**facts, "shards": records})
+    write_json(folder / MANIFEST, {**facts, "shards": records})
     return True
 
 

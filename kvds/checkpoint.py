@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from kvds.align import AlignerGroup, KVAligner, aligner_config_dict, aligner_from_config_dict
 from kvds.checkpoint_folder import CHECKPOINTS, latest_step, resumable_steps, saved_steps, step_tag
 from kvds.checkpoint_manifest import folder_faults
-from kvds.config_values import one_line
 from kvds.checkpoint_origin import read_origin
 from kvds.checkpoint_universal import load_on_other_ranks
+from kvds.config_values import one_line
 from kvds.durable_files import UNFINISHED, put_in_place
 from kvds.errors import InputError
 

@@ -39,8 +39,9 @@ SECTIONS = (ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings
 _FREE_ON_RESUME = {
     "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
+    "teacher_tp_size",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
-    "teacher_cache",
+    "teacher_cache", "data_cache",
     "dry_run",
     # Their product with the number of ranks may not: the checkpoint knows it.
     "batch_size", "gradient_accumulation_steps", "change_global_batch",
@@ -80,6 +81,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         self._check_alignment()
         self._check_step()
         self._check_teachers()
+        self._check_placement()
         self._check_files()
 
     def _check_numbers(self) -> None:
@@ -217,6 +219,18 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         for weight in weights:
             _require(0 < weight < math.inf, "teacher_weights", weight, "numbers above 0 (--teacher_weights 0.5 0.5)")
 
+    def _check_placement(self) -> None:
+        if self.teacher_placement != "tensor_parallel":
+            return
+        _require(self.teacher_tp_size >= 2, "teacher_tp_size", self.teacher_tp_size, "at least 2 ranks")
+        for found, flag in (
+            (self.logit_kd_weight > 0, "--logit_kd_weight, which reads the teacher's logits"),
+            (self.kv_method in READS_KEYS, f"--kv_method {self.kv_method}, which reads the teacher's queries"),
+            (self.alignment_mode == "hidden", "--alignment_mode hidden"),
+        ):
+            expected = f"replicated, zero3 or zero3_offload with {flag}: only keys and values are exchanged"
+            _require(not found, "teacher_placement", "tensor_parallel", expected)
+
     def _check_files(self) -> None:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(
@@ -259,6 +273,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         if self.teacher_cache is not None:
             expected = "an existing folder written by `kvds cache` (or leave --teacher_cache away)"
             _require(os.path.isdir(self.teacher_cache), "teacher_cache", self.teacher_cache, expected)
+        expected = "a folder, which need not be there yet (or --data_cache never)"
+        _require(not os.path.isfile(self.data_cache or ""), "data_cache", self.data_cache, expected)
         for spec in self.datasets:
             file = Path(split_dataset_weight(spec)[0])
             if file.suffix in (".json", ".jsonl"):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from kvds.config import RunConfig
-from kvds.data.batches import BatchLoader, EncodedCorpus, EncodedSample, encode_examples
+from kvds.data.batches import BatchLoader, EncodedCorpus, EncodedSample
 from kvds.data.example import Example
 from kvds.data.reasoning import Mixture, load_mixture
+from kvds.data.token_files import TokenFiles, default_folder, encode_once
 from kvds.errors import InputError
 from kvds.kv import selected_count
 
@@ -33,8 +35,24 @@ class RunData:
     eval_loader: BatchLoader | None
 
 
-def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int, world_size: int) -> RunData:
-    """Load and encode what ``cfg`` names.
+def load_run_data(
+    cfg: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rank: int,
+    world_size: int,
+    first: bool = True,
+    wait: Callable[[], object] = lambda: None,
+) -> RunData:
+    """Load and encode what ``cfg`` names; rows that were encoded before are read from ``--data_cache``.
+
+    Args:
+        cfg: The run.
+        tokenizer: Of the run.
+        rank: This rank.
+        world_size: Number of ranks.
+        first: Whether this rank encodes what no file holds; the others read what the first of their node has written.
+        wait: Returns when all ranks have called it.
 
     Raises:
         InputError: a malformed row (unless skipped), a missing corpus, or nothing usable left.
@@ -60,12 +78,15 @@ def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: i
 
     mixture = _mixture(cfg, "train", cfg.subset_size)
     steps = cfg.uses_kv and cfg.align_tokens == "segment"
-    corpus = encode_examples(mixture.examples, tokenizer, cfg.max_length, steps=steps)
+    files = TokenFiles(_folder(cfg), first, wait)
+    corpus = encode_once(mixture.examples, tokenizer, cfg.max_length, steps=steps, files=files)
     _report(cfg, mixture, corpus)
     examples = (
         _first_per_corpus(_mixture(cfg, "eval", None).examples, cfg.eval_subset_size) if cfg.eval_subset_size else []
     )
-    held_out = encode_examples(examples, tokenizer, cfg.max_length, steps=steps).samples if examples else []
+    held_out: Sequence[EncodedSample] = []
+    if examples:
+        held_out = encode_once(examples, tokenizer, cfg.max_length, steps=steps, files=files).samples
     if steps:
         _check_steps(cfg, corpus.samples)
     if examples and not held_out:
@@ -78,6 +99,12 @@ def load_run_data(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, *, rank: i
         eval_examples=examples,
         eval_loader=batches(held_out, accumulation=1, shuffle=False) if held_out else None,
     )
+
+
+def _folder(cfg: RunConfig) -> Path | None:
+    if cfg.data_cache is None:
+        return default_folder()
+    return None if cfg.data_cache == "never" else Path(cfg.data_cache)
 
 
 def _check_steps(cfg: RunConfig, samples: Sequence[EncodedSample]) -> None:

@@ -31,9 +31,11 @@ class ModelSettings:
     checkpoint_offload: bool = setting("gradient_checkpointing: keep the layers' inputs in host memory", False)
     teacher_cache: str | None = setting("folder written by `kvds cache`, read instead of running the teacher", None)
     teacher_placement: str = setting(
-        "whole on each rank, sharded by ZeRO-3, or sharded and offloaded to host memory", "replicated",
-        choices=("replicated", "zero3", "zero3_offload"),
+        "whole on each rank, sharded by ZeRO-3, sharded and offloaded to host memory, or its heads dealt out to "
+        "teacher_tp_size ranks", "replicated",
+        choices=("replicated", "zero3", "zero3_offload", "tensor_parallel"),
     )  # fmt: skip
+    teacher_tp_size: int = setting("tensor_parallel: ranks that share one teacher, best of one node", 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,9 @@ class DataSettings:
         "gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT", ("synthetic",)
     )
     data_dir: str | None = setting("folder with the publishers' files; unset: hub names through `datasets`", None)
+    data_cache: str | None = setting(
+        "folder for rows as tokens, which later runs read; never: keep none; unset: kvds below HF_DATASETS_CACHE", None
+    )
     subset_size: int | None = setting("training rows in all; unset: every row", None)
     max_length: int = setting("tokens per row; longer rows are left out and counted", 512)
     packing: bool = setting("samples of a micro-batch share rows of max_length tokens; off: a padded row each", False)

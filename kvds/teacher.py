@@ -78,6 +78,8 @@ class Teacher:
         observe: From a batch to the tokens whose queries the selection reads, or to None; see
             :func:`kvds.kv.observing_rows`.
         shuffled: Exchange the rows' keys and values, a control (:func:`kvds.kv.shuffled_states`).
+        tensor_parallel: Ranks that share one model, each with some of its heads; 1 = none. Then keys and values alone
+            are wanted, and all ranks of a group call at the same time.
     """
 
     def __init__(
@@ -92,13 +94,19 @@ class Teacher:
         wants_hidden: bool = False,
         observe: Callable[[TokenBatch], ObservingRows | None] | None = None,
         shuffled: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
         model.requires_grad_(False).eval()
         self.config, self._dtype = model.config, next(model.parameters()).dtype
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
         self._reads, self._observe, self._shuffled = reads, observe, shuffled
         module = _TeacherModule(model)
-        if engine_config is None:
+        self._shards = None
+        if tensor_parallel > 1:
+            from kvds.teacher_heads import HeadShards
+
+            self._shards = HeadShards(backbone(model), tensor_parallel, self._dtype)
+        elif engine_config is None:
             self._forward: nn.Module = module.to(device)
         else:
             import deepspeed  # a replicated teacher runs where DeepSpeed is not installed
@@ -125,6 +133,10 @@ class Teacher:
                 an index: all, without a copy.
         """
         batch, steps = batch.teacher_text or batch, batch.num_steps
+        if self._shards is not None:
+            index = None if selection is None or self._shuffled else selection.index
+            own = self._shards.states(batch, index, rope=self._rope)
+            return TeacherOutput(self._finished(own, batch, steps), None)
         inputs = model_inputs(batch, self.config, self._dtype)
         ids = inputs.pop("input_ids")
         if not self._wants_states:
@@ -136,13 +148,16 @@ class Teacher:
             if self._reads == "kv" and not self._wants_hidden:
                 stack.enter_context(only_keys_and_values(self._backbone, queries=rows is not None))
             hidden = self._forward(ids, **inputs)
-        states = capture.states
+        states = self._finished(capture.states, batch, steps)
+        observed = Observed(rows, capture.observed) if rows is not None and isinstance(capture, KVCapture) else None
+        return TeacherOutput(states, hidden if self._wants_hidden else None, observed)
+
+    def _finished(self, states: States, batch: TokenBatch, steps: int) -> States:
         if self._shuffled:
             states = shuffled_states(states, batch.attention_mask, batch.sample_ids >= 0)  # type: ignore[type-var]
         if batch.step_ids is not None:
             states = pool_steps(states, batch.step_ids, steps)  # type: ignore[type-var]
-        observed = Observed(rows, capture.observed) if rows is not None and isinstance(capture, KVCapture) else None
-        return TeacherOutput(states, hidden if self._wants_hidden else None, observed)
+        return states
 
     def _capture(self, rows: ObservingRows | None, index: Tensor | None) -> Capture | SelectedCapture:
         if rows is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvds.cache_fingerprint import check_fingerprint
-from kvds.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_shard
+from kvds.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_json, write_shard
 from kvds.data.batches import EncodedSample, TokenBatch, collate
 from kvds.errors import InputError
 from kvds.kv import KVStates, Selection
@@ -63,7 +63,7 @@ def write_teacher_cache(
     if mark.is_file():
         check_fingerprint(_fingerprint_in(mark), made_of, folder)
     else:
-        mark.write_text(json.dumps(made_of, indent=1) + "\n")
+        write_json(mark, made_of)
     shards = -(-len(samples) // shard_samples)
     for number in range(rank, shards, world_size):
         numbers = range(number * shard_samples, min(len(samples), (number + 1) * shard_samples))
@@ -131,10 +131,20 @@ class CachedTeacher:
         self._reader = ShardReader(folder, dtype, verify=verify)
         check_fingerprint(self._reader.manifest["fingerprint"], fingerprint, folder / MANIFEST)
         self._device = device
+        self._ahead: dict[tuple[tuple[int, ...], ...], list[list[tuple[Tensor, Tensor]]]] = {}
+
+    def read_ahead(self, batch: TokenBatch) -> None:
+        """Read what a later call with this very batch will want; another thread may do so meanwhile."""
+        self._ahead[batch.row_samples] = self._read(batch)
+
+    def _read(self, batch: TokenBatch) -> list[list[tuple[Tensor, Tensor]]]:
+        return [[self._reader.sample(i) for i in row] for row in batch.row_samples]
 
     def __call__(self, batch: TokenBatch, selection: Selection | None = None) -> TeacherOutput:
         """The states of the batch's samples: all positions, or with a selection's index those in its slots."""
-        rows = [[self._reader.sample(i) for i in row] for row in batch.row_samples]
+        rows = self._ahead.pop(batch.row_samples, None)
+        if rows is None:
+            rows = self._read(batch)
         keys, values = (self._assembled([[s[side] for s in row] for row in rows], batch, selection) for side in (0, 1))
         return TeacherOutput(KVStates(keys, values), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from kvds.checkpoint_origin import fit_to_origin, read_origin
 from kvds.checkpoint_writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
+from kvds.data.read_ahead import ReadAhead
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
 from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
 from kvds.engine import all_reduce_sum, build_engine, check_engine_config, init_distributed
@@ -58,6 +60,7 @@ from kvds.run_folder import find_checkpoint, open_run_folder
 from kvds.run_guard import guarded
 from kvds.teacher import Teacher
 from kvds.teacher_cache import CachedTeacher
+from kvds.teacher_heads import check_heads
 from kvds.token_choice import TokenChoice
 from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 
@@ -129,7 +132,10 @@ class TrainingRun:
         student_config = run_model_config(cfg, self.tokenizer, cfg.student, flag="student")
         teachers = cfg.teachers if cfg.uses_teacher else ()
         teacher_configs = [run_model_config(cfg, self.tokenizer, name, flag="teacher") for name in teachers]
-        data = load_run_data(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
+        first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        data = load_run_data(
+            cfg, self.tokenizer, rank=self.rank, world_size=self.world_size, first=first_of_node, wait=dist.barrier
+        )
         self.loader, self.eval_examples, self.eval_loader = data.loader, data.eval_examples, data.eval_loader
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
         dtype = TORCH_DTYPES[compute_dtype(raw)]
@@ -143,6 +149,9 @@ class TrainingRun:
             if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
                 for member in members:
                     member.to(device).try_out(dtype, device)
+        if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
+            for config in teacher_configs:
+                check_heads(config, cfg.teacher_tp_size, self.world_size)
         self.teachers = [self._build_teacher(i, config, dtype, raw) for i, config in enumerate(teacher_configs)]
         self.teacher = self.teachers[0] if self.teachers else None
         student: Any = load_model(
@@ -210,7 +219,9 @@ class TrainingRun:
             return CachedTeacher(
                 Path(cfg.teacher_cache), dtype=dtype, device=self.device, fingerprint=made_of, verify=self.rank == 0
             )
-        placed = None if cfg.teacher_placement == "replicated" else teacher_engine_config(raw, cfg, self.world_size)
+        shared = cfg.teacher_placement == "tensor_parallel"
+        whole = shared or cfg.teacher_placement == "replicated"
+        placed = None if whole else teacher_engine_config(raw, cfg, self.world_size)
         model = load_model(
             cfg.teachers[number], config, init=cfg.teacher_init, dtype=dtype,
             attn_implementation=cfg.attn_implementation, seed=cfg.seed + 1 + number, flag="teacher",
@@ -220,7 +231,7 @@ class TrainingRun:
             model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
             wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
             observe=self.choice.observing,
-            shuffled=cfg.teacher_kv == "shuffled",
+            shuffled=cfg.teacher_kv == "shuffled", tensor_parallel=cfg.teacher_tp_size if shared else 1,
         )  # fmt: skip
 
     def _calibration_batches(self) -> Iterator[TokenBatch]:
@@ -304,6 +315,18 @@ class TrainingRun:
 
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""
+        with ReadAhead(self._batches, range(self.step, self.total_steps)) as ahead:
+            self._fit(ahead)
+
+    def _batches(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of a step, ready to be copied to the device."""
+        batches = self.loader.step(step)
+        if isinstance(self.teacher, CachedTeacher):
+            for batch in batches:
+                self.teacher.read_ahead(batch)
+        return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+
+    def _fit(self, ahead: ReadAhead[list[TokenBatch]]) -> None:
         cfg = self.cfg
         meter, timer = self.meter, PhaseTimer(self.device)
         meter.restart_clock()
@@ -318,7 +341,7 @@ class TrainingRun:
             self.stop.check()
             watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
             weights = self._weights(self.step)
-            for micro, batch in enumerate(self.loader.step(self.step)):
+            for micro, batch in enumerate(ahead.take(self.step)):
                 # Random states are a function of seed, step and rows: a resumed run draws the same dropout masks, on
                 # another number of ranks, too.
                 share = micro * self.world_size + self.rank

@@ -125,6 +125,20 @@ FLAGS = {
     "--gradient_checkpointing maybe": ("--gradient_checkpointing maybe", "true or false", "--no_gradient"),
     "--no_gradient_checkpointing true": ("unexpected argument true", "--help"),
     "--teacher_placement zero2": ("teacher_placement=zero2", "replicated, zero3", "replicated"),
+    "--teacher_placement tensor_parallel --teacher_tp_size 1": ("teacher_tp_size=1", "at least 2 ranks"),
+    "--teacher_placement tensor_parallel --logit_kd_weight 1": (
+        "teacher_placement=tensor_parallel",
+        "replicated, zero3 or zero3_offload with --logit_kd_weight",
+    ),
+    "--teacher_placement tensor_parallel --kv_method rkv --kv_budget 8": (
+        "teacher_placement=tensor_parallel",
+        "with --kv_method rkv",
+        "only keys and values are exchanged",
+    ),
+    "--teacher_placement tensor_parallel --alignment_mode hidden": (
+        "teacher_placement=tensor_parallel",
+        "with --alignment_mode hidden",
+    ),
     "--student_config_overrides n_layer": ("student_config_overrides=n_layer", "key=value", "num_hidden_layers=4"),
     "--teacher_config_overrides n_layer=1,n_layer=2":
         ("teacher_config_overrides=", "n_layer stands there twice", "once"),

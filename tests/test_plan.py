@@ -119,6 +119,9 @@ def test_state_memory_by_hand(recipe, tmp_path):
     four = state_memory(config(recipe, teacher_placement="zero3"), raw, ranks=4, **common)
     assert (four.weights, four.master, four.optimizer, four.gradients, four.teacher) == (500, 1000, 2000, 1000, 2000)
     assert four.gathered == 2000  # stays whole: its next use is nearer than the reuse distance
+    heads = config(recipe, teacher_placement="tensor_parallel", teacher_tp_size=2)
+    dealt = state_memory(heads, raw, ranks=4, **common)
+    assert (dealt.teacher, dealt.teacher_gathered) == (4000, 0)
     offloaded = state_memory(config(recipe, teacher_placement="zero3_offload"), raw, ranks=4, **common)
     assert (offloaded.teacher, offloaded.host) == (0, 2000)
 

@@ -120,6 +120,23 @@ def test_losses_are_those_of_the_teacher_that_runs(
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * largest)
 
 
+def test_what_was_read_ahead_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert written(tmp_path, Teacher(model_of(3, 24, 1), device=CPU), "fp32", "full", None)
+    stored = cached(tmp_path)
+    [first], [second] = (loader("full", None).step(step) for step in (0, 1))
+    expected = [flat(stored(batch).states) for batch in (first, second)]
+    stored.read_ahead(first)
+    stored.read_ahead(second)
+    reads: list[int] = []
+    sample = ShardReader.sample
+    monkeypatch.setattr(ShardReader, "sample", lambda self, i: reads.append(i) or sample(self, i))
+    for batch, states in ((second, expected[1]), (first, expected[0])):
+        assert all(map(torch.equal, flat(stored(batch).states), states))
+    assert reads == []
+    stored(first)
+    assert sorted(reads) == sorted(first.sample_ids.tolist())  # nothing is kept for longer than one call
+
+
 @pytest.mark.parametrize(("store", "tolerance"), [("fp32", 0.0), ("bf16", 2**-8), ("int8", 0.5 / 127), ("fp8", 2**-4)])
 def test_what_is_read_is_what_was_written_to_the_precision_stored(tmp_path: Path, store: str, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(1)

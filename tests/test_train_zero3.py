@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
+from kvds import cli
 from kvds.align import build_aligner, what_is_read
 from kvds.align.fitting import AlignmentMoments
 from kvds.checkpoint import load_aligner
@@ -68,6 +69,12 @@ RUNS: dict[str, dict[str, object]] = {
     "zero2": {"deepspeed_config": None},
     "teacher_zero3": {"teacher_placement": "zero3"},
     "teacher_offload": {"teacher_placement": "zero3_offload"},
+    "teacher_heads": {"teacher_placement": "tensor_parallel"},
+    "teacher_heads_crop": {
+        "teacher_placement": "tensor_parallel", "packing": "true", "kv_method": "right_crop", "kv_budget": 6,
+    },
+    "cached": {"teacher_cache": None},  # no teacher is loaded: set in the fixture
+    "cached_crop": {"teacher_cache": None, "kv_method": "right_crop", "kv_budget": 6, "packing": "true"},
     "checkpointing": {"gradient_checkpointing": "true"},
     "offload": {"gradient_checkpointing": "true", "checkpoint_offload": "true"},
     "packing": {"packing": "true", "kv_method": "right_crop", "kv_budget": 6},
@@ -108,6 +115,11 @@ def distributed(models, tmp_path_factory) -> Path:
     for name, changes in RUNS.items():
         if "deepspeed_config" in changes:
             changes = {**changes, "deepspeed_config": folder / f"{name}.json"}
+        if "teacher_cache" in changes:
+            stored = folder / f"{name}_teacher"
+            online = flags(models, folder / name, **{**changes, "packing": None, "teacher_cache": None})
+            assert cli.main(["cache", "--store", "fp32", "--output", str(stored), "--", *online]) == 0
+            changes = {**changes, "teacher_cache": stored}
         runs[name] = flags(models, folder / name, **changes)
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [
@@ -121,6 +133,7 @@ def distributed(models, tmp_path_factory) -> Path:
     ]
     command[command.index("--master_port") + 1] = str(20000 + os.getpid() % 20000)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["HF_DATASETS_CACHE"] = str(folder / "datasets")
     environment["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "0.2"
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
@@ -279,8 +292,9 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
     changes = {
         k: v
         for k, v in RUNS[name].items()
-        if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing", "checkpoint_offload", "packing")
-    }
+        if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing", "checkpoint_offload", "packing",
+                     "teacher_cache")
+    }  # fmt: skip
     whole = {"batch_size": 8, "gradient_accumulation_steps": 1}
     cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, **whole}))
     records, student, aligner = plain_training(models, cfg)
@@ -298,6 +312,18 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
         assert relative_error(load_aligner(distributed / name / "map_aligner.pt"), aligner) < 1e-5
     if name == "auto_weight":
         assert len(set(logged(distributed / name, "kv/weight"))) == STEPS
+
+
+@pytest.mark.multiprocess
+def test_rows_are_tokenised_once_for_all_runs_of_the_same_rows(distributed):
+    kept = list((distributed / "datasets/kvds").iterdir())
+    # Training rows; those of another seed, or with their steps numbered; held-out rows.
+    seeds, steps, held_out = (
+        {tuple(changes.get(key) for key in keys) for changes in RUNS.values()}
+        for keys in (("seed",), ("align_tokens",), ("eval_subset_size",))
+    )
+    assert {path.suffix for path in kept} == {".safetensors"}
+    assert len(kept) == len(seeds) + (len(steps) - 1) + (len(held_out) - 1)
 
 
 @pytest.mark.multiprocess

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class EncodedCorpus:
         too_long: How many did not.
     """
 
-    samples: list[EncodedSample]
+    samples: Sequence[EncodedSample]
     too_long: int
 
 
@@ -204,6 +204,15 @@ class TokenBatch:
             teacher_text=None if self.teacher_text is None else self.teacher_text.to(device),
             packing=None if self.packing is None else self.packing.to(device),
         )
+
+    def pin_memory(self) -> TokenBatch:
+        """The same in host memory that a GPU can copy from while it computes."""
+        pinned: dict[str, Any] = {
+            field.name: value.pin_memory()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor | TokenBatch | Packing)
+        }
+        return replace(self, **pinned)
 
 
 def collate(
@@ -351,7 +360,8 @@ class BatchLoader:
         return -(-len(self._samples) // self._global_batch)
 
     def _epoch_order(self, epoch: int) -> list[int]:
-        if self._order[0] != epoch:
+        known, order = self._order
+        if known != epoch:
             order = list(range(len(self._samples)))
             if self._shuffle:
                 draw = random.Random(self._seed * 1_000_003 + epoch)
@@ -360,7 +370,7 @@ class BatchLoader:
                     lengths = [len(sample.input_ids) for sample in self._samples]
                     order = group_by_length(order, lengths, self._global_batch, draw)
             self._order = (epoch, order)
-        return self._order[1]
+        return order
 
     def sample_ids(self, step: int) -> list[int]:
         """The samples of global step ``step``, over all ranks, in order; -1 fills up the last of an epoch."""

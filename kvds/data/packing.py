@@ -21,6 +21,11 @@ from kvds.kv.select import Selection
 if TYPE_CHECKING:
     from kvds.data.batches import TokenBatch
 
+# Length of a row at which attention costs about what all else does, in models of width 128 to 512. In wider ones that
+# is longer than a row, and the choice hardly matters.
+_ATTENTION_TOKENS = 1024
+_TENSORS = ("document_ids", "position_ids", "token_index", "token_mask")
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -43,8 +48,11 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """The same with its tensors on ``device``."""
-        names = ("document_ids", "position_ids", "token_index", "token_mask")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
+
+    def pin_memory(self) -> Packing:
+        """The same in host memory that a GPU can copy from while it computes."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
     def attention_mask(self, implementation: str, dtype: torch.dtype) -> Tensor:
         """``[B, 1, T, T]``: which tokens see which, in the form that an attention of transformers takes as it is.
@@ -63,31 +71,35 @@ class Packing:
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Deal samples out to rows of at most ``capacity`` tokens, so that rows come out nearly alike and few.
+    """Deal samples out to rows of at most ``capacity`` tokens, so that rows come out nearly alike and cheap.
 
     Args:
         lengths: Tokens of each sample, none over ``capacity``.
         capacity: Tokens of a row.
 
     Returns:
-        For each row its samples, ascending. Of the row counts that do, one with the fewest tokens in all, padding
-        counted; the same for the same lengths.
+        For each row its samples, ascending; the same for the same lengths. Of the row counts that do, the cheapest:
+        tokens in all, padding counted, and what attention costs, which grows with the square of a row's length.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    best: tuple[int, list[list[int]]] | None = None
+    best: tuple[float, list[list[int]]] | None = None
     fewest = max(1, -(-sum(lengths) // capacity))
+
+    def cost(count: int, longest: float) -> float:
+        return count * longest * (1 + longest / _ATTENTION_TOKENS)
+
     for count in range(fewest, max(fewest, len(lengths)) + 1):
+        if best is not None and cost(count, max(lengths)) >= best[0] and count * max(lengths) >= sum(lengths):
+            break  # a row is as long as the longest sample: from here on more rows cost more
         rows: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count
         for i in order:  # the longest first, each into the emptiest row
             row = filled.index(min(filled))
             rows[row].append(i)
             filled[row] += lengths[i]
-        area = count * max(filled)
-        if max(filled) <= capacity and (best is None or area < best[0]):
-            best = area, [sorted(row) for row in rows]
-        if best is not None and count >= fewest + 2:
-            break
+        found = cost(count, max(filled))
+        if max(filled) <= capacity and (best is None or found < best[0]):
+            best = found, [sorted(row) for row in rows]
     assert best is not None, "a sample is longer than a row"
     return best[1]
 

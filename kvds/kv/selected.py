@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,17 +22,25 @@ class SelectedCapture:
 
     Args:
         backbone: As :class:`kvds.kv.KVCapture`'s model.
-        index: ``[B, M]`` int64 positions, ascending and distinct in each row.
+        index: ``[B, M]`` int64 positions, ascending and distinct in each row; None = all, as views.
         rope: ``"pre"`` or ``"post"``.
+        deliver: What becomes of a layer's gathered keys, and of its values; nothing is kept where it returns None.
     """
 
-    def __init__(self, backbone: nn.Module, index: Tensor, *, rope: str = "pre") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        index: Tensor | None,
+        *,
+        rope: str = "pre",
+        deliver: Callable[[Tensor], Tensor | None] = lambda gathered: gathered,
+    ) -> None:
         config: Any = backbone.config
         family = FAMILIES[config.model_type]
         self._attentions = [getattr(layer, family.attention) for layer in getattr(backbone, family.layers)]
-        self._backbone, self._index, self._rope = backbone, index, rope
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self._backbone, self._index, self._rope, self._deliver = backbone, index, rope, deliver
+        self._keys: dict[int, Tensor | None] = {}
+        self._values: dict[int, Tensor | None] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> SelectedCapture:
@@ -42,8 +51,8 @@ class SelectedCapture:
 
             def gather(*_: Any, layer: int = layer, capture: KVCapture = capture, own: ExitStack = own) -> None:
                 [keys], [values] = capture.states.keys, capture.states.values
-                self._keys[layer] = gather_positions(keys, self._index)
-                self._values[layer] = gather_positions(values, self._index)
+                self._keys[layer] = self._deliver(gather_positions(keys, self._index))
+                self._values[layer] = self._deliver(gather_positions(values, self._index))
                 own.close()
 
             # The closures end with their handles, and with them what the capture still holds of this layer.
@@ -58,6 +67,15 @@ class SelectedCapture:
 
     @property
     def states(self) -> KVStates:
-        """Per layer ``[B, num_key_value_heads, M, head_dim]``, contiguous."""
-        layers = range(len(self._attentions))
-        return KVStates(tuple(self._keys[i] for i in layers), tuple(self._values[i] for i in layers))
+        """Per layer ``[B, num_key_value_heads, M, head_dim]``.
+
+        Raises:
+            RuntimeError: they were delivered elsewhere.
+        """
+        keys, values = (
+            [kept for i in range(len(self._attentions)) if (kept := side[i]) is not None]
+            for side in (self._keys, self._values)
+        )
+        if len(keys) != len(self._attentions):
+            raise RuntimeError("these keys and values have been delivered elsewhere")
+        return KVStates(tuple(keys), tuple(values))

@@ -138,10 +138,10 @@ def state_memory(
         gathered = element * min(count, live if whole else 2 * student.layer + ahead)
     teacher_bytes = teacher_gathered = host = 0
     if teacher is not None:
-        teacher_bytes = element * (
-            teacher.total if cfg.teacher_placement == "replicated" else -(-teacher.total // ranks)
-        )
-        if cfg.teacher_placement != "replicated" and (ranks > 1 or cfg.teacher_placement == "zero3_offload"):
+        shares = {"replicated": 1, "tensor_parallel": min(ranks, cfg.teacher_tp_size)}.get(cfg.teacher_placement, ranks)
+        teacher_bytes = element * -(-teacher.total // shares)
+        sharded = cfg.teacher_placement in ("zero3", "zero3_offload")
+        if sharded and (ranks > 1 or cfg.teacher_placement == "zero3_offload"):
             teacher_gathered = element * min(teacher.total, live, 2 * teacher.layer + ahead)
         if cfg.teacher_placement == "zero3_offload":
             host, teacher_bytes = host + teacher_bytes, 0

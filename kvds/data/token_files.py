@@ -1,0 +1,192 @@
+"""Rows as tokens on disk: tokenised once, read by memory mapping by every rank and every later run.
+
+A file is named by a hash of all that its contents follow from: the rows' texts, the tokenizer, the options. It is
+written aside and renamed, so that it is whole or not there, whoever else writes the same at the same time. Fast
+tokenizers use all cores for one call (unless ``TOKENIZERS_PARALLELISM=false``), which is why one process encodes and
+the others wait, instead of ``datasets``' map over processes: that would send rows and tokenizer through pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import tokenizers
+import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvds.data.batches import EncodedCorpus, EncodedSample, encode_examples
+from kvds.data.example import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("kvds")
+
+# Part of each fingerprint: raise it whenever rows are encoded or stored in another way.
+_FORMAT = 1
+_TEACHER = "teacher."
+
+
+def default_folder() -> Path:
+    """``kvds`` below the folder in which ``datasets`` keeps its own files."""
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "kvds"
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """Where rows as tokens are kept, and this process's turn.
+
+    Attributes:
+        folder: Of the files; None = nothing is kept.
+        first: Whether this process looks and writes before ``wait``; the others look after it.
+        wait: Returns when all processes have called it.
+    """
+
+    folder: Path | None = None
+    first: bool = True
+    wait: Callable[[], object] = lambda: None
+
+
+def encode_once(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    steps: bool = False,
+    files: TokenFiles,
+) -> EncodedCorpus:
+    """As :func:`kvds.data.batches.encode_examples`, from a file where one holds these very rows, else into one.
+
+    A folder that cannot be written or read costs a warning and the time to tokenise. Rows of a tokenizer without a
+    ``tokenizer.json``, which cannot be told from another by its contents, are not kept.
+    """
+    if files.folder is None or not tokenizer.is_fast:
+        return encode_examples(examples, tokenizer, max_length, steps=steps)
+    path = files.folder / f"{_fingerprint(examples, tokenizer, max_length, steps)}.safetensors"
+    corpus = None
+    try:
+        if files.first:
+            corpus = read_corpus(path)
+            if corpus is None:
+                corpus = encode_examples(examples, tokenizer, max_length, steps=steps)
+                _write_corpus(path, corpus)
+    finally:  # whatever became of it, the others go on
+        files.wait()
+    if corpus is None:
+        corpus = read_corpus(path)
+    return encode_examples(examples, tokenizer, max_length, steps=steps) if corpus is None else corpus
+
+
+def _fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, steps: bool) -> str:
+    options = (
+        _FORMAT, tokenizers.__version__, transformers.__version__, tokenizer.bos_token_id, tokenizer.eos_token_id,
+        max_length, steps,
+    )  # fmt: skip
+    digest = hashlib.sha256(json.dumps(options).encode())
+    backend = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    # Before its tokens stand the padding and truncation of the last call, which each call sets anew.
+    digest.update((backend.partition('"added_tokens"')[2] or backend).encode())
+    for example in examples:
+        texts = (example.prompt, example.rationale, example.answer, example.teacher_rationale)
+        digest.update(json.dumps(texts).encode())
+    return digest.hexdigest()[:32]
+
+
+class StoredSamples(Sequence[EncodedSample]):
+    """The rows of a file, each made when it is asked for.
+
+    Args:
+        columns: Name → tensor, as :func:`_columns` makes them.
+    """
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self._columns = columns
+        self._ends: list[int] = columns["ends"].tolist()
+        self._teachers: dict[int, EncodedSample] = {}
+        if f"{_TEACHER}ends" in columns:
+            own = {key.removeprefix(_TEACHER): value for key, value in columns.items() if key.startswith(_TEACHER)}
+            self._teachers = {row.example: row for row in StoredSamples(own)}
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, position: int) -> EncodedSample: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[EncodedSample]: ...
+
+    def __getitem__(self, position: int | slice) -> EncodedSample | list[EncodedSample]:
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        position = range(len(self))[position]
+        part = slice(self._ends[position - 1] if position else 0, self._ends[position])
+        example = int(self._columns["example"][position])
+        steps = self._columns.get("step_ids")
+        return EncodedSample(
+            tuple(self._columns["input_ids"][part].tolist()),
+            tuple(self._columns["segment_ids"][part].tolist()),
+            example,
+            () if steps is None else tuple(steps[part].tolist()),
+            self._teachers.get(example),
+        )
+
+
+def _columns(samples: Sequence[EncodedSample], prefix: str = "") -> dict[str, Tensor]:
+    """Rows one after the other in flat columns; what their teacher reads in columns of its own."""
+
+    def flat(rows: Iterable[Sequence[int]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(chain.from_iterable(rows)), dtype=dtype)
+
+    columns = {
+        "ends": torch.tensor(list(accumulate(len(row.input_ids) for row in samples)), dtype=torch.int64),
+        "example": torch.tensor([row.example for row in samples], dtype=torch.int64),
+        "input_ids": flat((row.input_ids for row in samples), torch.int32),
+        "segment_ids": flat((row.segment_ids for row in samples), torch.uint8),
+    }
+    if any(row.step_ids for row in samples):
+        columns["step_ids"] = flat((row.step_ids for row in samples), torch.int32)
+    columns = {f"{prefix}{name}": column for name, column in columns.items()}
+    teachers = [row.teacher for row in samples if row.teacher is not None]
+    return columns | (_columns(teachers, _TEACHER) if teachers else {})
+
+
+def _write_corpus(path: Path, corpus: EncodedCorpus) -> None:
+    unfinished = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.unfinished")  # no other process's
+        save_file(_columns(corpus.samples), unfinished, {"too_long": str(corpus.too_long)})
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        log.warning("data_cache=%s: rows as tokens could not be kept there (%s)", path.parent, error)
+        if unfinished is not None:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+
+
+def read_corpus(path: Path) -> EncodedCorpus | None:
+    """The rows of a file, memory-mapped; None where there is none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return EncodedCorpus(StoredSamples(columns), int(file.metadata()["too_long"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        log.warning("data_cache=%s: cannot be read (%s); rows are tokenised anew", path, error)
+        return None
