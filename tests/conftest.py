@@ -1,9 +1,11 @@
 """Settings that hold for every test and for the processes that tests start."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,16 @@ def rank_server():
 
     with RankServer() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Commands that a test runs in this process set levels and handlers; the next test starts without them."""
+    loggers = [logging.getLogger(), logging.getLogger("kvds")]
+    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        for handler in logger.handlers[:]:
+            if type(handler) is logging.StreamHandler and handler not in handlers:
+                logger.removeHandler(handler)
