@@ -78,14 +78,14 @@ def at_step(step: int, action: str, *, of_rank: int | None = None) -> str:
     who = "True" if of_rank is None else f"rank == {of_rank}"
     return f"""
 import os, resource, signal, time
-from kvds.data.batches import BatchLoader
+from kvds.data.read_ahead import ReadAhead
 
-def hooked(loader, step, ask=BatchLoader.step):
+def hooked(ahead, step, ask=ReadAhead.take):
     if step == {step} and {who}:
         {action}
-    return ask(loader, step)
+    return ask(ahead, step)
 
-BatchLoader.step = hooked
+ReadAhead.take = hooked
 """
 
 
@@ -108,19 +108,19 @@ def spoil(steps: range, change: str, *, of_rank: int) -> str:
     return f"""
 from math import inf, nan
 import kvds.distillation
-from kvds.data.batches import BatchLoader
+from kvds.data.read_ahead import ReadAhead
 
 now = [-1]
 
-def step(loader, step, ask=BatchLoader.step):
+def step(ahead, step, ask=ReadAhead.take):
     now[0] = step
-    return ask(loader, step)
+    return ask(ahead, step)
 
 def losses(*arguments, ask=kvds.distillation.head_losses, **keywords):
     task, kd = ask(*arguments, **keywords)
     return (task {change} if now[0] in {steps} and rank == {of_rank} else task), kd
 
-BatchLoader.step, kvds.distillation.head_losses = step, losses
+ReadAhead.take, kvds.distillation.head_losses = step, losses
 """
 
 
