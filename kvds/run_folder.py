@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 from torch import distributed as dist
@@ -11,9 +9,9 @@ from torch import distributed as dist
 from kvds.checkpoint import choose_checkpoint
 from kvds.checkpoint_folder import CHECKPOINTS, resumable_steps, saved_steps
 from kvds.config import RunConfig
-from kvds.config_values import one_line
 from kvds.durable_files import remove_leftovers
 from kvds.errors import InputError
+from kvds.output_folder import check_resume_folder, check_writable, make_folder
 
 
 def find_checkpoint(cfg: RunConfig) -> int | None:
@@ -58,6 +56,7 @@ def open_run_folder(cfg: RunConfig, step: int | None, *, main_rank: bool) -> Non
             (folder / CHECKPOINTS).rename(folder / f"{CHECKPOINTS}-{number}")
         cfg.save(folder / "config.yaml")
     dist.barrier()
+<<<<<<< HEAD
 
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -122,3 +121,6 @@ def check_resume_folder(cfg: RunConfig) -> bool:
             f"folder is resumed by naming it in --output_dir)"
         )
     return named
+=======
+    return step
+>>>>>>> c77a25f (Figures of fuzzing; whether an output folder can be used is a file of its own)
