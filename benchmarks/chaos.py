@@ -27,7 +27,7 @@ from tests.survival_runs import flags, make_models, records
 _DEATH = """
 import os, signal, threading, time
 from kvds.checkpoint_manifest import ChecksummedFile
-from kvds.data.read_ahead import ReadAhead
+from kvds.data.batches import BatchLoader
 
 begun, steps = [], [time.monotonic()]
 
@@ -40,18 +40,18 @@ def begin():
         begun.append(True)
         threading.Thread(target=die, daemon=True).start()
 
-def step(ahead, step, ask=ReadAhead.take):
+def step(loader, step, ask=BatchLoader.step):
     steps.append(time.monotonic())
     if {saving} is False and len(steps) > {steps}:
         begin()
-    return ask(ahead, step)
+    return ask(loader, step)
 
 def write(file, data, ask=ChecksummedFile.write):
     if {saving}:
         begin()
     return ask(file, data)
 
-ReadAhead.take, ChecksummedFile.write = step, write
+BatchLoader.step, ChecksummedFile.write = step, write
 """
 
 

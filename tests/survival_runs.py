@@ -78,14 +78,14 @@ def at_step(step: int, action: str, *, of_rank: int | None = None) -> str:
     who = "True" if of_rank is None else f"rank == {of_rank}"
     return f"""
 import os, resource, signal, time
-from kvds.data.read_ahead import ReadAhead
+from kvds.data.batches import BatchLoader
 
-def hooked(ahead, step, ask=ReadAhead.take):
+def hooked(loader, step, ask=BatchLoader.step):
     if step == {step} and {who}:
         {action}
-    return ask(ahead, step)
+    return ask(loader, step)
 
-ReadAhead.take = hooked
+BatchLoader.step = hooked
 """
 
 
@@ -108,19 +108,19 @@ def spoil(steps: range, change: str, *, of_rank: int) -> str:
     return f"""
 from math import inf, nan
 import kvds.distillation
-from kvds.data.read_ahead import ReadAhead
+from kvds.data.batches import BatchLoader
 
 now = [-1]
 
-def step(ahead, step, ask=ReadAhead.take):
+def step(loader, step, ask=BatchLoader.step):
     now[0] = step
-    return ask(ahead, step)
+    return ask(loader, step)
 
 def losses(*arguments, ask=kvds.distillation.head_losses, **keywords):
     task, kd = ask(*arguments, **keywords)
     return (task {change} if now[0] in {steps} and rank == {of_rank} else task), kd
 
-ReadAhead.take, kvds.distillation.head_losses = step, losses
+BatchLoader.step, kvds.distillation.head_losses = step, losses
 """
 
 
