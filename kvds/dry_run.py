@@ -24,6 +24,7 @@ from kvds.cache_fingerprint import cache_fingerprint, check_fingerprint
 from kvds.cache_shards import ShardReader
 from kvds.checkpoint_folder import CHECKPOINTS, resumable_steps, step_tag
 from kvds.checkpoint_manifest import folder_faults
+from kvds.checkpoint_origin import fit_to_origin, read_origin
 from kvds.config import RunConfig
 from kvds.config_values import one_line
 from kvds.data.batches import BatchLoader
@@ -51,13 +52,22 @@ def dry_run(cfg: RunConfig) -> None:
     log.setLevel(logging.WARNING)
     machine = this_machine()
     raw = load_deepspeed_config(cfg.deepspeed_config)
+    step = _resumed_step(cfg)
+    lines = {"output": f"{cfg.output_dir}: " + ("a new run" if step is None else f"goes on from {step_tag(step)}")}
+    if step is not None:
+        origin, stage = read_origin(Path(cfg.output_dir), step), raw["zero_optimization"]["stage"]
+        cfg = fit_to_origin(cfg, origin, step=step, world_size=machine.ranks, zero_stage=stage)
     _check_engine(cfg, raw, machine.ranks)
-    lines = {"output": _output(cfg)}
     tokenizer = load_tokenizer(cfg)
     check_same_tokenizer(cfg, tokenizer)
     student, teachers = _models(cfg, tokenizer)
     data = load_run_data(cfg, tokenizer, rank=0, world_size=machine.ranks)
     _check_aligners(cfg, student, teachers, raw)
+    if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
+        from kvds.teacher_heads import check_heads  # imports DeepSpeed
+
+        for teacher in teachers:
+            check_heads(teacher, cfg.teacher_tp_size, machine.ranks)
     if cfg.teacher_cache is not None:
         _check_cache(cfg, tokenizer, teachers[0], raw)
     longest = max(len(sample.input_ids) for sample in data.loader.samples)
@@ -100,7 +110,7 @@ def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
         check_engine_config(teacher_engine_config(raw, cfg, 1), cfg.deepspeed_config)
 
 
-def _output(cfg: RunConfig) -> str:
+def _resumed_step(cfg: RunConfig) -> int | None:
     folder = Path(cfg.output_dir)
     check_writable(folder)
     named = check_resume_folder(cfg)
@@ -110,12 +120,12 @@ def _output(cfg: RunConfig) -> str:
             raise InputError(
                 f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)"
             )
-        return f"{folder}: a new run"
+        return None
     cfg.check_resumable(folder / "config.yaml")
     for step in steps:
         faults = folder_faults(folder / CHECKPOINTS / step_tag(step))
         if not faults:
-            return f"{folder}: goes on from {step_tag(step)}"
+            return step
     raise InputError(
         f"{folder / CHECKPOINTS / step_tag(step)}: not whole, {faults[0]}, and no other is; expected a whole "
         "checkpoint (or --resume never)"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from kvds import dry_run as module
 from kvds.checkpoint_manifest import FileEntry, write_manifest
+from kvds.checkpoint_origin import ORIGIN_FILE, Origin, write_origin
 from kvds.config import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.dry_run import check_weight_files, dry_run, this_machine
@@ -101,10 +102,14 @@ def test_what_it_would_go_on_from(check, tmp_path):
         folder = tmp_path / f"run/checkpoints/step-{step:06d}"
         folder.mkdir(parents=True)
         (folder / "states.pt").write_bytes(b"1234" if step == 3 else b"123")
-        write_manifest(folder, {"states.pt": FileEntry(4, digest)})
+        [(_, origin)] = write_origin(folder, Origin(ranks=2, rows_per_step=8, zero_stage=3)).items()
+        write_manifest(folder, {"states.pt": FileEntry(4, digest), ORIGIN_FILE: origin})
     (tmp_path / "run/checkpoints/latest").write_text("step-000006")
     (tmp_path / "run/config.yaml").write_text("{}\n")
     assert check()["output"].endswith("run: goes on from step-000003")  # the newer one is cut short
+    assert "of 8 rows (4 × 2 × 1 ranks)" in check()["steps"]  # two ranks saved it
+    with pytest.raises(InputError, match="--change_global_batch"):
+        check(batch_size=3)
     assert check(resume="never")["output"].endswith("run: a new run")
     (tmp_path / "run/config.yaml").write_text("epochs: 5\n")
     with pytest.raises(InputError, match="--epochs 2: the checkpoint in .* was trained with 5"):
