@@ -35,7 +35,6 @@ from kvds.checkpoint import (
 from kvds.checkpoint_writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
-from kvds.data.read_ahead import ReadAhead
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
 from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
 from kvds.engine import all_reduce_sum, build_engine, init_distributed
@@ -326,18 +325,17 @@ class TrainingRun:
 
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""
-        with ReadAhead(self._batches, range(self.step, self.total_steps)) as ahead:
-            self._fit(ahead)
+        with self.loader.read_ahead(range(self.step, self.total_steps), self._ready):
+            self._fit()
 
-    def _batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of a step, ready to be copied to the device."""
-        batches = self.loader.step(step)
+    def _ready(self, batches: list[TokenBatch]) -> list[TokenBatch]:
+        """A step's micro-batches, ready to be copied to the device, what a cache holds for them read."""
         if isinstance(self.teacher, CachedTeacher):
             for batch in batches:
                 self.teacher.read_ahead(batch)
         return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
 
-    def _fit(self, ahead: ReadAhead[list[TokenBatch]]) -> None:
+    def _fit(self) -> None:
         cfg = self.cfg
         meter, timer = self.meter, PhaseTimer(self.device)
         meter.restart_clock()
@@ -354,7 +352,7 @@ class TrainingRun:
             weights = self._weights(self.step)
             # Random states are a function of seed, step and rank: a resumed run draws the same dropout masks.
             torch.manual_seed((cfg.seed * 1_000_003 + self.step) * 4099 + self.rank)
-            for batch in ahead.take(self.step):
+            for batch in self.loader.step(self.step):
                 tokens = int(batch.attention_mask.sum()) if int(batch.sample_ids.max()) >= 0 else 0
                 with timer.phase("teacher"):
                     inputs = self._step_input(batch, weights, watch=watch, step=self.step)

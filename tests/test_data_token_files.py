@@ -157,10 +157,18 @@ def test_a_run_s_batches_are_those_of_rows_just_tokenised(
     loaded(tokenizer, tmp_path, data_cache=tmp_path / "named")
     assert len(encodings) == 2 == len(list((tmp_path / "named").iterdir()))
     steps = range(3, 3 + 2 * plain.loader.steps_per_epoch)
-    with ReadAhead(kept.loader.step, steps) as ahead:
+    finished: list[int] = []
+
+    def finish(batches: list[TokenBatch]) -> list[TokenBatch]:
+        finished.append(len(batches))
+        return batches
+
+    with kept.loader.read_ahead(steps, finish):
         for step in steps:
-            [expected], [found] = plain.loader.step(step), ahead.take(step)
+            [expected], [found] = plain.loader.step(step), kept.loader.step(step)
             assert same(found, expected)
+    assert len(finished) == len(steps)
+    assert same(plain.loader.step(0)[0], kept.loader.step(0)[0]) and len(finished) == len(steps)
     assert plain.eval_loader is not None and kept.eval_loader is not None
     assert same(*(data.eval_loader.step(0)[0] for data in (plain, kept) if data.eval_loader is not None))
 

@@ -10,8 +10,9 @@ asking for a later n.
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
 from kvds.data.grouping import group_by_length
 from kvds.data.packing import Packing, pack_lengths, place_samples
+from kvds.data.read_ahead import ReadAhead
 from kvds.data.steps import encode_steps
 from kvds.errors import InputError
 from kvds.losses import IGNORED_LABEL
@@ -346,6 +348,7 @@ class BatchLoader:
         ]
         self._global_batch = batch_size * gradient_accumulation_steps * world_size
         self._order: tuple[int, list[int]] = (-1, [])
+        self._ahead: ReadAhead[list[TokenBatch]] | None = None
 
     @property
     def samples(self) -> Sequence[EncodedSample]:
@@ -376,8 +379,27 @@ class BatchLoader:
         ids = self._epoch_order(epoch)[position * self._global_batch : (position + 1) * self._global_batch]
         return ids + [-1] * (self._global_batch - len(ids))
 
+    @contextlib.contextmanager
+    def read_ahead(
+        self, steps: range, finish: Callable[[list[TokenBatch]], list[TokenBatch]] = lambda batches: batches
+    ) -> Iterator[None]:
+        """Within it, a thread builds the batches of ``steps`` before :meth:`step` is asked for them, in that order.
+
+        Args:
+            steps: Optimizer steps, counted from 0.
+            finish: What else the thread does with a step's batches.
+        """
+        with ReadAhead(lambda step: finish(self._build(step)), steps) as self._ahead:
+            try:
+                yield
+            finally:
+                self._ahead = None
+
     def step(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of 0-based optimizer step ``step``, on the CPU."""
+        """The micro-batches of 0-based optimizer step ``step``, on the CPU: those built ahead where they are."""
+        return self._build(step) if self._ahead is None else self._ahead.take(step)
+
+    def _build(self, step: int) -> list[TokenBatch]:
         ids = self.sample_ids(step)
         shares = self._world_size * self._accumulation
         real = [i for i in ids if i >= 0]
