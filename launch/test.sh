@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then linters, types and every test that needs no GPU.
 #   bash launch/test.sh [pytest arguments]       for example: bash launch/test.sh tests/test_config_bad_input.py -k budget
+# Without arguments two files are tested at a time (KVDS_TEST_WORKERS; 0: one after the other).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
@@ -15,6 +16,10 @@ step() {
   printf '== %s: %d s, exit code %d\n' "$1 ${2:-}" $((SECONDS - begun)) "$status"
   return "$status"
 }
+
+# Tests of several ranks leave a core idle half of the time, all others leave one idle always. A file stays with one worker,
+# as its tests share runs.
+[ $# -gt 0 ] || set -- -n "${KVDS_TEST_WORKERS:-2}" --dist loadfile
 
 failed=0
 step ruff check . || failed=1

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -85,8 +86,8 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def launches_of(problem: Problem) -> list[tuple[Any, tuple, dict]]:
-    """(kernel, arguments, keyword arguments) of the forward and backward pass of the loss, and of the projection."""
+def launches_of(problem: Problem, arch: int) -> list[tuple[Any, tuple, dict]]:
+    """(kernel, arguments, keyword arguments) of the loss forward and backward and of the projection, on ``arch``."""
     from kvds.ops import triton_autograd, triton_launch
 
     (source, target), moves, dtype, dim_form, head_form, sparse, features = problem
@@ -118,12 +119,13 @@ def launches_of(problem: Problem) -> list[tuple[Any, tuple, dict]]:
     originals = {
         (module, name): getattr(module, name)
         for module in (triton_launch, triton_autograd)
-        for name in ("map_projection_kernel", "sum_partials_kernel", "scale_kernel", "processors")
+        for name in ("map_projection_kernel", "sum_partials_kernel", "scale_kernel", "processors", "is_hopper")
         if hasattr(module, name)
     }
     try:
         for (module, name), kernel in originals.items():
-            setattr(module, name, (lambda device: 132) if name == "processors" else Recorder(kernel, launches))
+            stand_in = {"processors": lambda device: 132, "is_hopper": lambda device: arch >= 90}
+            setattr(module, name, stand_in.get(name) or Recorder(kernel, launches))
         x, y = states(ly if sparse else lx, hx, dx, "source"), states(ly, hy, dy, "target")
         loss, _ = triton_autograd.map_projection_loss_triton(x, y, *maps, index, index, mask, scale, "mse")  # type: ignore[arg-type]
         if loss.requires_grad:
@@ -178,9 +180,9 @@ def compile_all(slow: bool) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     done: dict[str, dict[str, int]] = {}
-    for name, problem in problems(slow).items():
+    for (name, problem), arch in itertools.product(problems(slow).items(), SHARED_LIMIT):
         seen = set()
-        for kernel, args, kwargs in launches_of(problem):
+        for kernel, args, kwargs in launches_of(problem, arch):
             signature, constants, attributes, options = specialised(kernel, args, kwargs)
             shown = {kernel.arg_names[i]: value for (i,), value in constants.items()}
             launch = f"{kernel.__name__} {shown.get('MODE', '')} {signature} {constants} {attributes} {options}"
@@ -189,21 +191,18 @@ def compile_all(slow: bool) -> list[dict[str, Any]]:
             if launch in seen:
                 continue
             seen.add(launch)
-            for arch in SHARED_LIMIT:
-                key = f"{arch} {launch}"
-                if key not in done:
-                    source = ASTSource(kernel, signature, constants, attributes)
-                    with contextlib.redirect_stdout(io.StringIO()) as log:
-                        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                    spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
-                    registers = re.findall(r"Used (\d+) registers", log.getvalue())
-                    assert len(spills) == len(registers) == 1, log.getvalue()
-                    done[key] = {
-                        "shared": made.metadata.shared, "spills": int(spills[0]), "registers": int(registers[0]),
-                    }  # fmt: skip
-                label = f"{kernel.__name__} {shown.get('MODE', '')}".strip()
-                rows.append({"problem": name, "launch": label, "arch": arch} | done[key])
-                print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+            key = f"{arch} {launch}"
+            if key not in done:
+                source = ASTSource(kernel, signature, constants, attributes)
+                with contextlib.redirect_stdout(io.StringIO()) as log:
+                    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
+                registers = re.findall(r"Used (\d+) registers", log.getvalue())
+                assert len(spills) == len(registers) == 1, log.getvalue()
+                done[key] = {"shared": made.metadata.shared, "spills": int(spills[0]), "registers": int(registers[0])}
+            label = f"{kernel.__name__} {shown.get('MODE', '')}".strip()
+            rows.append({"problem": name, "launch": label, "arch": arch} | done[key])
+            print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     return rows
 
 

@@ -105,8 +105,8 @@ def test_fp32_over_several_chunks(form: dict, loss: str, monkeypatch: pytest.Mon
 )
 def test_gradients_beside_the_next_tiles_residual(form: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     # What 16-bit states with a wide target get on a GPU, in the precision of the oracle.
-    def delayed(stage: triton_plan.Stage, dims: tuple[int, int], itemsize: int, *, gradients: bool) -> triton_plan.Tile:
-        tile = triton_plan.choose_tile(stage, dims, itemsize, gradients=gradients)
+    def delayed(stage: triton_plan.Stage, dims: tuple[int, int], itemsize: int, **where: bool) -> triton_plan.Tile:
+        tile = triton_plan.choose_tile(stage, dims, itemsize, **where)
         return dataclasses.replace(tile, delayed=stage.projects and not stage.dims_first)
 
     monkeypatch.setattr("kvds.ops.triton_launch.choose_tile", delayed)

@@ -83,6 +83,12 @@ def processors(device: torch.device) -> int:
     return 2 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU's compute capability is 9.0 or later; so under the interpreter, to which it is all the same."""
+    return interpreting() or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def make_sides(groups: Sequence[Sequence[Tensor] | None], indexes: Sequence[Tensor | None]) -> list[Side | None]:
     """Address tables of several groups of per-layer tensors, with one copy.
 
@@ -181,15 +187,15 @@ def launch(
     source, target, source_grad, target_grad = sides
     mix, proj, bias = weights
     gradients = needs.any or source_grad is not None or target_grad is not None
-    tile = choose_tile(stage, dims, call.dtype.itemsize, gradients=gradients)
-    splits = count_splits(stage, tile, token_range[1] - token_range[0], processors(source.table.device))
+    device = source.table.device
+    tile = choose_tile(stage, dims, call.dtype.itemsize, gradients=gradients, hopper=is_hopper(device))
+    splits = count_splits(stage, tile, token_range[1] - token_range[0], processors(device))
     size = (
         tile.block_y * tile.block_x * needs.mix
         + tile.block_dim_x * tile.block_dim_y * needs.proj
         + tile.block_y * tile.block_dim_y * needs.bias
         + tile.block_y * (mode == "loss")
     )
-    device = source.table.device
     partial = torch.empty((stage.problems * splits, size) if size else (1,), dtype=call.wide, device=device)
     none = source.table
     dx, dy = source_grad or source, target_grad or target

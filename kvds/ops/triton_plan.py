@@ -127,10 +127,11 @@ def plan_stages(
     return [*mix_layers, Stage(*by_layer, projects=False, shared_mix=shared_heads), by_row]
 
 
-def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients: bool) -> Tile:
+def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients: bool, hopper: bool = True) -> Tile:
     """Blocks for a launch of a stage; ``dims`` are those of its source and its target, ``itemsize`` bytes an element.
 
-    ``gradients``: whether the launch sums any weight's gradient or writes a state's.
+    ``gradients``: whether the launch sums any weight's gradient or writes a state's. ``hopper``: compute capability 9.0
+    or later, whose products read shared memory and leave registers free.
     """
     tokens = max(1, TILE_ROWS // max(stage.rows_x, stage.rows_y))
     block_x, block_y = _power_of_two(tokens * stage.rows_x), _power_of_two(tokens * stage.rows_y)
@@ -140,13 +141,17 @@ def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients
     # every product's columns, which they do where no product of a turn feeds another: hence delayed. The narrower sides
     # of the other direction, and launches without gradients, fit four warps, two programs side by side.
     both = stage.mixes and stage.projects
-    delayed = gradients and itemsize == 2 and both and not stage.dims_first and accumulators > 16384
-    num_warps = 8 if delayed or (itemsize > 2 and accumulators > 8192) else 4
+    delayed = hopper and gradients and itemsize == 2 and both and not stage.dims_first and accumulators > 16384
+    # Before Hopper a product's operands stand in registers, too: four warps spill twenty times what eight do there.
+    crowded = accumulators > 8192 and (itemsize > 2 or (gradients and stage.projects and not hopper))
+    num_warps = 8 if delayed or crowded else 4
     programs = 2 if num_warps == 4 else 1
     num_stages = 1
     if itemsize == 2 and not gradients:
         # Nothing but the projection's accumulator stands in registers: loads run ahead instead, or more programs do.
         programs, num_stages = (programs, 3) if stage.projects else (4, 1)
+    elif itemsize == 2 and not hopper:
+        num_stages = 1
     elif itemsize == 2 and both:
         num_stages = 2 if stage.dims_first or (delayed and tokens > 1) else 1
     elif itemsize == 2:
