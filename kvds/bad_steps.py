@@ -1,7 +1,8 @@
 """Steps whose numbers are not finite: counted, told, and the end of the run when they do not stop.
 
 DeepSpeed reads the global norm of the gradient on the host before each optimizer step and leaves the step out on all
-ranks where it is not finite (ZeRO stages 1 to 3). A loss that is not finite is made to spoil the gradient on the device
+ranks where it is not finite (ZeRO stages 1 to 3, and bf16); in fp32 at stage 0 it steps with a plain optimizer, which
+:func:`leave_out_bad_steps` makes do the same. A loss that is not finite is made to spoil the gradient on the device
 (:func:`kvds.losses.spoil_gradient`), so that the same one number tells of both, and nothing more is waited for.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import deepspeed
@@ -24,6 +27,22 @@ from kvds.durable_files import write_durably
 from kvds.errors import RunError
 
 log = logging.getLogger("kvds")
+
+
+def leave_out_bad_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Make a plain optimizer take no step on a gradient that is not finite.
+
+    ``optimizer.overflow`` says so, where the engine looks for it: it then keeps the schedule and counts a skipped step.
+    The gradients are those that all ranks have averaged, so that all of them leave out the same steps.
+    """
+    take = optimizer.step
+
+    def step(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)))
+        return None if self.overflow else take(*arguments, **keywords)
+
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]  # schedules wrap methods alone
 
 
 class BadSteps:

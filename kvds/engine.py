@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import get_scheduler
 
+from kvds.bad_steps import leave_out_bad_steps
 from kvds.config import RunConfig
+from kvds.deepspeed_config import compute_dtype
 from kvds.distillation import DistillationModule
 from kvds.rank_environment import adopt_slurm_ranks, free_port
 
@@ -91,6 +93,8 @@ def build_engine(
     step.
     """
     optimizer = build_optimizer(module, cfg, engine_config)
+    if engine_config["zero_optimization"]["stage"] == 0 and compute_dtype(engine_config) == "fp32":
+        leave_out_bad_steps(optimizer)
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
     return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config)[0]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from benchmarks.forked_ranks import RankServer
 from kvds.checkpoint import load_aligner
 from kvds.cli import main
-from tests.survival_runs import at_call, at_step, flags, make_models, records, spoil
+from tests.survival_runs import REPOSITORY, at_call, at_step, flags, make_models, records, spoil
 
 WITH_EVALUATION = {"eval_subset_size": 3, "eval_steps": 4, "max_new_tokens": 4}
 SECONDS = 300
@@ -211,6 +211,21 @@ def test_a_few_bad_gradients_are_survived(start, folder):
     assert [r["bad_steps"] for r in records(folder / "few") if "bad_steps" in r] == [1, 2]
     weights = load_file(folder / "few/student/model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_without_zero_a_bad_step_is_left_out_as_well(start, folder):
+    """Stage 0 steps with a plain optimizer, which an infinite loss of rank 1 would make write NaN into all weights."""
+    stage0 = REPOSITORY / "ds_configs/zero0_fp32.json"
+    setup = spoil(range(4, 99), "+ inf", of_rank=1)
+    settings = {"deepspeed_config": stage0, "max_bad_steps": 99, "save_steps": 2, "batch_size": 1}
+    codes, log = start("stage0", ranks=2, setup=setup, **settings)
+    assert codes == [0, 0], log[-3000:]
+    assert [r["bad_steps"] for r in records(folder / "stage0") if "bad_steps" in r] == [1, 2, 3, 4]
+    half, whole = (folder / f"stage0/checkpoints/step-00000{n}/mp_rank_00_model_states.pt" for n in (4, 8))
+    weights = [torch.load(file, weights_only=False)["module"] for file in (half, whole)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    start_weights = load_file(folder / "student/model.safetensors")
+    assert max(float((start_weights[n] - weights[0][f"student.{n}"]).abs().max()) for n in start_weights) > 1e-3
 
 
 def test_weights_that_are_not_finite_are_never_saved(start, folder):
