@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from kvds.align import AlignerGroup, KVAligner, aligner_config_dict, aligner_from_config_dict
 from kvds.checkpoint_folder import CHECKPOINTS, latest_step, resumable_steps, saved_steps, step_tag
 from kvds.checkpoint_manifest import folder_faults
+from kvds.checkpoint_origin import read_origin
+from kvds.checkpoint_universal import load_on_other_ranks
 from kvds.durable_files import UNFINISHED, put_in_place
 from kvds.errors import InputError
 
@@ -58,27 +60,18 @@ def choose_checkpoint(run_dir: Path) -> int | None:
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int) -> dict[str, Any]:
-    """Restore the engine from ``checkpoints/step-NNNNNN`` and return the ``state`` that was saved with it; all ranks
-    call it.
+    """Restore the engine from ``checkpoints/step-NNNNNN``, which any number of ranks may have written, and return the
+    ``state`` that was saved with it; all ranks call it.
     """
-    world = saved_world_size(run_dir, step)
-    if world != torch.distributed.get_world_size():
-        raise InputError(
-            f"--resume: {step_tag(step)} in {run_dir} was saved by {world} ranks; expected the same number, "
-            f"got {torch.distributed.get_world_size()} (start {world} ranks, or --resume never with another "
-            "--output_dir)"
-        )
+    other_ranks = read_origin(run_dir, step).ranks != torch.distributed.get_world_size()
+    if other_ranks and engine.zero_optimization_stage() > 0:  # stage 0 has no shards
+        return load_on_other_ranks(engine, run_dir, step)["kvds"]
     path, client = engine.load_checkpoint(str(run_dir / CHECKPOINTS), tag=step_tag(step))
     if path is None:
         raise InputError(
             f"{run_dir / CHECKPOINTS / step_tag(step)}: DeepSpeed could not load it; expected a whole checkpoint"
         )
     return client["kvds"]
-
-
-def saved_world_size(run_dir: Path, step: int) -> int:
-    """How many ranks wrote the optimizer shards of a checkpoint."""
-    return len(list((run_dir / CHECKPOINTS / step_tag(step)).glob("*_optim_states.pt")))
 
 
 def gather_parameters(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:

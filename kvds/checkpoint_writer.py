@@ -10,11 +10,13 @@ from typing import IO, Any, cast
 
 import deepspeed
 import torch
+from deepspeed.checkpoint import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import distributed as dist
 
 from kvds.checkpoint_folder import CHECKPOINTS, commit_checkpoint, step_tag, unfinished_tag
 from kvds.checkpoint_manifest import ChecksummedFile, FileEntry, file_fault
+from kvds.checkpoint_origin import Origin, write_origin
 from kvds.errors import RunError
 
 log = logging.getLogger("kvds")
@@ -106,7 +108,8 @@ class CheckpointWriter:
         if main:
             shutil.rmtree(aside, ignore_errors=True)
         recorder = self._engine.checkpoint_engine = RecordingCheckpointEngine()
-        client = {"kvds": {**state, "step": step}}
+        # The second entry is what DeepSpeed wants to see before it deals the shards out to another number of ranks.
+        client = {"kvds": {**state, "step": step}, UNIVERSAL_CHECKPOINT_INFO: {}}
         self._engine.save_checkpoint(str(folder), tag=aside.name, client_state=client, save_latest=False)
         mine = {str(path.relative_to(aside)): entry for path, entry in recorder.files.items()}
         everyone: list[Any] = [None] * dist.get_world_size()
@@ -114,7 +117,10 @@ class CheckpointWriter:
         faults = [fault for _, of_rank in everyone for fault in of_rank]
         if main and not faults:
             files = {name: entry for of_rank, _ in everyone for name, entry in of_rank.items()}
+            engine = self._engine
+            origin = Origin(dist.get_world_size(), engine.train_batch_size(), engine.zero_optimization_stage())
             try:
+                files |= {str(path.relative_to(aside)): entry for path, entry in write_origin(aside, origin).items()}
                 commit_checkpoint(self._run_dir, step, files, keep=self._keep)
             except OSError as error:
                 faults.append(f"{error.filename or aside}: {error.strerror}")

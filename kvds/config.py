@@ -40,6 +40,8 @@ _FREE_ON_RESUME = {
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
     "teacher_cache",
+    # Their product with the number of ranks may not: the checkpoint knows it.
+    "batch_size", "gradient_accumulation_steps", "change_global_batch",
     "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout",
 }  # fmt: skip
 

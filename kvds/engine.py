@@ -18,6 +18,7 @@ from kvds.bad_steps import leave_out_bad_steps
 from kvds.config import RunConfig
 from kvds.deepspeed_config import compute_dtype
 from kvds.distillation import DistillationModule
+from kvds.models import TORCH_DTYPES
 from kvds.rank_environment import adopt_slurm_ranks, free_port
 
 
@@ -92,6 +93,11 @@ def build_engine(
     """Wrap ``module``. The learning-rate schedule is transformers' own, stepped by the engine once per optimizer
     step.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        # Where one parameter was loaded in shards DeepSpeed casts none, and wants all of one dtype.
+        for parameter in module.parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(TORCH_DTYPES[compute_dtype(engine_config)])
     optimizer = build_optimizer(module, cfg, engine_config)
     if engine_config["zero_optimization"]["stage"] == 0 and compute_dtype(engine_config) == "fp32":
         leave_out_bad_steps(optimizer)

@@ -13,14 +13,11 @@ from kvds.durable_files import remove_leftovers
 from kvds.errors import InputError
 
 
-def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
-    """Make the output folder, write ``config.yaml`` and say which checkpoint to go on from; all ranks call it.
-
-    With ``--resume never`` the checkpoints of an earlier run are set aside as ``checkpoints-1`` and so on: a later
-    ``--resume auto`` must not take them for this run's.
+def find_checkpoint(cfg: RunConfig) -> int | None:
+    """Say which checkpoint of the output folder to go on from; writes nothing; all ranks call it.
 
     Returns:
-        The step of the checkpoint to resume, or None to start fresh.
+        Its step, or None to start fresh.
 
     Raises:
         InputError: nothing to resume where a folder is named, or a run of other settings.
@@ -38,7 +35,21 @@ def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
     if there:
         cfg.check_resumable(folder / "config.yaml")
     dist.barrier()  # every rank has looked before one writes
-    step = choose_checkpoint(folder) if there else None
+    return choose_checkpoint(folder) if there else None
+
+
+def open_run_folder(cfg: RunConfig, step: int | None, *, main_rank: bool) -> None:
+    """Make the output folder and write ``config.yaml``; all ranks call it.
+
+    A run that starts fresh sets the checkpoints of an earlier one aside as ``checkpoints-1`` and so on: a later
+    ``--resume auto`` must not take them for this run's.
+
+    Args:
+        cfg: The run.
+        step: What :func:`find_checkpoint` found.
+        main_rank: Whether this rank writes.
+    """
+    folder = Path(cfg.output_dir)
     if main_rank:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -48,4 +59,3 @@ def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
             (folder / CHECKPOINTS).rename(folder / f"{CHECKPOINTS}-{number}")
         cfg.save(folder / "config.yaml")
     dist.barrier()
-    return step

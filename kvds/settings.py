@@ -165,6 +165,10 @@ class RunSettings:
     save_steps: int = setting("steps between checkpoints; 0: only at the end", 500)
     eval_steps: int = setting("steps between evaluations; 0: only at the end", 0)
     resume: str = setting("auto: go on from the output folder's last checkpoint; never; or that folder", "auto")
+    change_global_batch: bool = setting(
+        "resume with another number of rows per optimizer step; otherwise --gradient_accumulation_steps makes up for "
+        "another number of ranks", False,
+    )  # fmt: skip
     keep_checkpoints: int = setting("newest checkpoints that stay on the disk; 0: all", 0)
     max_minutes: float | None = setting(
         "minutes after its start at which the run saves a checkpoint and ends with exit code 85; unset: never", None

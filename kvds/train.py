@@ -31,6 +31,7 @@ from kvds.checkpoint import (
     save_architecture,
     save_student,
 )
+from kvds.checkpoint_origin import fit_to_origin, read_origin
 from kvds.checkpoint_writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
@@ -56,7 +57,7 @@ from kvds.models import (
 from kvds.preemption import StopRequest
 from kvds.provenance import write_provenance
 from kvds.run_data import load_run_data
-from kvds.run_folder import open_run_folder
+from kvds.run_folder import find_checkpoint, open_run_folder
 from kvds.run_guard import guarded
 from kvds.teacher import Teacher
 from kvds.teacher_cache import CachedTeacher
@@ -116,10 +117,14 @@ class TrainingRun:
         self.output_dir = Path(cfg.output_dir)
         self.tracker: Tracker | None = None
         self.choice = TokenChoice(cfg)
+        asked, resume_step = cfg, find_checkpoint(cfg)
+        if resume_step is not None:
+            origin, stage = read_origin(self.output_dir, resume_step), raw["zero_optimization"]["stage"]
+            self.cfg = cfg = fit_to_origin(cfg, origin, step=resume_step, world_size=self.world_size, zero_stage=stage)
         self.engine_config = student_engine_config(raw, cfg, self.world_size)
         for warning in cfg.warnings:
             log.warning("%s", warning)
-        resume_step = open_run_folder(cfg, main_rank=self.rank == 0)
+        open_run_folder(asked, resume_step, main_rank=self.rank == 0)
 
         self.tokenizer = load_tokenizer(cfg)
         check_same_tokenizer(cfg, self.tokenizer)
@@ -329,9 +334,11 @@ class TrainingRun:
             self.stop.check()
             watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
             weights = self._weights(self.step)
-            # Random states are a function of seed, step and rank: a resumed run draws the same dropout masks.
-            torch.manual_seed((cfg.seed * 1_000_003 + self.step) * 4099 + self.rank)
-            for batch in self.loader.step(self.step):
+            for micro, batch in enumerate(self.loader.step(self.step)):
+                # Random states are a function of seed, step and rows: a resumed run draws the same dropout masks, on
+                # another number of ranks, too.
+                share = micro * self.world_size + self.rank
+                torch.manual_seed((cfg.seed * 1_000_003 + self.step) * 4099 + share)
                 tokens = int(batch.attention_mask.sum()) if int(batch.sample_ids.max()) >= 0 else 0
                 with timer.phase("teacher"):
                     inputs = self._step_input(batch, weights, watch=watch, step=self.step)

@@ -1,6 +1,7 @@
 """Small runs with everything that has a memory switched on, and faults to inject into them at an exact moment."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ def make_models(folder: Path) -> None:
 
 
 def flags(models: Path, output: Path, **changes: object) -> list[str]:
-    """Adam, warm-up and decay, accumulation, dropout, a calibrated weight that decays, means over 3 steps.
+    """Adam with two rates and weight decay, warm-up and decay, accumulation, dropout, a calibrated weight that decays,
+    means over 3 steps.
 
     18 rows in global batches of 4: an epoch ends in the middle of a step's batch.
     """
@@ -36,9 +38,20 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
         "kv_weight": "auto:1.5", "kv_weight_schedule": "linear", "map_start": "procrustes", "calibration_batches": 1,
         "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3, "lr": 0.01,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "logging_steps": 3, "rank_timeout": 60,
+        "aligner_lr": 0.02, "weight_decay": 0.1,
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
     }  # fmt: skip
     return [token for key, value in values.items() for token in (f"--{key}", str(value))]
+
+
+def cut(run: Path, copy: Path, step: int) -> Path:
+    """A copy of a finished ``run`` as a power cut after its checkpoint of ``step`` would have left it."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("student", "map_aligner.pt", "eval.json"))
+    for later in (copy / "checkpoints").glob("step-*"):
+        if later.name > f"step-{step:06d}":
+            shutil.rmtree(later)
+    (copy / "checkpoints/latest").write_text(f"step-{step:06d}")
+    return copy
 
 
 def at_step(step: int, action: str, *, of_rank: int | None = None) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from benchmarks.forked_ranks import RankServer
 from kvds.checkpoint import load_aligner
 from kvds.cli import main
-from tests.survival_runs import REPOSITORY, at_call, at_step, flags, make_models, records, spoil
+from tests.survival_runs import REPOSITORY, at_call, at_step, cut, flags, make_models, records, spoil
 
 WITH_EVALUATION = {"eval_subset_size": 3, "eval_steps": 4, "max_new_tokens": 4}
 SECONDS = 300
@@ -164,6 +164,38 @@ def test_a_signal_to_one_rank_stops_both_and_a_full_disk_on_the_other_stops_none
     check_equal(straight2, folder / "both")
 
 
+def check_close(straight: Path, other: Path) -> None:
+    """Same records and same student within rounding."""
+    pairs = list(zip(records(straight), records(other), strict=True))
+    assert pairs and all(one == pytest.approx(two, rel=1e-5, abs=1e-5) for one, two in pairs)
+    weights = [load_file(run / "student/model.safetensors") for run in (straight, other)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-5) for name in weights[0])
+
+
+def test_two_ranks_then_one_then_two_are_as_two_all_the_way(start, straight2, folder):
+    run = cut(straight2, folder / "elastic", 3)
+    codes, log = start("elastic", batch_size=1, setup=at_step(4, "os.kill(os.getpid(), signal.SIGTERM)"))
+    assert codes == [85] and "resumed from step 3 of 8" in log
+    assert "saved by 2 ranks, now there are 1: --gradient_accumulation_steps is 4 instead of 2" in log
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "model", "step-000003",
+                                                                             "step-000005"]  # fmt: skip
+    codes, log = start("elastic", ranks=2, batch_size=1)
+    assert codes == [0, 0] and "resumed from step 5 of 8" in log
+    check_close(straight2, run)
+
+
+def test_what_no_optimizer_moves_comes_along_to_other_ranks(start, folder):
+    """A frozen map and the scales that its start was measured with; stage 2."""
+    settings = {"aligner_update": "frozen", "deepspeed_config": REPOSITORY / "ds_configs/zero2_fp32.json"}
+    settings |= {"batch_size": 1, "gradient_accumulation_steps": 4}
+    codes, log = start("frozen", **settings)
+    assert codes == [0], log[-3000:]
+    cut(folder / "frozen", folder / "frozen2", 3)
+    codes, log = start("frozen2", ranks=2, **settings)
+    assert codes == [0, 0] and "resumed from step 3 of 8" in log
+    check_close(folder / "frozen", folder / "frozen2")
+
+
 def test_three_full_disks_in_a_row_stop_the_run(start, folder):
     codes, log = start("full", setup=at_step(4, FULL_DISK.format(bytes=8192)), save_steps=1)
     assert codes == [1] and "Traceback" not in log
@@ -226,6 +258,16 @@ def test_without_zero_a_bad_step_is_left_out_as_well(start, folder):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     start_weights = load_file(folder / "student/model.safetensors")
     assert max(float((start_weights[n] - weights[0][f"student.{n}"]).abs().max()) for n in start_weights) > 1e-3
+
+
+def test_a_pretrained_student_trains_in_bf16_under_zero3(start, folder):
+    """Its weights are loaded in shards, the map's are not, and DeepSpeed wants one dtype."""
+    bf16 = REPOSITORY / "ds_configs/zero3_cpu_bf16.json"
+    codes, log = start("bf16", deepspeed_config=bf16, max_steps=2, save_steps=0, logging_steps=1)
+    assert codes == [0], log[-3000:]
+    first, second = (record["loss/kv"] for record in records(folder / "bf16"))
+    assert second != first
+    assert load_file(folder / "bf16/student/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_weights_that_are_not_finite_are_never_saved(start, folder):
