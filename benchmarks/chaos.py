@@ -1,9 +1,10 @@
 """Kill a run again and again, let it resume, and compare its end with that of a run that was never disturbed.
 
-    python benchmarks/chaos.py --kills 40 --ranks 2 --output /tmp/chaos      (about ten minutes on two cores)
+    python benchmarks/chaos.py --kills 40 --ranks 2 --output /tmp/chaos      (about eight minutes on two cores)
 
 Kills are ``kill -9`` at random moments: of one rank or of all in turn, and every other time while the run writes a
 checkpoint. Prints one line per attempt and a summary; exits 1 where a bit of student, map or records differs.
+Tests run a short form of it.
 """
 
 from __future__ import annotations
@@ -80,6 +81,64 @@ def same_bits(one: Path, other: Path) -> int:
     return count
 
 
+def chaos(server: RankServer, models: Path, folder: Path, *, kills: int, ranks: int, seed: int = 0) -> dict[str, int]:
+    """Kill a run so often, let it end, and compare; figures of what was done.
+
+    Args:
+        server: Forks the ranks.
+        models: From :func:`tests.survival_runs.make_models`.
+        folder: Gets two runs and their logs.
+        kills: How often.
+        ranks: Processes.
+        seed: Of moments and victims.
+
+    Raises:
+        SystemExit: a run failed, or its end differs.
+    """
+    steps = 6 + 3 * kills  # a kill lets some two steps pass
+    settings = {
+        "max_steps": steps, "save_steps": 2, "keep_checkpoints": 2, "logging_steps": 3, "batch_size": 1,
+        "warmup_ratio": 0.1, "lr": 0.003,
+    }  # fmt: skip
+    chance, begun = random.Random(seed), time.monotonic()
+    straight, killed = folder / "straight", folder / "killed"
+
+    def run(output: Path, setup: str = "") -> list[int | None]:
+        log = output.with_suffix(".log")
+        return server.start(flags(models, output, **settings), ranks=ranks, log=log, setup=setup).wait(600)
+
+    if any(run(straight)):
+        sys.exit(f"chaos: the undisturbed run failed, see {straight}.log")
+    # Moments in units of a step, so that a slow machine gets as far between two kills as a fast one.
+    step_seconds = (time.monotonic() - begun) / steps
+    done = {"kills": 0, "kills_one_rank": 0, "kills_all_ranks": 0, "kills_while_saving": 0, "ranks_left_behind": 0}
+    attempts, finished = 0, False
+    while done["kills"] < kills and not finished:
+        attempts += 1
+        everyone, saving = attempts % 2 == 0, attempts % 4 < 2
+        victims = list(range(ranks)) if everyone else [chance.randrange(ranks)]
+        seconds = step_seconds * chance.uniform(0, 0.5 if saving else 6.0)
+        codes = run(killed, _DEATH.format(seconds=seconds, victims=victims, saving=saving))
+        done["ranks_left_behind"] += codes.count(None)
+        finished = not any(codes)
+        hit = any(codes[victim] == -9 for victim in victims)
+        for name in ("kills", "kills_all_ranks" if everyone else "kills_one_rank"):
+            done[name] += hit
+        done["kills_while_saving"] += hit and saving
+        latest = killed / "checkpoints/latest"
+        told = latest.read_text() if latest.exists() else "no checkpoint yet"
+        moment = "saving" if saving else "stepping"
+        print(
+            f"attempt {attempts:3d}: {moment:8s} {seconds:5.2f} s, ranks {victims}: codes {codes}, {told}", flush=True
+        )
+    if not finished and any(run(killed)):
+        sys.exit(f"chaos: the killed run did not end, see {killed}.log")
+    return {
+        "ranks": ranks, "optimizer_steps": steps, **done, "bytes_compared": same_bits(straight, killed),
+        "records_compared": len(records(straight)), "seconds": round(time.monotonic() - begun),
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40, help="how often the run is killed")
@@ -90,56 +149,17 @@ def main() -> int:
     shutil.rmtree(arguments.output, ignore_errors=True)
     arguments.output.mkdir(parents=True)
     make_models(arguments.output)
-    steps = 6 + 3 * arguments.kills  # a kill lets some two steps pass
-    settings = {
-        "max_steps": steps, "save_steps": 2, "keep_checkpoints": 2, "logging_steps": 3, "batch_size": 1,
-        "warmup_ratio": 0.1, "lr": 0.003,
-    }  # fmt: skip
-    chance, begun = random.Random(arguments.seed), time.monotonic()
-    kills = {"one rank": 0, "all ranks": 0, "while saving": 0}
-    survivors_left, attempts = 0, 0
     with RankServer() as server:
-
-        def run(name: str, setup: str = "") -> list[int | None]:
-            command = flags(arguments.output, arguments.output / name, **settings)
-            ranks = server.start(command, ranks=arguments.ranks, log=arguments.output / f"{name}.log", setup=setup)
-            return ranks.wait(600)
-
-        if any(run("straight")):
-            sys.exit(f"chaos: the undisturbed run failed, see {arguments.output}/straight.log")
-        # Moments in units of a step, so that a slow machine gets as far between two kills as a fast one.
-        step_seconds = (time.monotonic() - begun) / steps
-        finished = False
-        while sum((kills["one rank"], kills["all ranks"])) < arguments.kills and not finished:
-            attempts += 1
-            everyone, saving = attempts % 2 == 0, attempts % 4 < 2
-            victims = list(range(arguments.ranks)) if everyone else [chance.randrange(arguments.ranks)]
-            seconds = step_seconds * chance.uniform(0, 0.5 if saving else 6.0)
-            codes = run("killed", _DEATH.format(seconds=seconds, victims=victims, saving=saving))
-            survivors_left += codes.count(None)
-            finished = not any(codes)
-            killed = any(codes[victim] == -9 for victim in victims)
-            kills["all ranks" if everyone else "one rank"] += killed
-            kills["while saving"] += killed and saving
-            latest = arguments.output / "killed/checkpoints/latest"
-            told = latest.read_text() if latest.exists() else "no checkpoint yet"
-            moment = "saving" if saving else "stepping"
-            print(
-                f"attempt {attempts:3d}: {moment:8s} {seconds:5.2f} s, ranks {victims}: codes {codes}, {told}",
-                flush=True,
-            )
-        if not finished and any(run("killed")):
-            sys.exit(f"chaos: the killed run did not end, see {arguments.output}/killed.log")
-    compared = same_bits(arguments.output / "straight", arguments.output / "killed")
-    summary = {
-        "ranks": arguments.ranks, "optimizer_steps": steps, "kills": kills["one rank"] + kills["all ranks"],
-        **{f"kills_{name.replace(' ', '_')}": count for name, count in kills.items()},
-        "ranks_left_behind": survivors_left,
-        "bytes_compared": compared, "records_compared": len(records(arguments.output / "straight")),
-        "seconds": round(time.monotonic() - begun),
-    }  # fmt: skip
+        summary = chaos(
+            server,
+            arguments.output,
+            arguments.output,
+            kills=arguments.kills,
+            ranks=arguments.ranks,
+            seed=arguments.seed,
+        )
     print(json.dumps(summary))
-    return 1 if survivors_left else 0
+    return 1 if summary["ranks_left_behind"] else 0
 
 
 if __name__ == "__main__":

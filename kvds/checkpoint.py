@@ -165,7 +165,6 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
     Raises:
         InputError: no such run or checkpoint.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from transformers import AutoTokenizer
 
     run_dir, output = Path(run_dir), Path(output)
@@ -189,7 +188,7 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
         raise InputError(
             f"{plan}: the student's config.json is missing; expected the folder that training writes beside checkpoints"
         )
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_tag(step))
+    state = _whole_weights(run_dir, step)
     config = AutoConfig.from_pretrained(plan)
     dtype = config.dtype or torch.float32
     student = {k.removeprefix("student."): v.to(dtype) for k, v in state.items() if k.startswith("student.")}
@@ -204,6 +203,17 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
         aligner = {k.removeprefix("aligner."): v for k, v in state.items() if k.startswith("aligner.")}
         save_aligner(torch.load(aligner_config, weights_only=True), aligner, output / ALIGNER_FILE)
     return output
+
+
+def _whole_weights(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Weights and buffers of a checkpoint whose manifest has been checked, put together from all shards."""
+    folder = run_dir / CHECKPOINTS
+    if read_origin(run_dir, step).zero_stage == 0:  # they lie there whole
+        file = folder / step_tag(step) / "mp_rank_00_model_states.pt"
+        return torch.load(file, map_location="cpu", weights_only=False)["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_tag(step))
 
 
 def _without_tied_copies(config: PreTrainedConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:

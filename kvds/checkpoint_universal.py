@@ -2,7 +2,7 @@
 
 DeepSpeed 0.19.8 turns shards into whole tensors of each parameter and its Adam moments, and deals those out anew. What
 it leaves undone is done here: every parameter group gets the first one's learning rate and weight decay, all moments of
-stage 3 share one step counter (which a step then raises once for each of them), and what no optimizer moves (buffers,
+stage 3 share one step counter on the host (which a step then raises once for each of them), and what no optimizer moves (buffers,
 frozen parameters) stays as it was built.
 """
 
@@ -56,9 +56,11 @@ def load_on_other_ranks(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: 
         raise RunError(f"{run_dir / CHECKPOINTS / step_tag(step)}: DeepSpeed could not load it on other ranks")
     for group, built, lr in zip(optimizer.param_groups, as_built, engine.lr_scheduler.get_last_lr(), strict=True):
         group.update(built | {"lr": lr})
-    for state in optimizer.state.values():
+    for parameter, state in optimizer.state.items():
         if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()
+            # The fused kernel reads the counter on the device, the others on the host.
+            device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+            state["step"] = state["step"].to(device, copy=True)
     _restore_what_no_optimizer_moves(engine, run_dir / CHECKPOINTS / step_tag(step))
     dist.barrier()  # every rank has read what the first one removes
     if dist.get_rank() == 0:

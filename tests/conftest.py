@@ -29,3 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Interpret Triton kernels, except where GPU tests run; decided before anything imports triton."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def rank_server():
+    """Forks ranks for the tests of all files: importing everything takes longer than most runs."""
+    from benchmarks.forked_ranks import RankServer
+
+    with RankServer() as server:
+        yield server

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
+from benchmarks.forked_ranks import RankServer
+from kvds.checkpoint import load_aligner
 from kvds.data.tokenizer import train_problem_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,6 +46,21 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
     }  # fmt: skip
     return [token for key, value in values.items() for token in (f"--{key}", str(value))]
+
+
+Start = Callable[..., tuple[list[int | None], str]]
+
+
+def starter(server: RankServer, folder: Path) -> Start:
+    """A function that runs ``folder/NAME`` once to its end: exit codes and what the ranks wrote this time."""
+    count = iter(range(1000))
+
+    def start(name: str, *, ranks: int = 1, setup: str = "", **changes: object) -> tuple[list[int | None], str]:
+        log = folder / f"{name}-{next(count)}.log"
+        codes = server.start(flags(folder, folder / name, **changes), ranks=ranks, log=log, setup=setup).wait(300)
+        return codes, log.read_text()
+
+    return start
 
 
 def cut(run: Path, copy: Path, step: int) -> Path:
@@ -109,3 +128,15 @@ def records(run: Path) -> list[dict[str, float]]:
     """What was logged, without what a clock or the allocator says."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def check_equal(straight: Path, other: Path) -> None:
+    """Same records, same student, same map, to the bit; it did train."""
+    assert records(straight) == records(other)
+    weights = [load_file(run / "student/model.safetensors") for run in (straight, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    maps = [load_aligner(run / "map_aligner.pt").state_dict() for run in (straight, other)]
+    assert maps[0].keys() == maps[1].keys() and all(torch.equal(maps[0][name], maps[1][name]) for name in maps[0])
+    before = load_file(straight.parent / "student/model.safetensors")
+    assert max(float((before[name] - weights[0][name]).abs().max()) for name in before) > 1e-3

@@ -15,13 +15,10 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from benchmarks.forked_ranks import RankServer
-from kvds.checkpoint import load_aligner
 from kvds.cli import main
-from tests.survival_runs import REPOSITORY, at_call, at_step, cut, flags, make_models, records, spoil
+from tests.survival_runs import REPOSITORY, at_call, at_step, check_equal, cut, make_models, records, spoil, starter
 
 WITH_EVALUATION = {"eval_subset_size": 3, "eval_steps": 4, "max_new_tokens": 4}
-SECONDS = 300
 FULL_DISK = "resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, resource.RLIM_INFINITY))"
 
 
@@ -33,34 +30,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server():
-    with RankServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def start(server, folder):
-    """Runs once to its end: exit codes and what the ranks wrote this time."""
-    count = iter(range(1000))
-
-    def start(name: str, *, ranks: int = 1, setup: str = "", **changes: object) -> tuple[list[int | None], str]:
-        log = folder / f"{name}-{next(count)}.log"
-        codes = server.start(flags(folder, folder / name, **changes), ranks=ranks, log=log, setup=setup).wait(SECONDS)
-        return codes, log.read_text()
-
-    return start
-
-
-def check_equal(straight: Path, other: Path) -> None:
-    """Same records, same student, same map, to the bit; it did train."""
-    assert records(straight) == records(other)
-    weights = [load_file(run / "student/model.safetensors") for run in (straight, other)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    maps = [load_aligner(run / "map_aligner.pt").state_dict() for run in (straight, other)]
-    assert maps[0].keys() == maps[1].keys() and all(torch.equal(maps[0][name], maps[1][name]) for name in maps[0])
-    before = load_file(straight.parent / "student/model.safetensors")
-    assert max(float((before[name] - weights[0][name]).abs().max()) for name in before) > 1e-3
+def start(rank_server, folder):
+    return starter(rank_server, folder)
 
 
 def errors(log: str) -> list[str]:

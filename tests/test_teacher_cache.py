@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds import cli
+from kvds import cli, teacher_cache
 from kvds.align import build_aligner
 from kvds.cache_fingerprint import cache_fingerprint, check_fingerprint
 from kvds.cache_shards import ShardReader, shard_path, write_shard
@@ -251,3 +253,24 @@ def test_command_writes_what_training_reads(models: Path, tmp_path: Path, capsys
     CachedTeacher(tmp_path / "c", dtype=torch.float32, device=CPU, fingerprint=made_of)
     assert cli.main(["cache", "--output", str(tmp_path / "c"), "--store", "int8", "--", *own]) == 2
     assert "its store is bf16, the run's int8" in capsys.readouterr().err
+
+
+def test_a_command_that_is_asked_to_stop_ends_with_the_shard_in_flight_and_goes_on(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["cache", "--output", str(tmp_path / "c"), "--shard_samples", "10", "--", *flags(models)]
+    write = teacher_cache.write_shard
+
+    def write_and_signal(folder: Path, number: int, *data: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        write(folder, number, *data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher_cache, "write_shard", write_and_signal)
+        assert cli.main(command) == 85
+    assert "stopped: SIGUSR1 arrived; what is written stays" in capsys.readouterr().err
+    [shard] = (tmp_path / "c").glob("shard-*.safetensors")
+    before = shard.stat().st_mtime_ns
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL and not (tmp_path / "c/manifest.json").exists()
+    assert cli.main(command) == 0
+    assert "24 rows" in capsys.readouterr().out and shard.stat().st_mtime_ns == before

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
 from kvds.errors import InputError
+from kvds.preemption import EXIT_CODE, Preempted, StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write this process's shards; RANK and WORLD_SIZE, where a launcher sets them, share the work out."""
+    """Write this process's shards; RANK and WORLD_SIZE, where a launcher sets them, share the work out. Asked to stop
+    (SIGUSR1, SIGTERM), it ends after the shard in flight with exit code 85.
+    """
+    stop = StopRequest().install()
+    try:
+        return _write(arguments, stop)
+    except Preempted as reason:
+        print(f"stopped: {reason}; what is written stays, the same command goes on from there", file=sys.stderr)
+        return EXIT_CODE
+    finally:
+        stop.remove()
+
+
+def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     if arguments.shard_samples < 1:
         raise InputError(f"--shard_samples {arguments.shard_samples}: expected at least 1 row per file")
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -64,6 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
         seed=cfg.seed + 1, flag="teacher",
     )  # fmt: skip
     begun = time.monotonic()
+
+    def count(rows: int) -> None:
+        bar.update(rows)
+        stop.check()
+
     with tqdm(total=len(samples), desc=f"cache {arguments.output.name}", unit="row", disable=rank != 0) as bar:
         finished = write_teacher_cache(
             arguments.output,
@@ -75,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             ),
             fingerprint=cache_fingerprint(cfg, tokenizer, config, samples, dtype),
             store=arguments.store, batch_size=cfg.batch_size, shard_samples=arguments.shard_samples, device=device,
-            rank=rank, world_size=world_size, progress=bar.update,
+            rank=rank, world_size=world_size, progress=count,
         )  # fmt: skip
     if not finished:
         print("written: this process's shards; the last process to end finishes the cache")
