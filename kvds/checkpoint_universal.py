@@ -1,9 +1,9 @@
 """A checkpoint of some number of ranks, loaded on another: through DeepSpeed's universal form, made for this one load.
 
 DeepSpeed 0.19.8 turns shards into whole tensors of each parameter and its Adam moments, and deals those out anew. What
-it leaves undone is done here: every parameter group gets the first one's learning rate and weight decay, all moments of
-stage 3 share one step counter on the host (which a step then raises once for each of them), and what no optimizer moves (buffers,
-frozen parameters) stays as it was built.
+it leaves undone is done here: every parameter group gets the first one's learning rate and weight decay; all moments of
+stage 3 share one step counter on the host, which a step then raises once for each of them; and what no optimizer moves
+(buffers, frozen parameters) stays as it was built.
 """
 
 from __future__ import annotations
