@@ -89,6 +89,8 @@ def _convert(run_dir: Path, step: int) -> Path:
                 ds_to_universal.main(arguments)
         except Exception as error:  # the other ranks wait for the answer, whatever it is
             fault = " ".join(str(error).split())[:300] or type(error).__name__
+            if "unexpected pos" in fault or "failed writing" in fault:  # how torch's archive tells of a full disk
+                fault = "a file could not be written whole"
             shutil.rmtree(folder, ignore_errors=True)
     told = [fault]
     dist.broadcast_object_list(told, src=0)

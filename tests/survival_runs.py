@@ -92,7 +92,7 @@ BatchLoader.step = hooked
 def at_call(name: str, action: str) -> str:
     """Statements for a rank to run first: do ``action`` when the training loop calls ``kvds.train.NAME``."""
     return f"""
-import os, signal
+import os, resource, signal
 import kvds.train
 
 def hooked(*arguments, ask=kvds.train.{name}, **keywords):

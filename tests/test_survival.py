@@ -15,6 +15,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from kvds.checkpoint_folder import latest_step
 from kvds.cli import main
 from tests.survival_runs import REPOSITORY, at_call, at_step, check_equal, cut, make_models, records, spoil, starter
 
@@ -145,6 +146,11 @@ def check_close(straight: Path, other: Path) -> None:
 
 def test_two_ranks_then_one_then_two_are_as_two_all_the_way(start, straight2, folder):
     run = cut(straight2, folder / "elastic", 3)
+    codes, log = start("elastic", batch_size=1, setup=at_call("load_checkpoint", FULL_DISK.format(bytes=8192)))
+    assert codes == [1] and "Traceback" not in log
+    [message] = errors(log)
+    assert "step-000003: could not be converted for 1 ranks (a file could not be written whole); the" in message
+    assert "make room" in message and latest_step(run) == 3 and not list((run / "checkpoints").glob("universal*"))
     codes, log = start("elastic", batch_size=1, setup=at_step(4, "os.kill(os.getpid(), signal.SIGTERM)"))
     assert codes == [85] and "resumed from step 3 of 8" in log
     assert "saved by 2 ranks, now there are 1: --gradient_accumulation_steps is 4 instead of 2" in log
