@@ -161,16 +161,17 @@ def test_two_ranks_then_one_then_two_are_as_two_all_the_way(start, straight2, fo
     check_close(straight2, run)
 
 
-def test_what_no_optimizer_moves_comes_along_to_other_ranks(start, folder):
-    """A frozen map and the scales that its start was measured with; stage 2."""
-    settings = {"aligner_update": "frozen", "deepspeed_config": REPOSITORY / "ds_configs/zero2_fp32.json"}
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_no_optimizer_moves_comes_along_to_other_ranks(stage, start, folder):
+    """A frozen map and the scales that its start was measured with."""
+    settings = {"aligner_update": "frozen", "deepspeed_config": REPOSITORY / f"ds_configs/zero{stage}_fp32.json"}
     settings |= {"batch_size": 1, "gradient_accumulation_steps": 4}
-    codes, log = start("frozen", **settings)
+    codes, log = start(f"frozen{stage}", **settings)
     assert codes == [0], log[-3000:]
-    cut(folder / "frozen", folder / "frozen2", 3)
-    codes, log = start("frozen2", ranks=2, **settings)
+    cut(folder / f"frozen{stage}", folder / f"frozen{stage} on 2", 3)
+    codes, log = start(f"frozen{stage} on 2", ranks=2, **settings)
     assert codes == [0, 0] and "resumed from step 3 of 8" in log
-    check_close(folder / "frozen", folder / "frozen2")
+    check_close(folder / f"frozen{stage}", folder / f"frozen{stage} on 2")
 
 
 def test_three_full_disks_in_a_row_stop_the_run(start, folder):

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.chaos import chaos
 from kvds.checkpoint_folder import latest_step, saved_steps
@@ -46,6 +48,9 @@ def test_runs_of_each_kind_go_on_in_the_same_bits(kind, start, folder, tmp_path)
     codes, log = start(f"{kind} cut", **settings)
     assert codes == [0] and f"resumed from step {step} of 8" in log
     check_equal(folder / kind, folder / f"{kind} cut")
+    assert main(["export", "--run", str(folder / kind), "--output", str(tmp_path / "exported")]) == 0
+    student, exported = (load_file(run / "student/model.safetensors") for run in (folder / kind, tmp_path / "exported"))
+    assert student.keys() == exported.keys() and all(torch.equal(student[name], exported[name]) for name in student)
 
 
 def test_killed_at_random_moments_it_ends_in_the_same_bits(rank_server, folder, tmp_path):
