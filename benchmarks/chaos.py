@@ -3,8 +3,8 @@
     python benchmarks/chaos.py --kills 40 --ranks 2 --output /tmp/chaos      (about eight minutes on two cores)
 
 Kills are ``kill -9`` at random moments: of one rank or of all in turn, and every other time while the run writes a
-checkpoint. Prints one line per attempt and a summary; exits 1 where a bit of student, map or records differs.
-Tests run a short form of it.
+checkpoint. Prints one line per attempt and a summary; exits 1 where a bit of student, map or records differs, where a
+rank is left behind, or where the run ended before it was killed so often. Tests run a short form of it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.forked_ranks import RankServer
 from tests.survival_runs import flags, make_models, records
 
-# Runs in each rank: once the first step has begun (or the first checkpoint is being written), the victim has a random
-# while to live.
+# Runs in each rank: once a step has begun (or the first checkpoint is being written), the victim has a part of a step
+# to live, as long as one lasts on this machine now.
 _DEATH = """
 import os, signal, threading, time
 from kvds.checkpoint_manifest import ChecksummedFile
 from kvds.data.batches import BatchLoader
 
-def die():
-    time.sleep({seconds})
-    os.kill(os.getpid(), signal.SIGKILL)
+begun, steps = [], [time.monotonic()]
 
-begun = []
+def die():
+    time.sleep({share} * (steps[-1] - steps[-2]))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def begin():
     if not begun and rank in {victims}:
@@ -41,7 +41,8 @@ def begin():
         threading.Thread(target=die, daemon=True).start()
 
 def step(loader, step, ask=BatchLoader.step):
-    if {saving} is False and step > 0:
+    steps.append(time.monotonic())
+    if {saving} is False and len(steps) > {steps}:
         begin()
     return ask(loader, step)
 
@@ -109,16 +110,14 @@ def chaos(server: RankServer, models: Path, folder: Path, *, kills: int, ranks: 
 
     if any(run(straight)):
         sys.exit(f"chaos: the undisturbed run failed, see {straight}.log")
-    # Moments in units of a step, so that a slow machine gets as far between two kills as a fast one.
-    step_seconds = (time.monotonic() - begun) / steps
     done = {"kills": 0, "kills_one_rank": 0, "kills_all_ranks": 0, "kills_while_saving": 0, "ranks_left_behind": 0}
     attempts, finished = 0, False
     while done["kills"] < kills and not finished:
         attempts += 1
         everyone, saving = attempts % 2 == 0, attempts % 4 < 2
         victims = list(range(ranks)) if everyone else [chance.randrange(ranks)]
-        seconds = step_seconds * chance.uniform(0, 0.5 if saving else 6.0)
-        codes = run(killed, _DEATH.format(seconds=seconds, victims=victims, saving=saving))
+        begin, share = chance.randrange(2, 6), chance.uniform(0, 0.5 if saving else 1.0)
+        codes = run(killed, _DEATH.format(steps=begin, share=share, victims=victims, saving=saving))
         done["ranks_left_behind"] += codes.count(None)
         finished = not any(codes)
         hit = any(codes[victim] == -9 for victim in victims)
@@ -127,10 +126,8 @@ def chaos(server: RankServer, models: Path, folder: Path, *, kills: int, ranks: 
         done["kills_while_saving"] += hit and saving
         latest = killed / "checkpoints/latest"
         told = latest.read_text() if latest.exists() else "no checkpoint yet"
-        moment = "saving" if saving else "stepping"
-        print(
-            f"attempt {attempts:3d}: {moment:8s} {seconds:5.2f} s, ranks {victims}: codes {codes}, {told}", flush=True
-        )
+        moment = "in a save" if saving else f"in step {begin}"
+        print(f"attempt {attempts}: {moment} after {share:.2f} of a step, ranks {victims}: {codes}, {told}", flush=True)
     if not finished and any(run(killed)):
         sys.exit(f"chaos: the killed run did not end, see {killed}.log")
     return {
@@ -149,17 +146,11 @@ def main() -> int:
     shutil.rmtree(arguments.output, ignore_errors=True)
     arguments.output.mkdir(parents=True)
     make_models(arguments.output)
+    output, kills = arguments.output, arguments.kills
     with RankServer() as server:
-        summary = chaos(
-            server,
-            arguments.output,
-            arguments.output,
-            kills=arguments.kills,
-            ranks=arguments.ranks,
-            seed=arguments.seed,
-        )
+        summary = chaos(server, output, output, kills=kills, ranks=arguments.ranks, seed=arguments.seed)
     print(json.dumps(summary))
-    return 1 if summary["ranks_left_behind"] else 0
+    return 1 if summary["ranks_left_behind"] or summary["kills"] < kills else 0
 
 
 if __name__ == "__main__":
