@@ -20,7 +20,7 @@ def make_database(uri: str) -> None:
     """
     if not uri.startswith(_SQLITE):
         return
-    file = Path(uri.removeprefix(_SQLITE))
+    file = Path(uri.removeprefix(_SQLITE).partition("?")[0])  # behind it stand options, such as timeout=60
     if file.exists():
         return
     from mlflow import MlflowClient

@@ -133,8 +133,10 @@ class MlflowWriter:
         from mlflow import MlflowClient
         from mlflow.entities import Param, RunTag
 
-        for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
+        for name in ("alembic", "mlflow.system_metrics.system_metrics_monitor"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # What it tells of a locked or full database at length is told here in one line.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         make_database(self._uri)
         client = MlflowClient(tracking_uri=self._uri)
         tags = dict(self._tags)

@@ -1,12 +1,14 @@
 """``kvds track`` gives MLflow what it lacks of a run's records, once."""
 
 import json
+import sqlite3
 from pathlib import Path
 
 from mlflow import MlflowClient
 
 from kvds.cli import main
 from kvds.config import RunConfig
+from kvds.tracking import Tracker
 
 RECORDS = [{"step": step, "loss/task": 3.0 / step, "lr": 0.01 * step} for step in range(1, 6)]
 
@@ -57,3 +59,25 @@ def test_what_cannot_be_sent_is_told_in_one_line(tmp_path, capsys):
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("kvds: error: sqlite:///") and "call kvds track again" in message
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_a_locked_database_did_not_take_is_sent_later_and_once(tmp_path, caplog, capfd):
+    run = tmp_path / "run"
+    run.mkdir()
+    RunConfig(model_name="gpt2", output_dir=str(run), experiment_name="late").save(run / "config.yaml")
+    impatient = f"sqlite:///{run}/mlflow.db?timeout=0.2"
+    tracker = Tracker(run, tracking_uri=impatient, experiment_name="late", system_metrics=False)
+    tracker.log(1, {name: value for name, value in RECORDS[0].items() if name != "step"})
+    tracker.flush()
+    lock = sqlite3.connect(run / "mlflow.db", isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    for record in RECORDS[1:]:
+        tracker.log(record["step"], {name: value for name, value in record.items() if name != "step"})
+    tracker.finish()
+    assert caplog.text.count("records:") == 1 and "database is locked" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+    lock.close()
+    expected = {key: [(record["step"], record[key]) for record in RECORDS] for key in ("loss/task", "lr")}
+    assert histories(run, tracker.run_id) == {key: values[:1] for key, values in expected.items()}
+    assert main(["track", str(run)]) == 0
+    assert histories(run, tracker.run_id) == expected
