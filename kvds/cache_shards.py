@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -97,6 +97,29 @@ def finish_cache(folder: Path, shards: int, facts: dict[str, Any]) -> bool:
     return True
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished cache: ``store``, ``fingerprint`` and the record of each shard.
+
+    Raises:
+        InputError: it is missing, or not what `kvds cache` writes.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"teacher_cache={folder}: holds no {MANIFEST}; expected what `kvds cache` has finished")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        names = manifest.setdefault("fingerprint", {}).values()
+        whole = manifest["store"] in STORES and all(isinstance(text, str) for text in names)
+        for record in manifest["shards"]:
+            whole = whole and isinstance(record["sha256"], str) and isinstance(record["bytes"], int)
+            whole = whole and all(isinstance(count, int) and count >= 0 for count in record["counts"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise InputError(f"teacher_cache={path}: damaged; expected what `kvds cache` wrote (run it again)")
+    return dict(manifest)
+
+
 class ShardReader:
     """The samples of a finished cache, read where they lie.
 
@@ -110,9 +133,7 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, *, verify: bool = True) -> None:
-        if not (folder / MANIFEST).is_file():
-            raise InputError(f"teacher_cache={folder}: holds no {MANIFEST}; expected what `kvds cache` has finished")
-        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        self.manifest = read_manifest(folder)
         self._dtype, self._store = dtype, self.manifest["store"]
         self._files: list[Any] = []
         self._scales: list[dict[str, Tensor]] = []
@@ -127,7 +148,10 @@ class ShardReader:
                 raise InputError(
                     f"teacher_cache={path}: its checksum differs; expected the file as written (kvds cache)"
                 )
-            file = safe_open(path, "pt")
+            try:
+                file = safe_open(path, "pt")
+            except SafetensorError as error:
+                raise InputError(f"teacher_cache={path}: {error}; expected a shard that `kvds cache` wrote") from error
             self._files.append(file)
             self._scales.append({name: file.get_tensor(name) for name in file.keys() if "." in name})  # noqa: SIM118
             begin = 0

@@ -21,6 +21,7 @@ from kvds.config_values import near_miss, number, one_line, parse_overrides, spl
 from kvds.deepspeed_config import load_deepspeed_config
 from kvds.durable_files import write_durably
 from kvds.errors import InputError
+from kvds.recipe_file import load_mapping
 from kvds.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 
 __all__ = [
@@ -56,6 +57,9 @@ _AT_LEAST_ZERO = (
     "weight_decay",
     "keep_checkpoints",
 )
+# Random states are numbers of 64 bits made of seed, step and rank; far more distinct problems would be searched for
+# without end.
+_AT_MOST = {"seed": 2**31 - 1, "synthetic_problems": 10**6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number, at least 1")
         for name in _AT_LEAST_ZERO:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a finite number, at least 0")
+        for name, most in _AT_MOST.items():
+            _require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most}")
         for name in ("subset_size", "max_steps", "observing_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, f"at least 1 (or leave --{name} away)")
@@ -215,7 +221,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             )
         if not self.output_dir:
             raise InputError("output_dir is empty; expected a folder to write the run to (--output_dir outputs/NAME)")
-        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+        if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise InputError(f"output_dir={self.output_dir}: is a file; expected a folder")
         if self.uses_teacher and not self.teacher:
             raise InputError(
@@ -396,7 +402,7 @@ def _check_type(field: dataclasses.Field[Any], value: Any, place: str = "") -> N
         _require(abs(value) < 2**63, field.name, value, "a finite number", place)
     if kinds == (tuple,) and typing.get_args(hint)[0] is float:
         numbers = all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value)
-        _require(numbers, field.name, " ".join(map(str, value)), "numbers", place)
+        _require(numbers, field.name, " ".join(map(one_line, value)), "numbers", place)
         return
     texts = value if isinstance(value, tuple) else (value,) if isinstance(value, str) and value else ()
     readable = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
@@ -406,18 +412,6 @@ def _check_type(field: dataclasses.Field[Any], value: Any, place: str = "") -> N
         _require(False, field.name, value, f"one of {', '.join(choices)}{near_miss(value, choices)}", place)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice instead of taking the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Build one mapping; raises on duplicate keys."""
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """A recipe file's settings, keys checked.
 
@@ -425,29 +419,6 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         InputError: no such file, not YAML, not a mapping, or a key that is no setting.
     """
     return checked_settings(load_mapping(path), path)
-
-
-def load_mapping(path: str | Path) -> dict[Any, Any]:
-    """A YAML file's mapping, no key given twice.
-
-    Raises:
-        InputError: no such file, not YAML, or not a mapping.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except OSError as error:
-        raise InputError(
-            f"--config {path}: {error.strerror}; expected a recipe file such as launch/recipes/quickstart.yaml"
-        ) from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"--config {path}: not YAML ({one_line(error)}); expected lines of `key: value`") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(
-            f"--config {path}: holds a {type(content).__name__}; expected a mapping, lines of `key: value`"
-        )
-    return content
 
 
 def checked_settings(content: dict[Any, Any], path: str | Path) -> dict[str, Any]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 from kvds.errors import InputError
 
+# A file of a few lines can hold lists within lists that would fill the memory if they were written out.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 60
+
 
 def one_line(value: object) -> str:
     """A value as an error message can show it: one line, not endless, never invisible."""
-    visible = "".join(letter if letter.isprintable() else " " for letter in str(value))
+    short = isinstance(value, list | tuple | dict | set | int) and not isinstance(value, bool)
+    text = _SHORT.repr(value) if short else str(value)
+    visible = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(visible.split())[:200] or "''"
 
 

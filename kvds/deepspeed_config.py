@@ -7,13 +7,14 @@ that would not do what it says is an error, and what the engines get is explicit
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvds.deepspeed_keys import REFUSED, TOP_LEVEL, ZERO, check_keys
+from kvds.deepspeed_keys import MONITOR_PACKAGES, NESTED, REFUSED, TOP_LEVEL, ZERO, check_keys
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,11 +94,23 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
             f"deepspeed_config={path}: zero_optimization.stage is missing or unknown; expected 3 (or 0, 1, 2)"
         )
     check_keys(zero, ZERO, place=f"deepspeed_config={path}", prefix="zero_optimization.")
-    for name in ("offload_param", "offload_optimizer"):
-        device = zero.get(name, {}).get("device", "none")
-        if device not in ("none", "cpu", "nvme"):
+    for name, known in NESTED.items():
+        parent, _, child = name.rpartition(".")
+        section = (raw[parent] if parent else raw).get(child, {})
+        check_keys(section, known, place=f"deepspeed_config={path}", prefix=f"{name}.")
+    for name, package in MONITOR_PACKAGES.items():
+        if _enabled(raw, name) and importlib.util.find_spec(package) is None:
             raise InputError(
-                f"deepspeed_config={path}: {name}.device={json.dumps(device)}: expected none, cpu or nvme (try cpu)"
+                f"deepspeed_config={path}: {name} is on, but the package {package} is not installed; expected it (pip "
+                f"install {package}), or no {name} in the file"
+            )
+    for name in ("offload_param", "offload_optimizer"):
+        section = zero.get(name, {})
+        device = section.get("device", "none")
+        if device == "nvme" and not os.path.isdir(section.get("nvme_path", "")):
+            raise InputError(
+                f"deepspeed_config={path}: {name}.nvme_path={json.dumps(section.get('nvme_path'))}: expected a folder "
+                "that is there, on an NVMe disk (or device cpu)"
             )
         if device != "none" and name == "offload_param" and zero["stage"] != 3:
             raise InputError(

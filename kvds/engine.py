@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import get_scheduler
 
 from kvds.config import RunConfig
+from kvds.config_values import one_line
 from kvds.distillation import DistillationModule
+from kvds.errors import InputError
 from kvds.rank_environment import adopt_slurm_ranks, free_port
 
 
@@ -94,6 +98,21 @@ def build_engine(
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
     return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config)[0]
+
+
+def check_engine_config(engine_config: dict[str, Any], path: str) -> None:
+    """Let DeepSpeed read the configuration before any model is there; what it refuses is the file's fault.
+
+    Raises:
+        InputError: naming the file and DeepSpeed's reason.
+    """
+    try:
+        DeepSpeedConfig(copy.deepcopy(engine_config))
+    except Exception as error:  # schemas, assertions and errors of its own
+        raise InputError(
+            f"deepspeed_config={path}: DeepSpeed refuses it ({one_line(error)}); expected values that it takes "
+            "(ds_configs/ has some)"
+        ) from error
 
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Parameter]) -> float:

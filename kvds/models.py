@@ -17,6 +17,7 @@ from kvds.config import RunConfig, parse_overrides
 from kvds.config_values import one_line
 from kvds.errors import InputError
 from kvds.kv import KVShape
+from kvds.kv.families import FAMILIES
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,7 +44,11 @@ def _from_hub(loader: Any, name: str, what: str, flag: str, **kwargs: Any) -> An
         raise InputError(f"{flag}={name}: no such folder; expected a local folder with a {what}, or a hub name")
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except RuntimeError:
+    except RuntimeError as error:
+        if isinstance(error, RecursionError):
+            raise InputError(
+                f"{flag}={name}: its {what} nests too deep; expected what save_pretrained writes"
+            ) from error
         raise  # shapes that do not fit, or no memory: the caller knows what that means
     except Exception as error:  # each reader of a damaged file raises another kind
         reason = one_line(error)
@@ -68,6 +73,7 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
     config = _from_hub(AutoConfig, name, "config.json", f"--{flag}_name")
     changes = parse_overrides(overrides)
     if not changes:
+        _check_sizes(config, f"--{flag}_name={name}")
         return config
     values = config.to_dict()
     # transformers keeps what config.json calls rope_theta in a mapping of its own.
@@ -111,12 +117,18 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
         raise InputError(
             f"--{flag}_config_overrides {overrides}: {reason}; expected values that fit together"
         ) from error
-    _check_heads(changed, f"--{flag}_config_overrides {overrides}")
+    _check_sizes(changed, f"--{flag}_config_overrides {overrides}")
     return changed
 
 
-def _check_heads(config: PreTrainedConfig, place: str) -> None:
-    """Refuse shapes that transformers builds and then cannot run."""
+def _check_sizes(config: PreTrainedConfig, place: str) -> None:
+    """Refuse shapes that transformers builds and then cannot run, of the families that are known."""
+    if config.model_type not in FAMILIES:
+        return  # the families are told where one is needed
+    for key in sorted(_SIZES):
+        value = getattr(config, key, None)
+        if value is not None and value < 1:
+            raise InputError(f"{place}: {key} is {value}; expected a whole number, at least 1 (in config.json)")
     width, heads = config.hidden_size, config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:
@@ -191,6 +203,20 @@ def check_positions(config: PreTrainedConfig, max_length: int, *, flag: str) -> 
         raise InputError(
             f"max_length={max_length}: the {flag} has {limit} positions; expected --max_length {limit} or less"
         )
+
+
+def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> None:
+    """Build the model on the meta device, which takes neither memory nor weights: what transformers makes no model of
+    is told before any weights are read.
+    """
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # an activation that nobody knows is a KeyError, a bad padding id an AssertionError …
+        raise InputError(
+            f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected a "
+            f"config.json that fits (see --{flag}_config_overrides)"
+        ) from error
 
 
 def kv_shape(config: PreTrainedConfig) -> KVShape:

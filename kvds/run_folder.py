@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 from torch import distributed as dist
@@ -9,6 +11,7 @@ from torch import distributed as dist
 from kvds.checkpoint import choose_checkpoint
 from kvds.checkpoint_folder import CHECKPOINTS, resumable_steps, saved_steps
 from kvds.config import RunConfig
+from kvds.config_values import one_line
 from kvds.durable_files import remove_leftovers
 from kvds.errors import InputError
 
@@ -26,6 +29,7 @@ def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
         InputError: nothing to resume where a folder is named, or a run of other settings.
     """
     folder = Path(cfg.output_dir)
+    check_writable(folder)
     named = cfg.resume not in ("auto", "never")
     if named and Path(cfg.resume).resolve() != folder.resolve():
         raise InputError(
@@ -40,7 +44,7 @@ def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
     dist.barrier()  # every rank has looked before one writes
     step = choose_checkpoint(folder) if there else None
     if main_rank:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         remove_leftovers(folder)
         remove_leftovers(folder / CHECKPOINTS)
         if step is None and saved_steps(folder):
@@ -49,3 +53,52 @@ def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
         cfg.save(folder / "config.yaml")
     dist.barrier()
     return step
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be made or written to; nothing is made.
+
+    Raises:
+        InputError: naming what stands in the way.
+    """
+    there, fault = folder.absolute(), ""
+    while True:
+        try:
+            os.stat(there)
+            break
+        except FileNotFoundError:
+            there = there.parent
+        except OSError as error:
+            fault = str(error.strerror)
+            break
+    if not fault and not there.is_dir():
+        fault = f"{there} is a file"
+    elif not fault and not os.access(there, os.W_OK | os.X_OK):
+        fault = f"{there} is not writable"
+    if fault:
+        raise _unusable(folder, fault)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder.
+
+    Raises:
+        InputError: the file system does not take it.
+        OSError: there is no space.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise
+        raise _unusable(folder, str(error.strerror)) from error
+
+
+def _unusable(folder: Path, fault: str) -> InputError:
+    return InputError(
+        f"output_dir={one_line(folder)}: {fault}; expected a folder that can be made and written to "
+        "(another --output_dir)"
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvds.cache_fingerprint import check_fingerprint
 from kvds.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_shard
 from kvds.data.batches import EncodedSample, TokenBatch, collate
+from kvds.errors import InputError
 from kvds.kv import KVStates, Selection
 from kvds.teacher import Teacher, TeacherOutput
 
@@ -60,7 +61,7 @@ def write_teacher_cache(
     made_of = {**fingerprint, "store": store, "samples per shard": str(shard_samples)}
     mark = folder / _FINGERPRINT
     if mark.is_file():
-        check_fingerprint(json.loads(mark.read_text()), made_of, folder)
+        check_fingerprint(_fingerprint_in(mark), made_of, folder)
     else:
         mark.write_text(json.dumps(made_of, indent=1) + "\n")
     shards = -(-len(samples) // shard_samples)
@@ -72,6 +73,16 @@ def write_teacher_cache(
             write_shard(folder, number, keys, values, store)
         progress(len(numbers))
     return finish_cache(folder, shards, {"fingerprint": fingerprint, "store": store})
+
+
+def _fingerprint_in(mark: Path) -> dict[str, str]:
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{mark}: damaged; expected what `kvds cache` wrote (remove the folder, or another --output)")
+    return found
 
 
 def _states_of(

@@ -36,7 +36,7 @@ from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
 from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
-from kvds.engine import all_reduce_sum, build_engine, init_distributed
+from kvds.engine import all_reduce_sum, build_engine, check_engine_config, init_distributed
 from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
@@ -45,6 +45,7 @@ from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
     TORCH_DTYPES,
+    check_buildable,
     check_positions,
     check_same_tokenizer,
     check_vocabulary,
@@ -117,6 +118,7 @@ class TrainingRun:
         self.tracker: Tracker | None = None
         self.choice = TokenChoice(cfg)
         self.engine_config = student_engine_config(raw, cfg, self.world_size)
+        check_engine_config(self.engine_config, cfg.deepspeed_config)
         for warning in cfg.warnings:
             log.warning("%s", warning)
         resume_step = open_run_folder(cfg, main_rank=self.rank == 0)
@@ -210,6 +212,7 @@ class TrainingRun:
         kv_shape(config)
         check_vocabulary(config, self.tokenizer, flag=flag)
         check_positions(config, cfg.max_length, flag=flag)
+        check_buildable(name, config, flag=flag)
         return config
 
     def _build_teacher(

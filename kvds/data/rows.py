@@ -39,11 +39,35 @@ def file_rows(path: Path) -> Iterator[tuple[int, Any]]:
     return _list_rows(path, content) if path.suffix == ".json" else _line_rows(content)
 
 
+class _Decoder(json.JSONDecoder):
+    """JSON in which a field given twice is a fault; JSON itself takes the last of the two."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._fields)
+        self._twice: str | None = None
+
+    def _fields(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            self._twice = next(name for name in names if names.count(name) > 1)
+        return fields
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """The value that begins at ``idx``, or a :class:`BadRow`, and where it ends."""
+        self._twice = None
+        value, end = super().raw_decode(s, idx)
+        return (
+            value if self._twice is None else BadRow(f"{self._twice!r:.60} stands there twice; expected it once")
+        ), end
+
+
 def _line_rows(content: bytes) -> Iterator[tuple[int, Any]]:
+    decoder = _Decoder()
     for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
             try:
-                yield number, json.loads(line.decode())
+                yield number, decoder.decode(line.decode())
             except UnicodeDecodeError as error:
                 yield number, BadRow(f"not UTF-8 text ({error.reason} at byte {error.start})")
             except (ValueError, RecursionError) as error:
@@ -52,7 +76,7 @@ def _line_rows(content: bytes) -> Iterator[tuple[int, Any]]:
 
 def _list_rows(path: Path, content: bytes) -> Iterator[tuple[int, Any]]:
     """Rows of one JSON list, read one after the other: a parser of the whole list would forget the lines."""
-    decoder = json.JSONDecoder()
+    decoder = _Decoder()
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
