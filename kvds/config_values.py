@@ -10,15 +10,22 @@ from typing import Any
 
 from kvds.errors import InputError
 
+
 # A file of a few lines can hold lists within lists that would fill the memory if they were written out.
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return one_line(x)
+
+
+_SHORT = _Short()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 60
 
 
 def one_line(value: object) -> str:
     """A value as an error message can show it: one line, not endless, never invisible."""
-    short = isinstance(value, list | tuple | dict | set | int) and not isinstance(value, bool)
-    text = _SHORT.repr(value) if short else str(value)
+    if isinstance(value, int) and abs(value) >= 10**60:  # Python itself refuses to write out some thousand digits
+        return "a number of more than 60 digits"
+    text = _SHORT.repr(value) if isinstance(value, list | tuple | dict | set) else str(value)
     visible = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(visible.split())[:200] or "''"
 

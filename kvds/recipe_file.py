@@ -50,7 +50,7 @@ def load_mapping(path: str | Path) -> dict[Any, Any]:
         raise InputError(
             f"--config {path}: {error.strerror}; expected a recipe file such as launch/recipes/quickstart.yaml"
         ) from error
-    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+    except Exception as error:  # YAML's own, and whatever Python raises where a tag and its value do not go together
         raise InputError(f"--config {path}: not YAML ({one_line(error)}); expected lines of `key: value`") from error
     if content is None:
         return {}

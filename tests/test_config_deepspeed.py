@@ -8,7 +8,8 @@ import pytest
 
 from kvds.config import RunConfig
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
-from kvds.deepspeed_keys import ZERO
+from kvds.deepspeed_keys import NESTED, ZERO
+from kvds.errors import InputError
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))
@@ -116,3 +117,36 @@ def test_the_known_keys_are_deepspeeds_own():
         "legacy_stage1", "elastic_checkpoint", "save_muon_momentum_buffer_in_memory", "zenflow",
     }  # fmt: skip
     assert names - set(ZERO) <= left_out
+
+
+def test_keys_of_the_sections_within_are_deepspeeds_own():
+    precision = pytest.importorskip("deepspeed.runtime.precision_config")
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.zero import offload_config
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+
+    schemas = {
+        "bf16": precision.DeepSpeedBF16Config,
+        "zero_optimization.offload_param": offload_config.DeepSpeedZeroOffloadParamConfig,
+        "zero_optimization.offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.leaf_module": DeepSpeedZeroLeafModuleConfig,
+        "tensorboard": TensorBoardConfig,
+        "csv_monitor": CSVConfig,
+        "wandb": WandbConfig,
+        "comet": CometConfig,
+    }
+    for name, schema in schemas.items():
+        assert set(NESTED[name]) == set(schema.model_fields), name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_batch_size", 64), ("train_micro_batch_size_per_gpu", 2), ("gradient_accumulation_steps", 3)],
+)
+def test_batch_arithmetic_of_file_and_flags_must_agree(key, value):
+    cfg = run(gradient_accumulation_steps=2)
+    with pytest.raises(InputError) as caught:
+        student_engine_config({"zero_optimization": {"stage": 3}, key: value}, cfg, world_size=4)
+    expected = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}[key]
+    for part in (f"{key}={value}", f"= {expected}", "--", "same number", f"no {key} in the file"):
+        assert part in str(caught.value)
