@@ -41,7 +41,7 @@ _FREE_ON_RESUME = {
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
     "teacher_cache",
-    "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout",
+    "dry_run", "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout",
 }  # fmt: skip
 
 _AT_LEAST_ONE = ("max_length", "max_new_tokens", "calibration_batches", "synthetic_problems", "batch_size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from kvds.config_values import one_line
 from kvds.errors import InputError
 from kvds.kv import KVShape
 from kvds.kv.families import FAMILIES
+
+log = logging.getLogger("kvds")
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -222,6 +225,29 @@ def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> None:
 def kv_shape(config: PreTrainedConfig) -> KVShape:
     """Layer count, KV heads and head_dim as the configuration states them."""
     return KVShape.from_config(config)
+
+
+def run_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
+    """The architecture of a run's model, checked against the run: all that can be said without its weights.
+
+    Args:
+        cfg: The run.
+        tokenizer: Of the run.
+        name: Folder or hub name.
+        flag: ``"teacher"`` or ``"student"``.
+
+    Raises:
+        InputError: no such model, or one that this run cannot use.
+    """
+    overrides = getattr(cfg, f"{flag}_config_overrides")
+    if overrides and getattr(cfg, f"{flag}_init") == "pretrained":
+        log.info("%s: configuration overrides on pretrained weights: their shapes must still fit", flag)
+    config = load_config(name, overrides, flag=flag)
+    kv_shape(config)
+    check_vocabulary(config, tokenizer, flag=flag)
+    check_positions(config, cfg.max_length, flag=flag)
+    check_buildable(name, config, flag=flag)
+    return config
 
 
 @contextlib.contextmanager

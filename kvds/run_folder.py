@@ -30,12 +30,7 @@ def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
     """
     folder = Path(cfg.output_dir)
     check_writable(folder)
-    named = cfg.resume not in ("auto", "never")
-    if named and Path(cfg.resume).resolve() != folder.resolve():
-        raise InputError(
-            f"resume={cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir} (a copy of that "
-            f"folder is resumed by naming it in --output_dir)"
-        )
+    named = check_resume_folder(cfg)
     there = cfg.resume != "never" and bool(resumable_steps(folder))
     if named and not there:
         raise InputError(f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)")
@@ -102,3 +97,18 @@ def _unusable(folder: Path, fault: str) -> InputError:
         f"output_dir={one_line(folder)}: {fault}; expected a folder that can be made and written to "
         "(another --output_dir)"
     )
+
+
+def check_resume_folder(cfg: RunConfig) -> bool:
+    """Whether ``--resume`` names a folder, which then must be the run's own.
+
+    Raises:
+        InputError: it is another.
+    """
+    named = cfg.resume not in ("auto", "never")
+    if named and Path(cfg.resume).resolve() != Path(cfg.output_dir).resolve():
+        raise InputError(
+            f"resume={cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir} (a copy of that "
+            f"folder is resumed by naming it in --output_dir)"
+        )
+    return named

@@ -175,3 +175,6 @@ class RunSettings:
     tracking_uri: str | None = setting("MLflow tracking URI; unset: sqlite in the output folder", None)
     experiment_name: str = setting("MLflow experiment", "kvds")
     run_name: str | None = setting("MLflow run; unset: the output folder's name", None)
+    dry_run: bool = setting(
+        "do everything but train: read the data, build the models without weights, check files, space and memory", False
+    )

@@ -37,7 +37,6 @@ from kvds.data.batches import TokenBatch
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
 from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
 from kvds.engine import all_reduce_sum, build_engine, check_engine_config, init_distributed
-from kvds.errors import InputError
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
 from kvds.kv_health import KVHealth, held_weight
@@ -45,14 +44,11 @@ from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
     TORCH_DTYPES,
-    check_buildable,
-    check_positions,
     check_same_tokenizer,
-    check_vocabulary,
     kv_shape,
-    load_config,
     load_model,
     load_tokenizer,
+    run_model_config,
 )
 from kvds.preemption import StopRequest
 from kvds.provenance import write_provenance
@@ -125,8 +121,9 @@ class TrainingRun:
 
         self.tokenizer = load_tokenizer(cfg)
         check_same_tokenizer(cfg, self.tokenizer)
-        student_config = self._model_config("student")
-        teacher_configs = [self._model_config("teacher", name) for name in cfg.teachers] if cfg.uses_teacher else []
+        student_config = run_model_config(cfg, self.tokenizer, cfg.student, flag="student")
+        teachers = cfg.teachers if cfg.uses_teacher else ()
+        teacher_configs = [run_model_config(cfg, self.tokenizer, name, flag="teacher") for name in teachers]
         data = load_run_data(cfg, self.tokenizer, rank=self.rank, world_size=self.world_size)
         self.loader, self.eval_examples, self.eval_loader = data.loader, data.eval_examples, data.eval_loader
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
@@ -198,22 +195,6 @@ class TrainingRun:
         self._start_tracking(run_id, resume_step)
 
     # -- construction ---------------------------------------------------------------------------------------------
-
-    def _model_config(self, flag: str, name: str | None = None) -> Any:
-        cfg = self.cfg
-        name, overrides = name or getattr(cfg, flag), getattr(cfg, f"{flag}_config_overrides")
-        if name is None:
-            raise InputError(
-                f"--{flag}_name is missing; expected a folder or a hub name (or --model_name for both models)"
-            )
-        if overrides and getattr(cfg, f"{flag}_init") == "pretrained":
-            log.info("%s: configuration overrides on pretrained weights: their shapes must still fit", flag)
-        config = load_config(name, overrides, flag=flag)
-        kv_shape(config)
-        check_vocabulary(config, self.tokenizer, flag=flag)
-        check_positions(config, cfg.max_length, flag=flag)
-        check_buildable(name, config, flag=flag)
-        return config
 
     def _build_teacher(
         self, number: int, config: Any, dtype: torch.dtype, raw: dict[str, Any]

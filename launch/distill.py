@@ -19,11 +19,18 @@ from kvds.rank_environment import adopt_slurm_ranks
 
 
 def main() -> int:
-    """Run and return the exit code: 0 done, 1 failed, 2 for a fault in the input, 85 stopped with a checkpoint."""
+    """Run, or with ``--dry_run`` only check, and return the exit code: 0 done, 1 failed, 2 for a fault in the input, 85
+    stopped with a checkpoint.
+    """
     stop = StopRequest().install()
     try:
         adopt_slurm_ranks()
         cfg = parse_run_config(sys.argv[1:])
+        if cfg.dry_run:
+            from kvds.dry_run import dry_run
+
+            dry_run(cfg)
+            return 0
         from kvds.engine import leave_distributed
         from kvds.train import train
 

@@ -37,14 +37,15 @@ def run(main, argv: list[str], loaded: list[str]) -> dict[str, object]:
     loaded.clear()
     sys.argv = ["program", *argv]
     begun = time.process_time()
-    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()) as stdout:
         try:
             code = main()
         except BaseException:  # what a user would see as a traceback
             code = 1
             traceback.print_exc()
     seconds = time.process_time() - begun
-    return {"code": code, "stderr": stderr.getvalue(), "loaded": len(loaded), "seconds": seconds}
+    texts = {"stderr": stderr.getvalue(), "stdout": stdout.getvalue()}
+    return {"code": code, **texts, "loaded": len(loaded), "seconds": seconds}
 
 
 if __name__ == "__main__":

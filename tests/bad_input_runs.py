@@ -152,6 +152,8 @@ RUNS: dict[str, Case] = {
 }
 READS_WEIGHTS = {"no weights", "a weight is missing", "weights cut off", "weights of no bytes", "weights of noise",
                  "quantized model"}
+# What a dry run does not see: it makes no folder and reads no weights but the headers of their files.
+NOT_DRY = {"output nowhere", "a weight is missing", "quantized model"}
 
 # `kvds …`
 COMMANDS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from bad_input_files import make_files
-from bad_input_runs import CACHE_COMMANDS, COMMANDS, READS_WEIGHTS, RUNS
+from bad_input_runs import CACHE_COMMANDS, COMMANDS, NOT_DRY, READS_WEIGHTS, RUNS
 from bad_input_settings import DEEPSPEED, FLAGS, INCOMPLETE, RECIPES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -49,6 +49,9 @@ def all_cases() -> dict[str, tuple[str, list[str], tuple[str, ...]]]:
         cases[f"deepspeed {text[:90]!r}"] = "distill", flags, (f"deepspeed_config=@/ds{number}.json", *parts)
     for name, (changes, parts) in RUNS.items():
         cases[name] = "distill", run_flags(name, changes), parts
+        if name not in NOT_DRY:
+            flags = [*run_flags(name, changes), "--dry_run"]
+            cases[f"dry run, {name}"] = "distill", flags, parts
     for flags, parts in COMMANDS.items():
         cases[f"kvds {flags}"] = "kvds", flags.split(), parts
     for flags, parts in CACHE_COMMANDS.items():
@@ -57,6 +60,7 @@ def all_cases() -> dict[str, tuple[str, list[str], tuple[str, ...]]]:
 
 
 CASES = all_cases()
+WORKS = "a dry run"
 
 
 def start(*command: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +85,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(folder) -> Callable[[str], dict]:
-    filled = {c: (p, [token.replace("@", str(folder)) for token in argv]) for c, (p, argv, _) in CASES.items()}
+    every = CASES | {WORKS: ("distill", [*run_flags("works", {}), "--dry_run"], ())}
+    filled = {c: (p, [token.replace("@", str(folder)) for token in argv]) for c, (p, argv, _) in every.items()}
     (folder / "cases.json").write_text(json.dumps(filled))
     done = start("tests/bad_input_process.py", str(folder / "cases.json"))
     assert "RESULTS" in done.stdout, done.stderr[-4000:]
@@ -105,6 +110,14 @@ def test_the_fault_is_told_in_one_line(case, folder, outcome):
     assert result["seconds"] < 10
     if case not in READS_WEIGHTS:
         assert result["loaded"] == 0
+
+
+def test_the_run_that_the_cases_change_works(folder, outcome):
+    """Its dry run finds nothing, loads nothing and leaves nothing."""
+    result = outcome(WORKS)
+    assert result["code"] == 0, result["stderr"][-3000:]
+    assert "1 of 4 rows (4 × 1 × 1 ranks)" in result["stdout"] and "nothing stands in the way" in result["stdout"]
+    assert result["loaded"] == 0 and not (folder / "out works").exists()
 
 
 @pytest.mark.parametrize("case", ["flags --batch_sizes 4", "malformed row", "kvds track @/nowhere"])

@@ -61,10 +61,10 @@ class Plan:
     Args:
         cfg: The run.
         machine: Where it will be.
-        rows: Training rows to assume where the data cannot be read.
+        rows: Training rows to assume where the data cannot be read; or the batches, where they are known already.
     """
 
-    def __init__(self, cfg: RunConfig, machine: Machine, rows: int | None = None) -> None:
+    def __init__(self, cfg: RunConfig, machine: Machine, rows: int | RowPlan | None = None) -> None:
         self.cfg, self.machine, self._rows_given = cfg, machine, rows
         if cfg.teacher_names:
             raise InputError(
@@ -102,7 +102,8 @@ class Plan:
     @cached_property
     def rows(self) -> RowPlan:
         """The batches."""
-        return plan_rows(self.cfg, self.machine.ranks, self._rows_given)
+        given = self._rows_given
+        return given if isinstance(given, RowPlan) else plan_rows(self.cfg, self.machine.ranks, given)
 
     def states(self, placement: str | None = None, raw: dict[str, Any] | None = None) -> StateMemory:
         """What is held between steps, under the recipe's placement of the teacher and DeepSpeed file or others."""

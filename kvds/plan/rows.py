@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvds.config import RunConfig
+from kvds.data.batches import BatchLoader
 from kvds.errors import InputError
 from kvds.kv.select import row_budget
 from kvds.plan.step import BatchShape
@@ -47,6 +48,11 @@ def plan_rows(cfg: RunConfig, ranks: int, rows: int | None = None) -> RowPlan:
         loader = load_run_data(cfg, tokenizer, rank=0, world_size=ranks).loader
     except InputError as error:
         return _assumed(cfg, ranks, rows, str(error))
+    return measured_rows(cfg, loader, ranks)
+
+
+def measured_rows(cfg: RunConfig, loader: BatchLoader, ranks: int) -> RowPlan:
+    """The batches that a rank's loader gives in an epoch."""
     tokens = labelled = row_labelled = padded = labels = shared = 0
     for step in range(loader.steps_per_epoch):
         for batch in loader.step(step):

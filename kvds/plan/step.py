@@ -142,7 +142,7 @@ def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     config.num_hidden_layers = count
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        config.layer_types = list(kinds[:count])
+        config.layer_types = [*kinds[:count], *kinds[-1:] * (count - len(kinds))]
     return config
 
 
