@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from kvds.align import AlignerGroup, KVAligner, aligner_config_dict, aligner_from_config_dict
 from kvds.checkpoint_folder import CHECKPOINTS, latest_step, resumable_steps, saved_steps, step_tag
 from kvds.checkpoint_manifest import folder_faults
+from kvds.config_values import one_line
 from kvds.durable_files import UNFINISHED, put_in_place
 from kvds.errors import InputError
 
@@ -192,6 +193,7 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
             "--step)"
         )
     plan = folder / "model"
+    aligner_config = _aligner_config(plan / "aligner.pt")
     if not (plan / "config.json").is_file():
         raise InputError(
             f"{plan}: the student's config.json is missing; expected the folder that training writes beside checkpoints"
@@ -206,11 +208,22 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
         AutoTokenizer.from_pretrained(plan),
         output / STUDENT_FOLDER,
     )
-    aligner_config = plan / "aligner.pt"
-    if aligner_config.is_file():
+    if aligner_config is not None:
         aligner = {k.removeprefix("aligner."): v for k, v in state.items() if k.startswith("aligner.")}
-        save_aligner(torch.load(aligner_config, weights_only=True), aligner, output / ALIGNER_FILE)
+        save_aligner(aligner_config, aligner, output / ALIGNER_FILE)
     return output
+
+
+def _aligner_config(path: Path) -> dict[str, Any] | None:
+    """What :func:`save_architecture` wrote of the aligner; None where the run had none."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(torch.load(path, weights_only=True))
+    except Exception as error:  # a damaged file can fail anywhere in torch's reader
+        raise InputError(
+            f"{path}: not what kvds saved ({one_line(error)[:160]}); expected the file that training wrote there"
+        ) from error
 
 
 def _without_tied_copies(config: PreTrainedConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -115,7 +115,10 @@ def missing(item: Item) -> str | None:
     if item.kind != "model":
         return None
     for index in folder.glob("*.safetensors.index.json"):
-        parts = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            parts = {str(part) for part in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return f"{index.name} is damaged"
         absent = sorted(part for part in parts if not (folder / part).is_file())
         if absent:
             return f"{absent[0]} is missing"

@@ -5,6 +5,7 @@ import os
 import pickle
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
 from kvds.models import load_config, load_model, load_tokenizer
 from kvds.tracking import ui_command
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Payload:
@@ -69,6 +72,22 @@ def test_a_pickle_put_into_a_checkpoint_is_not_read(tmp_path, mark, capsys):
         message = capsys.readouterr().err
         assert "step-000003: not whole, zero_pp_rank_" in message and "Traceback" not in message
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_a_pickle_beside_the_checkpoints_is_not_read(tmp_path, mark, capsys):
+    """The aligner's shapes lie outside of every manifest: they are read as data, before DeepSpeed reads anything."""
+    run = tmp_path / "run"
+    aside = run / "checkpoints/step-000003.unfinished"
+    aside.mkdir(parents=True)
+    with (aside / "states.pt").open("wb") as plain:
+        file = ChecksummedFile(plain)
+        file.write(b"never read")
+        commit_checkpoint(run, 3, {"states.pt": file.finish()}, keep=0)
+    Qwen2Config().save_pretrained(run / "checkpoints/model")
+    torch.save(Payload(mark), run / "checkpoints/model/aligner.pt")
+    assert main(["export", "--run", str(run), "--output", str(tmp_path / "out")]) == 2
+    assert "model/aligner.pt: not what kvds saved" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_latest_cannot_lead_an_export_out_of_its_folder(tmp_path, mark, capsys):
@@ -140,9 +159,37 @@ def test_a_pickle_as_weights_is_not_run(tmp_path, mark):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["$(mkdir MARK)", "`mkdir MARK`", "x; mkdir MARK", "x|mkdir MARK", "x && mkdir MARK #"]
-)
+def test_evaluation_runs_neither_code_nor_pickles(tmp_path, mark, capsys):
+    code = folder_with_code(tmp_path / "evil", mark)
+    train_problem_tokenizer(tmp_path / "tokenizer")
+    Qwen2Config(vocab_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "pickled")
+    torch.save({"model.norm.weight": Payload(mark)}, tmp_path / "pickled/pytorch_model.bin")
+    for model, tokenizer in (
+        (code, code),
+        (code, tmp_path / "tokenizer"),
+        (tmp_path / "pickled", tmp_path / "tokenizer"),
+    ):
+        assert main(["eval", "--model", str(model), "--tokenizer", str(tokenizer)]) == 2
+        assert "holds no loadable" in capsys.readouterr().err
+
+
+HOSTILE = ["$(mkdir MARK)", "`mkdir MARK`", "x; mkdir MARK", "x|mkdir MARK", "x && mkdir MARK #", "x' ; mkdir MARK ; '"]
+
+
+@pytest.mark.parametrize("script", ["one_gpu.sh", "one_node.sh", "torchrun.sh"])
+def test_launch_files_hand_names_on_as_they_are(script, tmp_path, mark):
+    """Launchers that only say what they were started with; ``test_launch_files.py`` looks at the rest."""
+    for launcher in ("deepspeed", "torchrun"):
+        (tmp_path / launcher).write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+        (tmp_path / launcher).chmod(0o755)
+    names = [name.replace("MARK", shlex.quote(str(mark))) for name in HOSTILE]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(REPOSITORY / "launch" / script), "r.yaml", "--teacher_names", *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0")[-len(names) - 1 : -1] == names
+
+
+@pytest.mark.parametrize("name", HOSTILE)
 def test_shell_characters_in_names_are_letters(name, tmp_path, mark, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hostile = name.replace("MARK", shlex.quote(str(mark)))
