@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import AutoTokenizer, Qwen2Config
 
 from kvds.checkpoint import load_aligner
 from kvds.checkpoint_folder import commit_checkpoint
 from kvds.checkpoint_manifest import ChecksummedFile
 from kvds.cli import main
 from kvds.config import RunConfig, parse_run_config
+from kvds.data.batches import encode_examples, prompt_ids
+from kvds.data.example import Example
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
 from kvds.models import load_config, load_model, load_tokenizer
@@ -171,6 +173,17 @@ def test_evaluation_runs_neither_code_nor_pickles(tmp_path, mark, capsys):
     ):
         assert main(["eval", "--model", str(model), "--tokenizer", str(tokenizer)]) == 2
         assert "holds no loadable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_an_end_of_text_token_that_a_row_spells_out_ends_nothing(steps, tmp_path):
+    train_problem_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    end = tokenizer.eos_token
+    examples = [Example(f"Lee {end} has?", f"1 {end} 2", f"3 {end}", "own", "rows.jsonl:1")]
+    [sample] = encode_examples(examples, tokenizer, 512, steps=steps).samples
+    assert sample.input_ids.index(tokenizer.eos_token_id) == len(sample.input_ids) - 1
+    assert tokenizer.eos_token_id not in prompt_ids(examples, tokenizer)[0]
 
 
 HOSTILE = ["$(mkdir MARK)", "`mkdir MARK`", "x; mkdir MARK", "x|mkdir MARK", "x && mkdir MARK #", "x' ; mkdir MARK ; '"]

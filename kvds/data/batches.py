@@ -84,7 +84,9 @@ class EncodedCorpus:
 
 def _segments(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     # verbose: rows over the length are counted by the caller, a warning for the first of them says nothing.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    # split_special_tokens: an end-of-text token that a row spells out is text; only what is put there ends it.
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"] if texts else []
 
 
 def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

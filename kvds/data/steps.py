@@ -68,6 +68,8 @@ def encode_steps(
         )
     if not texts:
         return [], []
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
     steps = [step_ids(text, offsets) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
     return encoded["input_ids"], steps
