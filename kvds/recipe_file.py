@@ -11,6 +11,12 @@ import yaml
 from kvds.config_values import one_line
 from kvds.errors import InputError
 
+_ODD_NUMBERS = (
+    (r":", "is read in base 60; write it in base 10"),
+    (r"^[-+]?0[0-9_]+$", "is read in base 8; write it in base 10"),
+    (r"_(?![0-9])|(?<![0-9])_", "has a _ that parts no digits; write it without"),
+)
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice instead of taking the last."""
@@ -24,12 +30,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: Any) -> Any:
-        """A number as it stands there: to YAML 1.1 alone ``010`` is 8 and ``1:30`` is 90."""
+        """A number as a flag would be read: to YAML 1.1 alone ``010`` is 8, ``1:30`` is 90 and ``1_`` is 1."""
         text = self.construct_scalar(node)
-        if re.fullmatch(r"[-+]?0[0-9_]+|.*:.*", text):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{text!r} is read in base {60 if ':' in text else 8}; write it in base 10", node.start_mark
-            )
+        fault = next((fault for pattern, fault in _ODD_NUMBERS if re.search(pattern, text)), None)
+        if fault:
+            raise yaml.constructor.ConstructorError(None, None, f"{text!r} {fault}", node.start_mark)
         is_int = node.tag.endswith(":int")
         return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 

@@ -214,6 +214,7 @@ def test_a_saved_configuration_gives_the_same_one(folder, values):
 
 @fuzzed
 @given(name=st.sampled_from(["epochs", "lr", "max_minutes", "kv_budget"]), text=st.from_regex(r"[-+]?[0-9:_.]{1,7}\Z"))
+@example(name="epochs", text="1_")
 def test_a_number_is_the_same_number_as_flag_and_in_a_recipe(folder, name, text):
     """YAML 1.1 has numbers of its own, in base 8 and 60: they are refused, not read otherwise than as a flag."""
     more = ["--kv_method", "right_crop"] if name == "kv_budget" else []
