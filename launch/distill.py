@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvds.config import parse_run_config
+from kvds.data.reasoning import check_rows
 from kvds.errors import InputError, RunError
 from kvds.preemption import EXIT_CODE, Preempted, StopRequest
 from kvds.rank_environment import adopt_slurm_ranks
@@ -26,6 +27,7 @@ def main() -> int:
     try:
         adopt_slurm_ranks()
         cfg = parse_run_config(sys.argv[1:])
+        check_rows(cfg, cfg.seed)
         if cfg.dry_run:
             from kvds.dry_run import dry_run
 

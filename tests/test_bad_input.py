@@ -122,7 +122,7 @@ def test_the_run_that_the_cases_change_works(folder, outcome):
 
 @pytest.mark.parametrize("case", ["flags --batch_sizes 4", "malformed row", "kvds track @/nowhere"])
 def test_the_program_itself_ends_with_code_2_in_time(case, folder):
-    """A fault that needs no model: imports and all, under 10 seconds of one core."""
+    """A fault that needs no model: before torch is imported, and so in well under 10 seconds of one core."""
     program, argv, parts = CASES[case]
     command = ["launch/distill.py"] if program == "distill" else ["-m", "kvds.cli"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -131,4 +131,4 @@ def test_the_program_itself_ends_with_code_2_in_time(case, folder):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     [message] = [line for line in done.stderr.splitlines() if line.startswith("kvds:")]
     assert all(part.replace("@", str(folder)) in message for part in parts)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5

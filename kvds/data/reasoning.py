@@ -21,11 +21,14 @@ from kvds.data.example import ANSWER_MARK, Example
 from kvds.data.rows import BadRow, file_rows
 from kvds.data.synthetic import synthetic_examples
 from kvds.errors import InputError
+from kvds.settings import DataSettings
 
 log = logging.getLogger("kvds")
 
 HELD_OUT_OF = 10
 _ARC = ("arc_easy", "arc_challenge")
+# Bytes of a file that are parsed in about a second.
+_SMALL = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,29 @@ def load_mixture(
         parts = _weigh(parts, weights, subset_size, seed)
     examples = [example for rows in parts.values() for example in rows]
     return Mixture(examples, skipped, {name: len(rows) for name, rows in parts.items()})
+
+
+def check_rows(cfg: DataSettings, seed: int) -> None:
+    """Read the rows that lie on this machine, unless they are many: a fault is told before anything heavy is imported.
+
+    Raises:
+        InputError: as :func:`load_mixture`.
+    """
+    specs = [
+        spec for name, spec in zip(_weights(cfg.datasets), cfg.datasets, strict=True) if _is_small(name, cfg.data_dir)
+    ]
+    for split in ("train", "eval") if cfg.eval_subset_size else ("train",):
+        if specs:
+            load_mixture(
+                specs, split, data_dir=cfg.data_dir, seed=seed, on_bad_row=cfg.on_bad_row, synthetic_problems=1
+            )
+
+
+def _is_small(name: str, data_dir: str | None) -> bool:
+    if name.endswith((".jsonl", ".json")):
+        places = [Path(name)] if data_dir is None else [Path(name), Path(data_dir) / name]
+        return all(path.stat().st_size <= _SMALL for path in places if _is_file(path))
+    return data_dir is not None or name == "synthetic"
 
 
 def _weights(datasets: Sequence[str]) -> dict[str, float]:
