@@ -31,10 +31,10 @@ from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_
 from kvds.doctor.storage import existing_parent
 from kvds.errors import InputError
 from kvds.models import TORCH_DTYPES, check_same_tokenizer, kv_shape, load_tokenizer, run_model_config
+from kvds.output_folder import check_resume_folder, check_writable
 from kvds.plan.estimate import Machine, Plan
 from kvds.plan.rows import measured_rows
 from kvds.run_data import load_run_data
-from kvds.run_folder import check_resume_folder, check_writable
 
 log = logging.getLogger("kvds")
 

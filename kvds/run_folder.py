@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 from torch import distributed as dist
@@ -11,9 +9,9 @@ from torch import distributed as dist
 from kvds.checkpoint import choose_checkpoint
 from kvds.checkpoint_folder import CHECKPOINTS, resumable_steps, saved_steps
 from kvds.config import RunConfig
-from kvds.config_values import one_line
 from kvds.durable_files import remove_leftovers
 from kvds.errors import InputError
+from kvds.output_folder import check_resume_folder, check_writable, make_folder
 
 
 def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
@@ -48,67 +46,3 @@ def open_run_folder(cfg: RunConfig, *, main_rank: bool) -> int | None:
         cfg.save(folder / "config.yaml")
     dist.barrier()
     return step
-
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse an output folder that cannot be made or written to; nothing is made.
-
-    Raises:
-        InputError: naming what stands in the way.
-    """
-    there, fault = folder.absolute(), ""
-    while True:
-        try:
-            os.stat(there)
-            break
-        except FileNotFoundError:
-            there = there.parent
-        except OSError as error:
-            fault = str(error.strerror)
-            break
-    if not fault and not there.is_dir():
-        fault = f"{there} is a file"
-    elif not fault and not os.access(there, os.W_OK | os.X_OK):
-        fault = f"{there} is not writable"
-    if fault:
-        raise _unusable(folder, fault)
-
-
-def make_folder(folder: Path) -> None:
-    """Make the output folder.
-
-    Raises:
-        InputError: the file system does not take it.
-        OSError: there is no space.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise
-        raise _unusable(folder, str(error.strerror)) from error
-
-
-def _unusable(folder: Path, fault: str) -> InputError:
-    return InputError(
-        f"output_dir={one_line(folder)}: {fault}; expected a folder that can be made and written to "
-        "(another --output_dir)"
-    )
-
-
-def check_resume_folder(cfg: RunConfig) -> bool:
-    """Whether ``--resume`` names a folder, which then must be the run's own.
-
-    Raises:
-        InputError: it is another.
-    """
-    named = cfg.resume not in ("auto", "never")
-    if named and Path(cfg.resume).resolve() != Path(cfg.output_dir).resolve():
-        raise InputError(
-            f"resume={cfg.resume}: expected auto, never or the run's own --output_dir {cfg.output_dir} (a copy of that "
-            f"folder is resumed by naming it in --output_dir)"
-        )
-    return named
