@@ -27,7 +27,7 @@ from kvds.checkpoint_manifest import folder_faults
 from kvds.config import RunConfig
 from kvds.config_values import one_line
 from kvds.data.batches import BatchLoader
-from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config
+from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
 from kvds.doctor.storage import existing_parent
 from kvds.errors import InputError
 from kvds.models import TORCH_DTYPES, check_same_tokenizer, kv_shape, load_tokenizer, run_model_config
@@ -96,6 +96,8 @@ def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
     # DeepSpeed multiplies by the ranks of a process group, and there is none.
     config["train_batch_size"] = cfg.batch_size * cfg.gradient_accumulation_steps
     check_engine_config(config, cfg.deepspeed_config)
+    if cfg.uses_teacher and cfg.teacher_placement in ("zero3", "zero3_offload"):
+        check_engine_config(teacher_engine_config(raw, cfg, 1), cfg.deepspeed_config)
 
 
 def _output(cfg: RunConfig) -> str:
