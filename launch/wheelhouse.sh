@@ -42,12 +42,16 @@ mkdir -p "$to"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# kvds, and DeepSpeed in the version that pip chooses: wheels for any Python.
-pip wheel --quiet --no-deps --wheel-dir "$to" .
+# kvds, and DeepSpeed in the version that pip chooses: wheels for any Python. From a copy, since a build folder that an earlier
+# build left in the checkout would bring modules that are gone.
+mkdir "$scratch/source"
+cp -r pyproject.toml README.md LICENSE kvds "$scratch/source"
+pip wheel --quiet --no-deps --wheel-dir "$to" "$scratch/source"
 DS_BUILD_OPS=0 pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$to" \
   "$(python -c 'import tomllib; print(next(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("deepspeed")))')"
 
 # Empty packages stand in for what the node has, newer than any wish, so that pip resolves without them and what they want.
+# A constraints file of this machine, which is not about the node, might hold pip to an older torch than the stand-in.
 python - "$scratch" "${without[@]}" <<'PY'
 import sys, zipfile
 folder, *names = sys.argv[1:]
@@ -58,10 +62,10 @@ for name in names:
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: wheelhouse\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
 PY
-pip download --quiet --dest "$to" --find-links "$scratch" --find-links "$to" --only-binary=:all: --implementation cp \
+PIP_CONSTRAINT=/dev/null pip download --quiet --dest "$to" --find-links "$scratch" --find-links "$to" --only-binary=:all: --implementation cp \
   --python-version "$python" --abi "cp${python/./}" --abi abi3 --abi none "${tags[@]}" "$to"/kvds-*.whl "$to"/deepspeed-*.whl
 for name in "${without[@]}"; do
-  rm -f "$to/${name//-/_}"-9999-*.whl "$to/${name//-/_}"_*.whl
+  rm -f "$to/${name//-/_}"[-_]*.whl
 done
 
 count=$(find "$to" -name '*.whl' | wc -l)

@@ -1,16 +1,16 @@
-"""Two runs that must have ended equal: ``python tests/cluster/compare.py RUN OTHER [STEPS]``; exit status 1 if not.
+"""Two runs that must have ended equal: ``python tests/cluster/compare.py RUN OTHER [--close]``; exit status 1 if not.
 
-Compared are the losses of every step (each step once) and the exported weights, with room for sums in another order.
+Compared are the losses of every step (each step once) and the exported weights, to the bit; with ``--close`` as far as
+sums in another order allow.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
-TOLERANCE = 1e-5
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-3, 1e-2
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
@@ -29,21 +29,21 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 def main() -> None:
     """Compare and say the largest differences."""
     run, other = Path(sys.argv[1]), Path(sys.argv[2])
+    close = "--close" in sys.argv[3:]
     first, second = losses(run), losses(other)
-    steps = int(sys.argv[3]) if len(sys.argv) > 3 else len(first)
-    if sorted(first) != sorted(second) or len(first) != steps:
-        raise SystemExit(f"compare: {run} has {len(first)} steps, {other} {len(second)}; expected {steps} each")
+    if sorted(first) != sorted(second):
+        raise SystemExit(f"compare: {run} has steps {sorted(first)}, {other} {sorted(second)}")
     loss = max(abs(first[step][key] - second[step][key]) for step in first for key in first[step])
     weights = [load_file(folder / "student/model.safetensors") for folder in (run, other)]
     if weights[0].keys() != weights[1].keys():
         raise SystemExit(f"compare: {run} and {other} have other weights")
     weight = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
-    moved = max(first[1]["loss/total"] - first[steps]["loss/total"], 0.0)
+    fell = first[min(first)]["loss/total"] - first[max(first)]["loss/total"]
     print(f"compare: {run.name} and {other.name}: losses within {loss:.1e}, weights within {weight:.1e}, "
-          f"loss fell by {moved:.3f}")  # fmt: skip
-    if not (loss < TOLERANCE and weight < 10 * TOLERANCE and moved > 0.1):
+          f"loss fell by {fell:.3f} in {len(first)} steps")  # fmt: skip
+    # Written so that a difference which is no number fails, too.
+    if not (loss <= close * LOSS_TOLERANCE and weight <= close * WEIGHT_TOLERANCE and fell > 0.1):
         raise SystemExit(1)
-    assert torch.isfinite(torch.cat([value.float().flatten() for value in weights[0].values()])).all()
 
 
 if __name__ == "__main__":

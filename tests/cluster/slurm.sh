@@ -29,7 +29,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
 MinJobAge=3600
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
 KillWait=5
 SlurmdParameters=config_overrides
 InactiveLimit=0
@@ -72,13 +72,10 @@ stop_slurm() {
   return 0
 }
 
-# Waits until JOB is in no queue, at most SECONDS.
+# Waits until JOB, or each job of an array, has ended, at most SECONDS, and whether all have ended well.
 wait_for_job() {
-  local i
-  for ((i = 0; i < 2 * $2; i++)); do
-    [ -z "$(squeue -h -j "$1" -t PENDING,RUNNING,COMPLETING,REQUEUED,SUSPENDED 2>/dev/null)" ] && return 0
-    sleep 0.5
-  done
-  squeue
+  ended() { [ -z "$(squeue -h -j "$1" -t PENDING,RUNNING,COMPLETING,REQUEUED,SUSPENDED 2>/dev/null)" ]; }
+  if wait_until "$2" ended "$1" && [ "$(squeue -h -j "$1" -t all -o %T | sort -u)" = COMPLETED ]; then return 0; fi
+  squeue -t all
   return 1
 }

@@ -1,38 +1,69 @@
 #!/usr/bin/env bash
 # launch/wheelhouse.sh for this machine's Python, then an installation from its folder in a fresh environment with the network cut,
-# beside a torch that the environment has already.
-#   bash tests/cluster/wheelhouse.sh        (some minutes; needs a package index for the first half, and to make namespaces)
+# beside a torch that the environment has already. tests/cluster/run.sh starts it; alone:
+#   [KVDS_WHEELS=FOLDER] bash tests/cluster/wheelhouse.sh     (FOLDER: wheels made before; else a package index is needed)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 unshare -n true 2>/dev/null || { echo 'SKIPPED: this container may not make namespaces (docker: --privileged)'; exit 0; }
+begun=$SECONDS
 scratch=$(mktemp -d /tmp/kvds-wheelhouse.XXXXXX)
 trap 'rm -rf "$scratch"' EXIT
+fail() {
+  echo "FAILED wheelhouse: $*"
+  exit 1
+}
 
 wheels=${KVDS_WHEELS:-$scratch/wheels}
-[ -n "$(ls "$wheels" 2>/dev/null)" ] || bash launch/wheelhouse.sh --to "$wheels"
-if ls "$wheels" | grep -iE '^(torch|triton|nvidia)[-_]'; then
-  echo 'FAILED: the folder holds what the node has itself'
-  exit 1
+if [ -z "$(ls "$wheels" 2>/dev/null)" ]; then
+  if ! bash launch/wheelhouse.sh --to "$wheels" >"$scratch/made.txt" 2>&1; then
+    if grep -qE 'NewConnectionError|No matching distribution|Network is unreachable|Temporary failure' "$scratch/made.txt"; then
+      echo 'SKIPPED wheelhouse: no package index is within reach'
+      exit 0
+    fi
+    tail -n 25 "$scratch/made.txt"
+    fail 'launch/wheelhouse.sh'
+  fi
+  tail -n 2 "$scratch/made.txt" | head -n 1
 fi
-ls "$wheels"/kvds-*-py3-none-any.whl "$wheels"/deepspeed-*-py3-none-any.whl
+ls "$wheels" | grep -iE '^(torch|triton|nvidia)[-_]' && fail 'the folder holds what the node has itself'
+ls "$wheels"/kvds-*-py3-none-any.whl "$wheels"/deepspeed-*-py3-none-any.whl >/dev/null
 
-# The node's own torch, and what torch itself wants: links into this environment.
-own=$(python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-"$(python -c 'import sys; print(sys._base_executable)')" -m venv "$scratch/venv"
+# The node's own torch with what torch itself wants, and nothing else of this environment. Hard links where the disk allows: pip
+# replaces files, it does not write into them.
+"$(python -c 'import sys; print(sys._base_executable)')" -m venv --without-pip "$scratch/venv"
 site=$("$scratch/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-for name in torch torchgen functorch sympy mpmath networkx; do
-  for found in "$own/$name" "$own/$name"-*.dist-info; do
-    if [ -e "$found" ]; then ln -s "$found" "$site/"; fi
-  done
-done
-before=$(readlink "$site/torch")
+python - >"$scratch/own.txt" <<'PY'
+from importlib.metadata import PackageNotFoundError, distribution
 
-unshare -n "$scratch/venv/bin/pip" install --quiet --no-index --find-links "$wheels" kvds
-[ "$(readlink "$site/torch")" = "$before" ] || { echo 'FAILED: torch was replaced'; exit 1; }
+from packaging.requirements import Requirement
+
+wanted, seen = ["torch"], set()
+while wanted:
+    name = wanted.pop()
+    try:
+        own = distribution(name)
+    except PackageNotFoundError:
+        continue
+    tops = {file.parts[0] for file in own.files or [] if file.parts[0] not in ("..", "__pycache__")} - seen
+    seen |= tops
+    for top in sorted(tops):
+        print(own.locate_file(top))
+    needs = [Requirement(text) for text in own.requires or []]
+    wanted += [need.name for need in needs if tops and (need.marker is None or need.marker.evaluate({"extra": ""}))]
+PY
+while read -r found; do
+  cp -al "$found" "$site/" 2>/dev/null || cp -a "$found" "$site/"
+done <"$scratch/own.txt"
+record=$(ls -i "$site"/torch-*.dist-info/RECORD)
+
+unset PYTHONPATH # this checkout's own kvds is not to be found
+unshare -n python -m pip --python "$scratch/venv/bin/python" install --quiet --disable-pip-version-check --no-compile --no-index \
+  --find-links "$wheels" kvds || fail 'pip install --no-index'
+[ "$(ls -i "$site"/torch-*.dist-info/RECORD)" = "$record" ] || fail 'torch was replaced'
 cd "$scratch"
-unset PYTHONPATH
 unshare -n "$scratch/venv/bin/python" -c '
-import deepspeed, kvds.train, torch, transformers
+import sys, deepspeed, kvds.train, torch, transformers
+assert kvds.__file__.startswith(sys.prefix), kvds.__file__
 print("torch", torch.__version__, "deepspeed", deepspeed.__version__, "transformers", transformers.__version__)' | tail -n 1
-unshare -n "$scratch/venv/bin/kvds" --help | head -n 1
-echo 'PASSED wheelhouse: installed and imported without a network, the own torch kept'
+unshare -n "$scratch/venv/bin/kvds" --help >"$scratch/help.txt" || fail 'kvds --help'
+echo "PASSED wheelhouse: installed and imported without a network, the own torch kept ($((SECONDS - begun)) s)"
