@@ -27,7 +27,7 @@ from records import RESULTS, markdown_table, provenance, write_csv  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 from transformers import GPT2Config, LlamaConfig, Qwen2Config  # noqa: E402
 
-from kvds.checkpoint import CHECKPOINTS, save_checkpoint  # noqa: E402
+from kvds.checkpoint_folder import CHECKPOINTS  # noqa: E402
 from kvds.config import parse_run_config  # noqa: E402
 from kvds.data.synthetic import synthetic_examples  # noqa: E402
 from kvds.deepspeed_config import load_deepspeed_config  # noqa: E402
@@ -77,6 +77,9 @@ CASES = [
     Case("bf16", {"deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu_bf16.json"}, batch_size=8,
          student="num_hidden_layers=3,hidden_size=128,intermediate_size=256,num_attention_heads=4,num_key_value_heads=2,"
                  "head_dim=32", teacher="num_hidden_layers=2"),
+    Case("packed rows", {"packing": True}),
+    Case("packed rows, a quarter of the tokens, checkpointing", {
+        "packing": True, "kv_method": "uniform", "kv_budget": 0.25, "gradient_checkpointing": True}, batch_size=32),
     Case("GPT-2", {}, family="gpt2", student="n_layer=6,n_embd=256,n_head=8", teacher="n_layer=8,n_embd=256,n_head=8"),
     Case("Llama, values alone, own map per layer", {"kv_parts": "v"}, family="llama", student=SMALL, rows="long",
          batch_size=8),
@@ -138,7 +141,7 @@ def measure(flags: list[str]) -> tuple[int, int]:
         live += change
         if begin <= time <= end:
             peak = max(peak, live)
-    save_checkpoint(run.engine, run.output_dir, run.step, {})
+    run.checkpoints.save(run.step, {})
     disk = sum(f.stat().st_size for f in (run.output_dir / CHECKPOINTS / f"step-{run.step:06d}").rglob("*.pt"))
     run.engine.destroy()
     return peak, disk

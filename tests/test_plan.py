@@ -1,7 +1,10 @@
 """``kvds plan``: each number against arithmetic done by hand or against memory that was really used."""
 
 import gc
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,9 +171,10 @@ def test_lean_workspace_is_what_the_operation_takes(recipe, share, heads):
 
 
 def test_a_step_without_data_takes_what_a_step_with_data_takes(recipe, models):
-    cfg = config(recipe, alignment_mode="none", student_config_overrides=(
+    alone = {"alignment_mode": "none", "student_config_overrides": (
         "num_hidden_layers=5,hidden_size=64,intermediate_size=160,num_attention_heads=4,num_key_value_heads=2,head_dim=16,"
-        "vocab_size=512"))  # fmt: skip
+        "vocab_size=512")}  # fmt: skip
+    cfg = config(recipe, **alone)
     student = load_config(cfg.student, cfg.student_config_overrides, flag="student")
     planner = StepPlanner(cfg, student, None, torch.float32, "cpu")
     batch = BatchShape(4, 48, 100, 48)
@@ -178,14 +182,25 @@ def test_a_step_without_data_takes_what_a_step_with_data_takes(recipe, models):
 
     from kvds.distillation import DistillationModule
 
-    for checkpointing in (False, True):
-        planned = planner.plan(batch, checkpointing=checkpointing)
+    class OnHost(DistillationModule):
+        def _storage(self, ids):
+            """Saved outside of torch, as its memory on a GPU sees it."""
+            return torch.autograd.graph.saved_tensors_hooks(
+                lambda kept: kept.detach().numpy().copy(), lambda kept: torch.from_numpy(kept).clone()
+            )
+
+    offloaded = config(recipe, **alone, gradient_checkpointing=True, checkpoint_offload=True)
+    on_gpu = StepPlanner(offloaded, student, None, torch.float32, "cuda")
+    inputs_of_layers = 5 * 4 * 48 * 64 * 4
+    activations = []
+    for checkpointing, kind in ((False, DistillationModule), (True, DistillationModule), (True, OnHost)):
+        planned = (on_gpu if kind is OnHost else planner).plan(batch, checkpointing=checkpointing)
         model = AutoModelForCausalLM.from_config(student, attn_implementation="sdpa").train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         inputs = planner._inputs(batch, aligned=False)
-        module = DistillationModule(model)
-        memory = LiveMemory()
+        module = kind(model)
+        memory = LiveMemory("cuda" if kind is OnHost else "cpu")
         memory.ignore(iter([*module.parameters(), *module.buffers()]))
         drop_gradients(module.parameters())
         inputs.batch.attention_mask = torch.ones(4, 48, dtype=torch.int64)
@@ -194,6 +209,9 @@ def test_a_step_without_data_takes_what_a_step_with_data_takes(recipe, models):
             module(step=inputs)[0].backward()
         assert planned.peak == pytest.approx(memory.peak, rel=0.03)
         assert 0 < planned.activations < planned.peak and planned.aligner == planned.teacher_kv == 0
+        activations.append(planned.activations)
+        assert planned.host > inputs_of_layers if kind is OnHost else planned.host == 0
+    assert activations[1] - activations[2] > inputs_of_layers
 
 
 def test_checkpointing_and_kv_show_in_the_plan(recipe):
@@ -234,6 +252,33 @@ def test_what_is_compared_is_planned(recipe, changes, states, tokens):
     assert planned.aligner > 0 and planned.peak > planned.activations + planned.teacher_kv
 
 
+def test_packed_rows_are_planned_as_they_lie(recipe):
+    plain, packed = (
+        Plan(
+            config(recipe, batch_size=8, kv_method="uniform", kv_budget=0.25, max_length=128, **more),
+            Machine(8, 1, 2**36),
+        )
+        for more in ({}, {"packing": "true"})
+    )
+    longest = plain.rows.largest.tokens
+    assert plain.rows.largest.rows == 8 and plain.rows.largest.slots == -(-longest // 4)
+    shape = packed.rows.largest
+    assert shape.samples == 8 and longest < shape.tokens <= 128
+    assert shape.rows * shape.tokens < 8 * longest  # padding is what packing saves
+    assert shape.rows * shape.slots <= shape.rows * 8 * -(-longest // 4) and shape.slots <= shape.tokens
+    assert packed._with_rows(16).rows == 2 * shape.rows and packed._with_rows(1).rows == 1
+    assert f"8 samples of up to {longest} tokens packed" in packed.rows.note
+    assert packed.rows.padded_tokens < plain.rows.padded_tokens and packed.rows.steps == plain.rows.steps
+
+
+def test_packed_rows_take_what_is_planned():
+    """A real run against its plan, by the script that made benchmarks/results/PLAN.md; beyond 15 % it says 1."""
+    bench = [sys.executable, "benchmarks/bench_plan.py", "--only", "packed rows"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(bench, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "| packed rows | 2 × " in done.stdout, done.stdout + done.stderr
+
+
 # -- work and disk -----------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +293,8 @@ def test_disk_by_hand(recipe):
     assert checkpoint_bytes(cfg, 100, 3, 2) == 1200 and checkpoint_bytes(cfg, 100, 2, 2) == 1400
     assert disk_bytes(cfg, 1000, 50, steps=35) == 4050  # after 10, 20, 30 and 35
     assert disk_bytes(cfg, 1000, 50, steps=30) == 3050
+    # Two stay, and the oldest of three goes when the third is whole.
+    assert disk_bytes(config(recipe, save_steps=10, keep_checkpoints=2), 1000, 50, steps=95) == 3050
 
 
 def test_an_epoch_of_known_work(recipe):

@@ -119,9 +119,10 @@ def format_plan(plan: Plan, flops_per_second: float) -> str:
     row("peak in evaluation", plan.evaluation_peak)
     if machine.gpus:
         row(f"usable of {_size(machine.gpu_memory)}", machine.usable)
-    if states.host:
-        row("host memory per rank", states.host)
-    lines += ["", "rows per micro-batch that fit         plain   checkpointing"]
+    if states.host + step.host:
+        row("host memory per rank", states.host + step.host)
+    what = "samples" if cfg.packing else "rows"
+    lines += ["", f"{f'{what} per micro-batch that fit':<34}{'plain':>9}   checkpointing"]
     most = plan.largest_rows()
     for placement in dict.fromkeys(name for name, _ in most):
         plain, recomputed = (

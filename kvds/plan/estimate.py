@@ -182,11 +182,12 @@ class Plan:
         return self._step_peaks[key]
 
     def _with_rows(self, count: int) -> BatchShape:
-        largest = self.rows.largest
-        labelled = largest.labelled * count // largest.rows
-        if count < largest.rows:  # a smaller micro-batch may hold the rows with the most labels alone
+        """The micro-batch of ``--batch_size count``, whose samples may share rows."""
+        largest, own = self.rows.largest, self.cfg.batch_size
+        labelled = largest.labelled * count // own
+        if count < own:  # a smaller micro-batch may hold the rows with the most labels alone
             labelled = min(largest.labelled, count * self.rows.row_labelled)
-        return replace(largest, rows=count, labelled=max(1, labelled))
+        return replace(largest, rows=-(-largest.rows * count // own), samples=count, labelled=max(1, labelled))
 
     def _rows_within(self, room: float, checkpointing: bool) -> int:
         """The most rows whose step stays within ``room``; between powers of four on a straight line, as the peak is the

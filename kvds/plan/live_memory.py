@@ -71,6 +71,31 @@ class LiveMemory(TorchDispatchMode):
             self.peak = max(before, self.peak)
 
 
+class HostCopies:
+    """What autograd saves, as if it went to host memory: there it counts in ``bytes``, and as new memory of the device
+    each time that it is read again.
+
+    Attributes:
+        bytes: Saved so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context within which it takes the place of ``torch.autograd.graph.save_on_cpu``."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor.shape, tensor.stride(), tensor.dtype
+
+    @staticmethod
+    def _unpack(kept: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> Tensor:
+        shape, stride, dtype = kept
+        return torch.empty_strided(shape, stride, dtype=dtype)
+
+
 def drop_gradients(parameters: Iterator[torch.nn.Parameter]) -> None:
     """Free each gradient as soon as it is whole, as ZeRO does once it is in its bucket."""
 

@@ -31,13 +31,13 @@ class RowPlan:
     note: str
 
 
-def plan_rows(cfg: RunConfig, ranks: int, rows: int | None = None) -> RowPlan:
+def plan_rows(cfg: RunConfig, ranks: int, assumed: int | None = None) -> RowPlan:
     """Lengths from the data itself; without it every row is taken to be ``max_length`` long.
 
     Args:
         cfg: The run.
         ranks: In all.
-        rows: Training rows to assume where the data cannot be read here.
+        assumed: Training rows to assume where the data cannot be read here.
     """
     from kvds.models import load_tokenizer
     from kvds.run_data import load_run_data
@@ -46,19 +46,24 @@ def plan_rows(cfg: RunConfig, ranks: int, rows: int | None = None) -> RowPlan:
         tokenizer = load_tokenizer(cfg)
         loader = load_run_data(cfg, tokenizer, rank=0, world_size=ranks).loader
     except InputError as error:
-        return _assumed(cfg, ranks, rows, str(error))
-    tokens = labelled = row_labelled = padded = labels = shared = 0
+        return _assumed(cfg, ranks, assumed, str(error))
+    rows = tokens = labelled = row_labelled = padded = labels = shared = longest = 0
     for step in range(loader.steps_per_epoch):
         for batch in loader.step(step):
-            length = batch.input_ids.shape[1]
-            tokens, padded = max(tokens, length), padded + batch.input_ids.numel()
+            padded += batch.input_ids.numel()
+            if batch.input_ids.numel() > rows * tokens:
+                rows, tokens = batch.input_ids.shape
             counts = (batch.labels[:, 1:] >= 0).sum(1)
             here, row_labelled = int(counts.sum()), max(row_labelled, int(counts.max()))
             labelled, labels = max(labelled, here), labels + here
-            shared = max(shared, 1 if batch.packing is None else batch.packing.samples_per_row)
-    slots = min(tokens, shared * row_budget(cfg.kv_budget, tokens)) if cfg.uses_kv else tokens
-    largest = BatchShape(cfg.batch_size, tokens, labelled, slots)
+            packing = batch.packing
+            shared = max(shared, 1 if packing is None else packing.samples_per_row)
+            longest = max(longest, batch.input_ids.shape[1] if packing is None else packing.token_index.shape[1])
+    slots = min(tokens, shared * row_budget(cfg.kv_budget, longest)) if cfg.uses_kv else tokens
+    largest = BatchShape(rows, tokens, labelled, slots, cfg.batch_size)
     note = f"longest row {tokens} tokens, read from the data"
+    if cfg.packing:
+        note = f"{cfg.batch_size} samples of up to {longest} tokens packed, read from the data"
     return RowPlan(largest, row_labelled, loader.steps_per_epoch, padded * ranks, labels * ranks, note)
 
 
@@ -69,7 +74,7 @@ def _assumed(cfg: RunConfig, ranks: int, rows: int | None, reason: str) -> RowPl
         slots = min(length, cfg.kv_budget)
     elif isinstance(cfg.kv_budget, float) and cfg.uses_kv:
         slots = max(1, round(cfg.kv_budget * length))
-    largest = BatchShape(cfg.batch_size, length, cfg.batch_size * (length - 1), slots)
+    largest = BatchShape(cfg.batch_size, length, cfg.batch_size * (length - 1), slots, cfg.batch_size)
     note = f"every row taken as --max_length {length} tokens: the data cannot be read here ({reason[:160]})"
     if rows is None:
         return RowPlan(largest, length - 1, None, None, None, note)

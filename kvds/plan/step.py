@@ -15,22 +15,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvds.align import AlignmentLoss, build_aligner, what_is_read
-from kvds.align.loss import PARTS, average_parts
+from kvds.align import build_aligner, what_is_read
+from kvds.align.loss import PARTS
 from kvds.config import RunConfig
 from kvds.config_modes import READS_KEYS
 from kvds.data.batches import TokenBatch
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.distillation import LossWeights, StepInput
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape
 from kvds.losses import LabelledPositions, head_chunk_count
 from kvds.models import backbone
 from kvds.ops.lean import CHUNK_ELEMENTS
 from kvds.plan.live_memory import LiveMemory, drop_gradients
+from kvds.plan.stand_ins import FusedStandIn, PlannedModule
 from kvds.teacher import TeacherOutput
 
 # The Triton kernels keep no projection; their partial sums and, with many heads, a chunk's mixed rows stay below this.
@@ -48,12 +49,14 @@ class BatchShape:
         tokens: Of the longest row, to which the others are padded.
         labelled: Tokens of the micro-batch that the task loss counts.
         slots: Positions per row whose keys and values are compared.
+        samples: That share the rows; 0: one each.
     """
 
     rows: int
     tokens: int
     labelled: int
     slots: int
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class StepMemory:
         teacher_kv: Keys and values of the teacher.
         aligner: What the KV loss adds: gradients of keys and values, and its workspace.
         teacher_forward: The most that the teacher's forward holds beside its keys and values.
+        host: Activations that are kept in host memory instead.
     """
 
     peak: int
@@ -77,6 +81,7 @@ class StepMemory:
     teacher_kv: int
     aligner: int
     teacher_forward: int
+    host: int = 0
 
 
 def kv_bytes(shape: KVShape, batch: BatchShape, element: int) -> int:
@@ -102,39 +107,6 @@ def lean_workspace(source: KVShape, target: KVShape, cfg: RunConfig, batch: Batc
         widths.append(layers_y * heads_x * source.head_dim)
     size = max(16, CHUNK_ELEMENTS[device] // max(widths))
     return 4 * sum(widths) * min(size, batch.rows * batch.slots)
-
-
-class _KeptGradients(torch.autograd.Function):
-    """Holds what the fused operation holds: gradients of the trained side, computed on the way forward."""
-
-    @staticmethod
-    def forward(ctx: Any, workspace: int, *states: Tensor) -> Tensor:
-        gradients = [torch.zeros_like(state) for state in states]
-        torch.empty(workspace, dtype=torch.uint8, device=states[0].device)
-        ctx.save_for_backward(*gradients)
-        return states[0].new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.saved_tensors
-
-
-class _FusedStandIn(nn.Module):
-    """In place of the structured aligner, whose chunks depend on the data: the memory of its fused operation."""
-
-    reads = "kv"
-
-    def __init__(self, parts: tuple[str, ...], workspace: int) -> None:
-        super().__init__()
-        self._parts, self._workspace = parts, workspace
-
-    def forward(self, student: KVStates, teacher: KVStates, selection: Selection) -> AlignmentLoss:
-        """Zero, with the graph and the memory of the real one."""
-        losses = {}
-        for part in self._parts:
-            loss = _KeptGradients.apply(self._workspace, *getattr(student, f"{part}s"))
-            losses[part] = (loss, loss.detach())
-        return average_parts(losses)
 
 
 def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
@@ -201,7 +173,7 @@ class StepPlanner:
         both = [self._simulate(batch, count, checkpointing) for count in (2, 3)]
         bare = [self._simulate(batch, count, checkpointing, kv=False) for count in (2, 3)] if with_kv else both
 
-        def deep(pair: list[tuple[int, int]], which: int) -> int:
+        def deep(pair: list[tuple[int, int, int]], which: int) -> int:
             return pair[0][which] + (layers - 2) * (pair[1][which] - pair[0][which])
 
         activations, peak = deep(bare, 0), deep(both, 1)
@@ -216,6 +188,7 @@ class StepPlanner:
             teacher_kv=teacher_kv,
             aligner=aligner + (self._watch(batch) if with_kv else 0),
             teacher_forward=0 if self.teacher is None or self.cfg.teacher_cache else self._teacher_forward(batch),
+            host=deep(both, 2),
         )
 
     def activations(self, batch: BatchShape, *, checkpointing: bool) -> int:
@@ -259,15 +232,17 @@ class StepPlanner:
         if self.device == "cpu":
             pair = (source, target) if cfg.direction == "student_to_teacher" else (target, source)
             workspace = lean_workspace(*pair, cfg, batch, self.device)
-        return _FusedStandIn(PARTS[cfg.kv_parts], workspace)
+        return FusedStandIn(PARTS[cfg.kv_parts], workspace)
 
     def _simulate(
         self, batch: BatchShape, layers: int, checkpointing: bool, kv: bool = True, backward: bool = True
-    ) -> tuple[int, int]:
-        """Bytes at the end of the student's forward, and at the worst moment of forward and backward."""
+    ) -> tuple[int, int, int]:
+        """Bytes at the end of the student's forward, at the worst moment of forward and backward, and in host
+        memory.
+        """
         cfg = self.cfg
         config = _with_layers(self.student, layers)
-        chunks = head_chunk_count(batch.rows * cfg.max_length, config.vocab_size)
+        chunks = head_chunk_count((batch.samples or batch.rows) * cfg.max_length, config.vocab_size)
         if chunks > _HEAD_CHUNKS:  # one chunk's logits live at a time: a few of the same size show the peak of all
             batch = replace(batch, labelled=max(1, batch.labelled * _HEAD_CHUNKS // chunks))
             chunks = _HEAD_CHUNKS
@@ -280,9 +255,10 @@ class StepPlanner:
             if checkpointing:
                 student.gradient_checkpointing_enable({"use_reentrant": False})
             aligner = self._aligner(config, batch) if aligned else None
-            module = DistillationModule(
-                student, aligner, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature,
-                head_chunks=chunks,
+            module = PlannedModule(
+                student, aligner, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature, head_chunks=chunks,
+                # On a CPU it lies in the same memory.
+                offload_checkpoints=cfg.checkpoint_offload and checkpointing and self.device == "cuda",
             )  # fmt: skip
             inputs = self._inputs(batch, aligned)
             memory.ignore(module.parameters())
@@ -299,7 +275,7 @@ class StepPlanner:
                 if backward:
                     loss.backward()
             hook.remove()
-        return forward_end[0], memory.peak
+        return forward_end[0], memory.peak, module.host.bytes
 
     def _inputs(self, batch: BatchShape, aligned: bool) -> StepInput:
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)

@@ -93,4 +93,6 @@ def checkpoint_bytes(cfg: RunConfig, count: int, stage: int, element: int) -> in
 def disk_bytes(cfg: RunConfig, checkpoint: int, student: int, steps: int) -> int:
     """What the output folder of a run of ``steps`` steps grows to: its checkpoints and the exported student."""
     saved = 1 + ((steps - 1) // cfg.save_steps if cfg.save_steps else 0)
+    if cfg.keep_checkpoints:  # an old one goes when the new one is whole
+        saved = min(saved, cfg.keep_checkpoints + 1)
     return saved * checkpoint + student
