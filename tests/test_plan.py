@@ -327,6 +327,17 @@ def test_nothing_helps_on_a_tiny_gpu(recipe, capsys):
     assert "no setting here would make it; expected more GPUs" in capsys.readouterr().out
 
 
+def test_a_whole_student_has_to_fit_for_evaluation(recipe, capsys):
+    long = Plan(config(recipe, max_new_tokens=8000), Machine(8, 1, 80 * 2**30))
+    assert long.peak < long.evaluation_peak and long.evaluation_fits
+    between = int(((long.peak + long.evaluation_peak) / 2 + 2**30) / 0.95)
+    assert Plan(config(recipe, max_new_tokens=8), Machine(8, 1, between)).evaluation_fits
+    size = ["--gpus", "8", "--gpu-memory", f"{between}B"]
+    assert main(["plan", str(recipe), *size, "--set", "max_new_tokens=8000"]) == 1
+    told = capsys.readouterr().out
+    assert "evaluation does not fit: each GPU holds a whole student" in told and told.endswith("\ntraining fits\n")
+
+
 def test_without_the_data_rows_are_assumed(recipe, capsys, tmp_path):
     missing = ["--set", "datasets=gsm8k", f"data_dir={tmp_path}"]
     assert main(["plan", str(recipe), *missing]) == 0

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     plan = Plan(cfg, Machine(arguments.gpus, arguments.nodes, memory), arguments.rows)
     print(format_plan(plan, arguments.tflops * 1e12 * arguments.utilization))
-    return 0 if plan.fits else 1
+    return 0 if plan.fits and plan.evaluation_fits else 1
 
 
 def _size(count: float) -> str:
@@ -74,6 +74,8 @@ def _size(count: float) -> str:
 
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
+    if minutes < 1.5:
+        return f"{seconds:.1f} s"
     return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
 
 
@@ -149,8 +151,13 @@ def format_plan(plan: Plan, flops_per_second: float) -> str:
         "" if plan.disk is None else f"; the output folder grows to {_size(plan.disk)} (--save_steps {cfg.save_steps})"
     )
     lines.append(f"disk: {_size(plan.checkpoint)} per checkpoint{disk}")
+    if not plan.evaluation_fits:
+        lines.append(
+            "evaluation does not fit: each GPU holds a whole student then, and its cache of 4 × batch_size rows; "
+            "expected more memory on each GPU, or a smaller batch_size or max_new_tokens"
+        )
     if plan.fits:
-        lines.append("fits")
+        lines.append("fits" if plan.evaluation_fits else "training fits")
     else:
         advice = plan.advice()
         lines.append("does not fit; in the recipe:" if advice else "does not fit, and no setting here would make it; "

@@ -219,6 +219,11 @@ class Plan:
         """Whether the recipe as it stands does."""
         return self.peak <= self.machine.usable
 
+    @property
+    def evaluation_fits(self) -> bool:
+        """Whether each GPU has room for a whole student, which evaluation and the export at the end make."""
+        return self.evaluation_peak <= self.machine.usable
+
     def advice(self) -> list[str]:
         """Recipe lines that make the run fit, cheapest first; empty where it fits or nothing here would help."""
         if self.fits:
