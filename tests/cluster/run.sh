@@ -13,8 +13,8 @@ skip() {
 }
 [ "$(id -u)" -eq 0 ] || skip 'all: a cluster of its own needs root'
 command -v ip >/dev/null || skip 'all: ip is missing (apt install iproute2)'
-own=(unshare --mount --net --pid --fork --kill-child --mount-proc --propagation private)
-"${own[@]}" true 2>/dev/null || skip 'all: this container may not make namespaces (docker: --privileged)'
+own=(unshare --mount --pid --fork --kill-child --mount-proc --propagation private)
+"${own[@]}" --net true 2>/dev/null || skip 'all: this container may not make namespaces (docker: --privileged)'
 [ $# -gt 0 ] || set -- slurm namespaces wheelhouse
 for part in "$@"; do
   case $part in
@@ -54,14 +54,14 @@ esac
 # whatever else runs on the machine: two of these scripts can run at once.
 status=0
 if [ ${#in_cluster[@]} -gt 0 ]; then
-  setpriv --pdeathsig KILL "${own[@]}" bash tests/cluster/cases.sh "$scratch" "${in_cluster[@]}" &
+  setpriv --pdeathsig KILL "${own[@]}" --net bash tests/cluster/cases.sh "$scratch" "${in_cluster[@]}" &
   running=$!
   wait $running || status=$?
   running=''
 fi
 case " $* " in
   *' wheelhouse '*)
-    setpriv --pdeathsig KILL "${own[@]:0:1}" "${own[@]:2}" bash tests/cluster/wheelhouse.sh &
+    TMPDIR=$scratch setpriv --pdeathsig KILL "${own[@]}" bash tests/cluster/wheelhouse.sh &
     running=$!
     wait $running || status=$?
     running=''

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 unshare -n true 2>/dev/null || { echo 'SKIPPED: this container may not make namespaces (docker: --privileged)'; exit 0; }
 begun=$SECONDS
-scratch=$(mktemp -d /tmp/kvds-wheelhouse.XXXXXX)
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/kvds-wheelhouse.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 fail() {
   echo "FAILED wheelhouse: $*"
@@ -16,7 +16,7 @@ fail() {
 wheels=${KVDS_WHEELS:-$scratch/wheels}
 if [ -z "$(ls "$wheels" 2>/dev/null)" ]; then
   if ! bash launch/wheelhouse.sh --to "$wheels" >"$scratch/made.txt" 2>&1; then
-    if grep -qE 'NewConnectionError|No matching distribution|Network is unreachable|Temporary failure' "$scratch/made.txt"; then
+    if grep -qE 'NewConnectionError|Network is unreachable|Temporary failure in name' "$scratch/made.txt"; then
       echo 'SKIPPED wheelhouse: no package index is within reach'
       exit 0
     fi
