@@ -33,6 +33,9 @@ def check_writable(folder: Path) -> None:
         fault = f"{there} is a file"
     elif not fault and not os.access(there, os.W_OK | os.X_OK):
         fault = f"{there} is not writable"
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not fault and (folder / name).is_dir():
+            fault = f"{folder / name}, which a run writes, is a folder"
     if fault:
         raise _unusable(folder, fault)
 

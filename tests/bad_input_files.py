@@ -144,6 +144,7 @@ def _make_rows(folder: Path) -> None:
 
 def _make_runs(folder: Path) -> None:
     """Output folders with one checkpoint each, of four bytes that nothing must get as far as reading."""
+    (folder / "folders" / "config.yaml").mkdir(parents=True)
     names = {name: "step-000003" for name in ("strange", "unlisted", "escaping", "flipped", "damaged_settings")}
     names |= {f"trained_with_{name}": "step-000003" for name in TRAINED_WITH}
     names |= {"lost": "step-000001", "led_away": "../../x"}

@@ -120,6 +120,8 @@ RUNS: dict[str, Case] = {
     "output under a file": (
         {"output_dir": "@/single.jsonl/run"}, ("output_dir=@/single.jsonl/run: Not a directory", "made")),
     "output nowhere": ({"output_dir": "/proc/kvds"}, ("output_dir=/proc/kvds: ", "another --output_dir")),
+    "output full of folders": (
+        {"output_dir": "@/folders"}, ("output_dir=@/folders: ", "config.yaml, which a run writes, is a folder")),
     "output of a long name": ({"output_dir": "@/" + "x" * 300}, ("output_dir=@/xxx", "File name too long")),
     "lost checkpoint": ({"output_dir": "@/lost"}, ("@/lost/checkpoints/latest: names 'step-000001'", "--resume never")),
     "checkpoint led away": (
