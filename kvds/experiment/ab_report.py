@@ -142,7 +142,7 @@ def chosen_table(arms: dict[str, dict[int, Row]], common: dict[str, Any]) -> str
     lines = []
     for arm, seeds in arms.items():
         settings = next(iter(seeds.values())).get("settings", {})
-        own = {k: v for k, v in settings.items() if k != "seed" and (k not in common or common[k] != v)}
+        own = {k: v for k, v in settings.items() if k != "seed" and (k not in common or _plain(common[k]) != v)}
         weights = [value(row, "last/kv/weight") for row in seeds.values()]
         mean, _ = mean_and_deviation(weights)
         text = " ".join(f"`{key}={item}`" for key, item in own.items()) or MISSING
@@ -203,3 +203,8 @@ def write_ab_report(plan: Plan, rows: Sequence[Row], failed: Sequence[Row], fold
         encoding="utf-8",
     )
     return paths
+
+
+def _plain(value: object) -> object:
+    """As JSON has kept it in a row."""
+    return list(value) if isinstance(value, tuple) else value
