@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
+from benchmarks.train_step_workbench import build_model, load_samples, make_loader
+from kvds.align import build_aligner
+from kvds.data.batches import TokenBatch
+from kvds.kv import KVShape, KVStates, Selection, select_tokens
+from kvds.settings import AlignmentSettings
+from kvds.teacher import Teacher
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from benchmarks.records import RESULTS, markdown_table, provenance, write_csv  # noqa: E402
-from benchmarks.train_step_workbench import build_model, load_samples, make_loader  # noqa: E402
-from kvds.align import build_aligner  # noqa: E402
-from kvds.data.batches import TokenBatch  # noqa: E402
-from kvds.kv import KVShape, KVStates, Selection, select_tokens  # noqa: E402
-from kvds.settings import AlignmentSettings  # noqa: E402
-from kvds.teacher import Teacher  # noqa: E402
-
 LAYERS = 28
 GROUPS = (1, 4, 28)
 BUDGETS: tuple[tuple[str, float | None], ...] = (("full", None), ("right_crop", 0.25))

@@ -20,20 +20,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import distributed as dist
+
+from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
+from kvds import cli
+from kvds.config import parse_run_config
+from kvds.deepspeed_config import load_deepspeed_config
+from kvds.engine import init_distributed, leave_distributed
+from kvds.teacher import Teacher
+from kvds.train import TrainingRun
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-import torch  # noqa: E402
-from torch import distributed as dist  # noqa: E402
-
-from benchmarks.records import RESULTS, markdown_table, provenance, write_csv  # noqa: E402
-from kvds import cli  # noqa: E402
-from kvds.config import parse_run_config  # noqa: E402
-from kvds.deepspeed_config import load_deepspeed_config  # noqa: E402
-from kvds.engine import init_distributed, leave_distributed  # noqa: E402
-from kvds.teacher import Teacher  # noqa: E402
-from kvds.train import TrainingRun  # noqa: E402
-
 PLACEMENTS = ("replicated", "zero3", "zero3_offload", "tensor_parallel", "cached")
 STEPS = 4
 TEACHER = "num_hidden_layers=8,hidden_size=256,intermediate_size=1024,num_attention_heads=4,num_key_value_heads=2"

@@ -77,9 +77,10 @@ CASES = [
     Case("bf16", {"deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu_bf16.json"}, batch_size=8,
          student="num_hidden_layers=3,hidden_size=128,intermediate_size=256,num_attention_heads=4,num_key_value_heads=2,"
                  "head_dim=32", teacher="num_hidden_layers=2"),
-    Case("packed rows", {"packing": True}),
+    Case("packed rows", {"packing": True}, rows="uneven"),
     Case("packed rows, a quarter of the tokens, checkpointing", {
-        "packing": True, "kv_method": "uniform", "kv_budget": 0.25, "gradient_checkpointing": True}, batch_size=32),
+        "packing": True, "kv_method": "uniform", "kv_budget": 0.25, "gradient_checkpointing": True}, rows="uneven",
+         batch_size=16),
     Case("GPT-2", {}, family="gpt2", student="n_layer=6,n_embd=256,n_head=8", teacher="n_layer=8,n_embd=256,n_head=8"),
     Case("Llama, values alone, own map per layer", {"kv_parts": "v"}, family="llama", student=SMALL, rows="long",
          batch_size=8),
@@ -89,7 +90,7 @@ CASES = [
 
 
 def _write_inputs(folder: Path) -> None:
-    """Configurations of the families, rows of two lengths, and a ZeRO-2 file with buckets of a CPU's size."""
+    """Configurations of the families, rows of two lengths and of both, a ZeRO-2 file with buckets of a CPU's size."""
     common = {"vocab_size": 512, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
     Qwen2Config(num_hidden_layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=4,
                 num_key_value_heads=2, **common).save_pretrained(folder / "qwen2")  # fmt: skip
@@ -97,10 +98,10 @@ def _write_inputs(folder: Path) -> None:
                 num_key_value_heads=2, **common).save_pretrained(folder / "llama")  # fmt: skip
     GPT2Config(n_layer=2, n_embd=128, n_head=4, n_positions=512, vocab_size=512, bos_token_id=0,
                eos_token_id=1).save_pretrained(folder / "gpt2")  # fmt: skip
-    for name, repeats in (("short", 1), ("long", 12)):
+    for name, repeats in (("short", (1,)), ("long", (12,)), ("uneven", (12, 1, 1, 1))):
         with (folder / f"{name}.jsonl").open("w") as file:
-            for example in synthetic_examples("train", problems=64, seed=0):
-                rationale = " ".join([example.rationale] * repeats)
+            for number, example in enumerate(synthetic_examples("train", problems=64, seed=0)):
+                rationale = " ".join([example.rationale] * repeats[number % len(repeats)])
                 file.write(
                     json.dumps({"prompt": example.prompt, "rationale": rationale, "answer": example.answer}) + "\n"
                 )

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from kvds.experiment.ab_figures import aligned_curves
-from kvds.experiment.ab_report import by_arm, compare_arms, comparison_table, summary_table, verdict
+from kvds.experiment.ab_report import (
+    by_arm,
+    chosen_table,
+    compare_arms,
+    comparison_table,
+    summary_table,
+    verdict,
+)
 from kvds.experiment.plan import load_plan
 from kvds.experiment.report import RunRecord
 from kvds.experiment.results import summarise, unsteadiness, value
@@ -55,6 +62,12 @@ def test_lower_may_be_better_and_one_pair_says_nothing(plan, tmp_path):
     arms = by_arm(lower, rows(a=[0.1, 0.2, 0.1], b=[0.5, 0.61, 0.5], c=[0.3]))
     text = verdict(lower, compare_arms(lower, arms))
     assert "b is worse than a" in text and "c against a: too few pairs (1)" in text
+
+
+def test_an_arm_lists_what_it_sets_differently_and_no_more():
+    row = {"settings": {"datasets": ["synthetic"], "kv_parts": "v", "seed": 3}, "last/kv/weight": 2.0}
+    table = chosen_table({"v_only": {3: row}}, {"datasets": ("synthetic",), "kv_parts": "kv"})
+    assert "| v_only | `kv_parts=v` | 2 |" in table
 
 
 def test_a_run_becomes_a_row():

@@ -5,22 +5,12 @@ import json
 import pytest
 import torch
 from real_data import data_folder
+from small_run_data import load
 from transformers import AutoTokenizer, Qwen2Config
 
-from kvds.config import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
 from kvds.kv import select_tokens
-from kvds.run_data import RunData, load_run_data
-
-
-def load(tokenizer, folder, **changes: object) -> RunData:
-    values = {
-        "model_name": "gpt2", "datasets": "synthetic", "synthetic_problems": 21, "batch_size": 4, "max_length": 64,
-        "eval_subset_size": 5, "output_dir": folder / "out", **changes,
-    }  # fmt: skip
-    argv = [token for key, value in values.items() for token in (f"--{key}", *str(value).split())]
-    return load_run_data(parse_run_config(argv), tokenizer, rank=0, world_size=1)
 
 
 def rows_file(folder, prompts: list[str], name: str = "own.jsonl") -> str:

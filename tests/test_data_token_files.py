@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_run_data import load
 from transformers import AutoTokenizer
 
 from kvds.data import token_files
@@ -20,7 +21,6 @@ from kvds.data.read_ahead import ReadAhead
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.token_files import TokenFiles, encode_once, read_corpus
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.run_data import RunData, load_run_data
 
 ROWS = [
     *synthetic_examples("train", problems=9, seed=0),
@@ -128,17 +128,6 @@ def test_a_damaged_file_is_told_of_and_replaced(
     assert path.read_bytes() == content and read_corpus(path) is not None
 
 
-def loaded(tokenizer: Any, folder: Path, **changes: object) -> RunData:
-    from kvds.config import parse_run_config
-
-    values = {
-        "model_name": "gpt2", "datasets": "synthetic", "synthetic_problems": 21, "batch_size": 4, "max_length": 64,
-        "eval_subset_size": 5, "output_dir": folder / "out", **changes,
-    }  # fmt: skip
-    argv = [token for key, value in values.items() for token in (f"--{key}", *str(value).split())]
-    return load_run_data(parse_run_config(argv), tokenizer, rank=0, world_size=1)
-
-
 def same(a: TokenBatch, b: TokenBatch) -> bool:
     pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a)]
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
@@ -148,13 +137,13 @@ def test_a_run_s_batches_are_those_of_rows_just_tokenised(
     tokenizer: Any, tmp_path: Path, encodings: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    plain = loaded(tokenizer, tmp_path, data_cache="never")
+    plain = load(tokenizer, tmp_path, data_cache="never")
     assert not (tmp_path / "hf").exists() and len(encodings) == 2  # training and held-out rows
-    loaded(tokenizer, tmp_path)
+    load(tokenizer, tmp_path)
     assert len(list((tmp_path / "hf" / "kvds").iterdir())) == 2
     del encodings[:]
-    kept = loaded(tokenizer, tmp_path)
-    loaded(tokenizer, tmp_path, data_cache=tmp_path / "named")
+    kept = load(tokenizer, tmp_path)
+    load(tokenizer, tmp_path, data_cache=tmp_path / "named")
     assert len(encodings) == 2 == len(list((tmp_path / "named").iterdir()))
     steps = range(3, 3 + 2 * plain.loader.steps_per_epoch)
     finished: list[int] = []

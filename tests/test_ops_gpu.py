@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from kvds.ops import map_projection, map_projection_loss
-from kvds.ops.triton_plan import WORKSPACE_BYTES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +27,7 @@ pytestmark = [
 
 MAPS = ("layer_mix", "head_mix", "dim_proj", "bias")
 FROBENIUS = 5e-3
-"""The largest error of any output in bf16 and fp16, where eager's own is not larger."""
+"""The largest error of any output in bf16 and fp16."""
 
 # (layers, KV heads, head_dim) of the student, then of the teacher.
 PAIRS = {
@@ -121,14 +120,14 @@ def errors(got: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor]) -> dic
 
 
 def assert_rounds_like_eager(problem: dict, frobenius: float | None = FROBENIUS, **how: object) -> None:
-    """Every output: at most twice eager's error in the same dtype, plus 1e-5; and within ``frobenius`` or eager's."""
+    """Every output: at most twice eager's error in the same dtype, plus 1e-5; and within ``frobenius``."""
     oracle = run(problem, "reference", wide=True, **how)  # type: ignore[arg-type]
     eager = errors(run(problem, "reference", **how), oracle)  # type: ignore[arg-type]
     found = errors(run(problem, "triton", **how), oracle)  # type: ignore[arg-type]
     table = "\n".join(f"{name}: triton {found[name]:.2e}, eager {eager[name]:.2e}" for name in found)
     print(table)
     assert all(found[name] <= 2 * eager[name] + 1e-5 for name in found), table
-    assert frobenius is None or all(error <= max(frobenius, eager[name]) for name, error in found.items()), table
+    assert frobenius is None or all(error <= frobenius for error in found.values()), table
 
 
 # fp16 keeps 6e-8 at least: gradients of a mean over millions of elements need the loss scale that training has.
@@ -330,7 +329,7 @@ def extra_memory(problem: dict, impl: str, moves: str) -> int:
     "form", [{"dim_form": 2, "head_form": 2}, {}, {"sparse": True}], ids=["fused", "dense", "pairs"]
 )
 @pytest.mark.parametrize("moves", ["source", "target"])
-def test_extra_memory_is_two_percent_of_eager_and_a_workspace(moves: str, form: dict) -> None:
+def test_extra_memory_is_two_percent_of_eager(moves: str, form: dict) -> None:
     student, teacher = PAIRS["qwen2"]
     source, target = (student, teacher) if moves == "source" else (teacher, student)
     p = make(source, target, batch=8, tokens=4096, slots=None, masked=0.1, **form)
@@ -339,9 +338,7 @@ def test_extra_memory_is_two_percent_of_eager_and_a_workspace(moves: str, form: 
     eager = extra_memory(p, "reference", moves)
     found = extra_memory(p, "triton", moves)
     print(f"extra memory: triton {found / 2**20:.1f} MiB, eager {eager / 2**20:.1f} MiB, {found / eager:.2%}")
-    # Mixing and projection in launches of their own have a chunk's intermediates between them, however many tokens.
-    workspace = 0 if form.get("dim_form") == 2 else WORKSPACE_BYTES
-    assert found <= 0.02 * eager + workspace
+    assert found <= 0.02 * eager
 
 
 @pytest.mark.parametrize("token_major", [True, False], ids=["captured", "contiguous"])

@@ -1,5 +1,10 @@
 """Ranks from Slurm's variables: in a step of srun, and nowhere else."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from kvds.errors import InputError
@@ -61,3 +66,16 @@ def test_a_broken_step_is_told():
 def test_ports_of_neighbouring_jobs_differ_and_are_never_ephemeral():
     ports = [job_port(job) for job in range(987_654, 987_654 + 20_000)]
     assert len(set(ports)) == 20_000 and min(ports) >= 1024 and max(ports) < 32768
+
+
+def test_a_run_alone_takes_no_port_of_its_neighbours():
+    with socket.socket() as neighbour:
+        neighbour.bind(("127.0.0.1", 0))
+        neighbour.listen()
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        alone |= {"MASTER_PORT": str(neighbour.getsockname()[1]), "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", "from kvds.engine import init_distributed as i, leave_distributed as l; i(); l()"],
+            env=os.environ | alone, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
