@@ -143,8 +143,10 @@ def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients
     # of the other direction, and launches without gradients, fit four warps, two programs side by side.
     both = stage.mixes and stage.projects
     delayed = hopper and gradients and itemsize == 2 and both and not stage.dims_first and accumulators > 16384
-    # Before Hopper a product's operands stand in registers, too: four warps spill twenty times what eight do there.
-    crowded = accumulators > 8192 and (itemsize > 2 or (gradients and stage.projects and not hopper))
+    # Before Hopper a product's operands stand in registers, too: four warps spill twenty times what eight do there, but
+    # for a source narrower than its target, on its own.
+    wide = stage.projects and (stage.mixes or dims[0] > dims[1])
+    crowded = accumulators > 8192 and (itemsize > 2 or (gradients and wide and not hopper))
     num_warps = 8 if delayed or crowded else 4
     programs = 2 if num_warps == 4 else 1
     num_stages = 1
@@ -156,7 +158,7 @@ def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients
     elif itemsize == 2 and both:
         num_stages = 2 if stage.dims_first or (delayed and tokens > 1) else 1
     elif itemsize == 2:
-        num_stages = 2 if stage.mixes else 3 if dims[0] > dims[1] else 1
+        num_stages = 2 if stage.mixes else 1
     return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, num_stages, programs, delayed)
 
 
