@@ -212,6 +212,19 @@ def test_a_kept_graph_answers_twice() -> None:
         assert torch.equal(a, d)
 
 
+def test_layers_mixed_before_heads_lose_nothing_of_their_weights() -> None:
+    """Weights that cancel: 1/3 and 1e-4 less. Rounded to fp16 they would leave an error as large as the difference."""
+    mix = torch.tensor([[1 / 3, 1e-4 - 1 / 3], [1e-4 - 1 / 3, 1 / 3]])
+    source = [torch.ones(2, 2, 3, 16, dtype=torch.float16, requires_grad=True) for _ in range(2)]
+    eye = torch.eye(16).expand(2, 16, 16).contiguous()
+    heads = torch.eye(2).expand(2, 2, 2).contiguous()
+    assert len(triton_plan.plan_stages((2, 2), (2, 2), (16, 16), sparse=False, head_mix_dim=3, proj_dim=3)) == 2
+    out = map_projection(source, mix, heads, eye, impl="triton")
+    gradients = torch.autograd.grad(out, source, torch.ones_like(out))
+    for value in (out, *gradients):
+        torch.testing.assert_close(value.float(), torch.full_like(value.float(), 1e-4), rtol=1e-2, atol=0)
+
+
 def test_fp16_gradients_survive_under_a_loss_scale() -> None:
     p = make((2, 1), (1, 1), (16, 16), tokens=40, dim_form=4)
     p["scale"] *= 100

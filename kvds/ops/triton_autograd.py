@@ -32,6 +32,18 @@ def _mixes(stages: list[Stage], layer_mix: Tensor, head_mix: Tensor) -> list[Ten
     return found
 
 
+def _rounded(mix: Tensor, dtype: torch.dtype, parts: int) -> Tensor:
+    """``[P, parts, rows_y, rows_x]`` in ``dtype``: what is loaded as it will be multiplied needs no registers.
+
+    Where states are mixed twice, layers before heads, the first weights stand in two parts, the second being what the
+    first one's rounding left out: four roundings of 16 bits in a row would be too many.
+    """
+    high = mix.to(dtype)
+    if parts == 1 or dtype.itemsize > 2:
+        return high[:, None].contiguous()
+    return torch.stack([high, (mix - high).to(dtype)], 1)
+
+
 def _mix_gradients(
     stages: list[Stage], sums: list[StageSums], layer_mix: Tensor, head_mix: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -95,10 +107,11 @@ class _Problem:
         if self.stages[-1].kind == "rows" and dim_proj.dim() == 3:
             dim_proj = dim_proj[:, None].expand(-1, self.heads[1], -1, -1)  # one for each problem
         self.weights = Weights(
-            # Rounded here, not in the kernel: what is loaded as it will be multiplied needs no registers.
             [
-                None if mix is None else mix.to(self.dtype)
-                for mix in _mixes(self.stages, layer_mix.to(self.wide), head_mix.to(self.wide))
+                None if mix is None else _rounded(mix, self.dtype, 2 if stage.kind == "heads" else 1)
+                for stage, mix in zip(
+                    self.stages, _mixes(self.stages, layer_mix.to(self.wide), head_mix.to(self.wide)), strict=True
+                )
             ],
             dim_proj.contiguous(),
             None if bias is None else bias.to(self.dtype).contiguous(),

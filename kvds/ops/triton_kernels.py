@@ -96,7 +96,7 @@ def map_projection_kernel(
     LAYERS_X: tl.constexpr, HEADS_X: tl.constexpr, LAYERS_Y: tl.constexpr, HEADS_Y: tl.constexpr,
     DIM_X: tl.constexpr, DIM_Y: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_DX: tl.constexpr, BLOCK_DY: tl.constexpr,
-    HAS_MIX: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_MIX: tl.constexpr, MIX_PARTS: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     DIMS_FIRST: tl.constexpr, DELAYED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
     SOURCE_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
@@ -134,11 +134,11 @@ def map_projection_kernel(
 
     if HAS_MIX:
         same = (row_y // ROWS_Y)[:, None] == (row_x // ROWS_X)[None, :]
-        c = tl.load(
-            mix + problem.to(tl.int64) * mix_problem + member_y[:, None] * ROWS_X + member_x[None, :],
-            mask=same & inside_y[:, None] & inside_x[None, :],
-            other=0,
-        )  # [BY, BX]
+        mix_at = mix + problem.to(tl.int64) * mix_problem + member_y[:, None] * ROWS_X + member_x[None, :]
+        block = same & inside_y[:, None] & inside_x[None, :]
+        c = tl.load(mix_at, mask=block, other=0)  # [BY, BX]
+        if MIX_PARTS == 2:  # what rounding took from c
+            c_rest = tl.load(mix_at + ROWS_Y * ROWS_X, mask=block, other=0)
     if HAS_PROJ:
         w = tl.load(
             proj + problem.to(tl.int64) * proj_problem + dim_x[:, None] * DIM_Y + dim_y[None, :],
@@ -196,7 +196,10 @@ def map_projection_kernel(
         if DIMS_FIRST:
             moved = tl.dot(x, w, input_precision=PRECISION, out_dtype=WIDE).to(ELEMENT)  # [BX, BDY]
         elif HAS_MIX:
-            mixed = tl.dot(c, x, input_precision=PRECISION, out_dtype=WIDE).to(ELEMENT)  # [BY, BDX]
+            wide = tl.dot(c, x, input_precision=PRECISION, out_dtype=WIDE)
+            if MIX_PARTS == 2:
+                wide = tl.dot(c_rest, x, wide, input_precision=PRECISION, out_dtype=WIDE)
+            mixed = wide.to(ELEMENT)  # [BY, BDX]
         else:
             mixed = x
 
@@ -278,6 +281,8 @@ def map_projection_kernel(
                 if SOURCE_GRAD:
                     if HAS_MIX:
                         d_x = tl.dot(tl.trans(c), d_low, input_precision=PRECISION, out_dtype=WIDE)
+                        if MIX_PARTS == 2:
+                            d_x = tl.dot(tl.trans(c_rest), d_low, d_x, input_precision=PRECISION, out_dtype=WIDE)
                     elif HAS_PROJ:
                         d_x = d_mixed
                     else:

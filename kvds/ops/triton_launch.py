@@ -59,7 +59,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Weights:
-    """Mixing weights per stage ``[1 or problems, rows_y, rows_x]``, then ``dim_proj`` and ``bias``, all contiguous."""
+    """Mixing weights per stage ``[1 or problems, parts, rows_y, rows_x]``, of which the sum over the parts counts; then
+    ``dim_proj`` and ``bias``, all contiguous."""
 
     mixes: list[Tensor | None]
     proj: Tensor
@@ -215,7 +216,8 @@ def launch(
         LAYERS_Y=stage.layers_y, HEADS_Y=stage.heads_y,
         DIM_X=dims[0], DIM_Y=dims[1], TOKENS=tile.tokens,
         BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y, BLOCK_DX=tile.block_dim_x, BLOCK_DY=tile.block_dim_y,
-        HAS_MIX=mix is not None, HAS_PROJ=proj is not None, HAS_BIAS=bias is not None,
+        HAS_MIX=mix is not None, MIX_PARTS=0 if mix is None else mix.shape[1],
+        HAS_PROJ=proj is not None, HAS_BIAS=bias is not None,
         HAS_SCALE=call.scale is not None and mode == "loss", HAS_MASK=call.mask is not None,
         DIMS_FIRST=stage.dims_first, DELAYED=tile.delayed and mode == "loss",
         MODE=mode, LOSS=call.loss, NORMALIZE=call.dtype != torch.float16,
