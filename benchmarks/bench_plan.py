@@ -81,6 +81,7 @@ CASES = [
     Case("packed rows, a quarter of the tokens, checkpointing", {
         "packing": True, "kv_method": "uniform", "kv_budget": 0.25, "gradient_checkpointing": True}, rows="uneven",
          batch_size=16),
+    Case("the teacher runs ahead", {"teacher_overlap": True, "gradient_checkpointing": True}, rows="long"),
     Case("GPT-2", {}, family="gpt2", student="n_layer=6,n_embd=256,n_head=8", teacher="n_layer=8,n_embd=256,n_head=8"),
     Case("Llama, values alone, own map per layer", {"kv_parts": "v"}, family="llama", student=SMALL, rows="long",
          batch_size=8),

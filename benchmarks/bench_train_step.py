@@ -34,7 +34,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.memory_peak import MemoryPeak
-from benchmarks.train_step_arms import ARMS, LR, Arm, Workbench
+from benchmarks.train_step_arms import ARMS, LR, ONLY_ON_GPU, Arm, Workbench
 from benchmarks.train_step_workbench import (
     Clock,
     Pair,
@@ -74,7 +74,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.quick:
         arguments.rounds, arguments.batch_size, arguments.max_length = 3, 4, 256
     arguments.pair = arguments.pair or ("tiny" if arguments.quick else "small")
-    arguments.arms = arguments.arms or (list(QUICK_ARMS) if arguments.quick else [*ARMS, "trl_gkd"])
+    every = [name for name in (*ARMS, "trl_gkd") if torch.cuda.is_available() or name not in ONLY_ON_GPU]
+    arguments.arms = arguments.arms or (list(QUICK_ARMS) if arguments.quick else every)
     return arguments
 
 
@@ -139,6 +140,7 @@ def memory_of_arm(name: str, make: Any, batches: list[TokenBatch], shared: list[
         memory = MemoryPeak(torch.device("cpu"))
         arm = ARMS[name](make())
         for batch in (shared if arm.packed else batches)[:2]:
+            arm.prepare(batch)
             arm.step(batch)
         pipe.send(memory.end(0))
 
@@ -213,9 +215,11 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
                 return answer["seconds"]
             if name not in arms:
                 arms[name] = ARMS[name](bench)
+            batch = (shared if arms[name].packed else batches)[number]
             memory.begin()
+            arms[name].prepare(batch)
             with clock.phase("step"):
-                loss = arms[name].step((shared if arms[name].packed else batches)[number])
+                loss = arms[name].step(batch)
             spent = clock.read()
             if device.type == "cuda":
                 peaks[name].append(memory.end(arms[name].held()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.train_step_ahead import InputTurns
 from benchmarks.train_step_workbench import Clock, Pair, build_model, held_bytes
 from kvds.align import build_aligner
 from kvds.align.layer_map import endpoint_map
@@ -37,6 +39,7 @@ class Arm:
         uses_teacher: Whether a teacher runs.
         trains: Whether a student is trained.
         packed: Whether it is given the samples in shared rows.
+        prepare: What the step before would have done for a batch; not timed.
     """
 
     step: Callable[[TokenBatch], Tensor]
@@ -44,6 +47,7 @@ class Arm:
     uses_teacher: bool = True
     trains: bool = True
     packed: bool = False
+    prepare: Callable[[TokenBatch], object] = lambda batch: None
 
 
 class Workbench:
@@ -144,6 +148,7 @@ def kvds_step(
     offload: bool = False,
     packed: bool = False,
     cached: bool = False,
+    overlap: bool = False,
     **alignment: Any,
 ) -> Arm:
     """A step as ``kvds.train`` does it, without an engine; ``alignment`` are fields of ``AlignmentSettings``."""
@@ -163,28 +168,36 @@ def kvds_step(
         teacher = _cached(bench, teacher, cfg)
     optimizers = [bench.optimizer, *([adamw(aligner)] if aligner is not None else [])]
 
+    def make_input(batch: TokenBatch) -> StepInput:
+        labelled = LabelledPositions.from_labels(batch.labels).to(bench.device)
+        batch = batch.to(bench.device)
+        selection = None
+        if uses_kv:
+            rows = unpacked(batch)
+            selection = select_tokens(cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask)
+            selection = repacked(selection, batch)
+        output = teacher(batch, selection) if teacher is not None else None
+        head = teacher.head if teacher is not None and weights.logit_kd else None
+        return StepInput(batch, labelled, selection, output, head, weights)
+
+    turns = InputTurns(make_input, bench.clock, weights, device=bench.device, ahead=overlap)
+
     def step(batch: TokenBatch) -> Tensor:
         if checkpointing:
             bench.student.gradient_checkpointing_enable({"use_reentrant": False})
-        with bench.clock.phase("teacher"):
-            labelled = LabelledPositions.from_labels(batch.labels).to(bench.device)
-            batch = batch.to(bench.device)
-            selection = None
-            if uses_kv:
-                rows = unpacked(batch)
-                selection = select_tokens(cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask)
-                selection = repacked(selection, batch)
-            output = teacher(batch, selection) if teacher is not None else None
+        inputs = turns.take(batch)
         with bench.clock.phase("forward"):
-            head = teacher.head if teacher is not None and weights.logit_kd else None
-            loss, _ = module(StepInput(batch, labelled, selection, output, head, weights))
+            loss, _ = module(inputs)
+        turns.run_ahead(batch)
         _finish(bench, loss, *optimizers)
+        turns.end()
         if checkpointing:
             bench.student.gradient_checkpointing_disable()
         return loss.detach()
 
     maps = [] if aligner is None else [aligner]
-    return Arm(step, lambda: bench.held(*maps, teacher=uses_teacher and not cached), uses_teacher, packed=packed)
+    held = partial(bench.held, *maps, teacher=uses_teacher and not cached)
+    return Arm(step, held, uses_teacher, packed=packed, prepare=turns.prepare)
 
 
 def teacher_forward(bench: Workbench) -> Arm:
@@ -265,6 +278,8 @@ def earlier(bench: Workbench) -> Arm:
 
 KV = LossWeights(task=1.0, kv=1.0)
 
+# On a CPU a teacher that runs ahead runs beside nothing.
+ONLY_ON_GPU = ("kvds_structured_overlap",)
 # Arms in the order of the table. The first two are what a step must cost at least.
 ARMS: dict[str, Callable[[Workbench], Arm]] = {
     "task_only": lambda bench: kvds_step(bench, weights=LossWeights()),
@@ -287,6 +302,7 @@ ARMS: dict[str, Callable[[Workbench], Arm]] = {
         bench, weights=KV, alignment_mode="structured", checkpointing=True, offload=True
     ),
     "kvds_structured_packed": lambda bench: kvds_step(bench, weights=KV, alignment_mode="structured", packed=True),
+    "kvds_structured_overlap": lambda bench: kvds_step(bench, weights=KV, alignment_mode="structured", overlap=True),
     "kvds_structured_cached": lambda bench: kvds_step(bench, weights=KV, alignment_mode="structured", cached=True),
     "task_only_packed": lambda bench: kvds_step(bench, weights=LossWeights(), packed=True),
     "kvds_logit_kd": lambda bench: kvds_step(bench, weights=LossWeights(task=0.0, logit_kd=1.0)),

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from kvds.config_modes import READS_KEYS, mode_rules
+from kvds.config_teacher import teacher_rules
 from kvds.config_values import near_miss, number, one_line, parse_overrides, split_dataset_weight
 from kvds.deepspeed_config import load_deepspeed_config
 from kvds.durable_files import write_durably
@@ -39,7 +40,7 @@ SECTIONS = (ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings
 _FREE_ON_RESUME = {
     "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
-    "teacher_tp_size",
+    "teacher_tp_size", "teacher_overlap",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
     "teacher_cache", "data_cache",
     "dry_run",
@@ -80,8 +81,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         self._check_numbers()
         self._check_alignment()
         self._check_step()
-        self._check_teachers()
-        self._check_placement()
+        for rule in teacher_rules(self):
+            _require(*rule)
         self._check_files()
 
     def _check_numbers(self) -> None:
@@ -204,32 +205,6 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             (bool(self.teacher_names), "--teacher_names: a cache is that of one teacher"),
         ):
             _require(not found, "teacher_cache", str(folder), f"no --teacher_cache with {flag}")
-
-    def _check_teachers(self) -> None:
-        names, weights = self.teacher_names, self.teacher_weights
-        several = "one teacher, since only keys and values are matched with several (--teacher_name)"
-        if not names:
-            _require(not weights, "teacher_weights", "given", "several teachers to weigh (--teacher_names A B)")
-            return
-        _require(self.teacher_name is None, "teacher_name", self.teacher_name, "one of --teacher_name, --teacher_names")
-        _require(self.uses_kv, "teacher_names", " ".join(names), several)
-        _require(self.logit_kd_weight == 0, "logit_kd_weight", self.logit_kd_weight, f"0, or {several}")
-        expected = f"one weight for each of the {len(names)} teachers (--teacher_weights)"
-        _require(len(weights) in (0, len(names)), "teacher_weights", " ".join(map(str, weights)), expected)
-        for weight in weights:
-            _require(0 < weight < math.inf, "teacher_weights", weight, "numbers above 0 (--teacher_weights 0.5 0.5)")
-
-    def _check_placement(self) -> None:
-        if self.teacher_placement != "tensor_parallel":
-            return
-        _require(self.teacher_tp_size >= 2, "teacher_tp_size", self.teacher_tp_size, "at least 2 ranks")
-        for found, flag in (
-            (self.logit_kd_weight > 0, "--logit_kd_weight, which reads the teacher's logits"),
-            (self.kv_method in READS_KEYS, f"--kv_method {self.kv_method}, which reads the teacher's queries"),
-            (self.alignment_mode == "hidden", "--alignment_mode hidden"),
-        ):
-            expected = f"replicated, zero3 or zero3_offload with {flag}: only keys and values are exchanged"
-            _require(not found, "teacher_placement", "tensor_parallel", expected)
 
     def _check_files(self) -> None:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):

@@ -36,6 +36,10 @@ class ModelSettings:
         choices=("replicated", "zero3", "zero3_offload", "tensor_parallel"),
     )  # fmt: skip
     teacher_tp_size: int = setting("tensor_parallel: ranks that share one teacher, best of one node", 2)
+    teacher_overlap: bool = setting(
+        "run a replicated teacher one micro-batch ahead, on a GPU on a stream of its own beside the student's backward "
+        "pass; the same losses, and one more micro-batch of the teacher's keys and values in memory", False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from kvds.align import AlignerGroup, aligner_config_dict, build_aligner, members_of, what_is_read
+from kvds.align import AlignerGroup, aligner_config_dict, build_aligner, members_of
 from kvds.bad_steps import BadSteps
 from kvds.cache_fingerprint import cache_fingerprint
 from kvds.calibration import calibrate_aligner, calibrate_kv_weight
@@ -36,13 +36,13 @@ from kvds.checkpoint_origin import fit_to_origin, read_origin
 from kvds.checkpoint_writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
-from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
-from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
+from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config
+from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.engine import all_reduce_sum, build_engine, check_engine_config, init_distributed
 from kvds.evaluate import evaluate_model
 from kvds.held_out import held_out_kv_loss
 from kvds.kv_health import KVHealth, held_weight
-from kvds.losses import LabelledPositions, head_chunk_count
+from kvds.losses import head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
     TORCH_DTYPES,
@@ -57,9 +57,10 @@ from kvds.provenance import write_provenance
 from kvds.run_data import load_run_data
 from kvds.run_folder import find_checkpoint, open_run_folder
 from kvds.run_guard import guarded
-from kvds.teacher import Teacher
+from kvds.step_inputs import StepInputs
+from kvds.teacher_ahead import InputFeed, MicroBatch, micro_batches
 from kvds.teacher_cache import CachedTeacher
-from kvds.teacher_heads import check_heads
+from kvds.teachers import build_teachers
 from kvds.token_choice import TokenChoice
 from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 
@@ -148,11 +149,12 @@ class TrainingRun:
             if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
                 for member in members:
                     member.to(device).try_out(dtype, device)
-        if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
-            for config in teacher_configs:
-                check_heads(config, cfg.teacher_tp_size, self.world_size)
-        self.teachers = [self._build_teacher(i, config, dtype, raw) for i, config in enumerate(teacher_configs)]
+        made_of = partial(self._cached_from, dtype=compute_dtype(raw))
+        self.teachers = build_teachers(
+            cfg, teacher_configs, raw, device=device, observe=self.choice.observing, made_of=made_of
+        )
         self.teacher = self.teachers[0] if self.teachers else None
+        self.inputs = StepInputs(cfg, self.teachers, self.choice, device)
         student: Any = load_model(
             cfg.student or "", student_config, init=cfg.student_init, dtype=dtype,
             attn_implementation=cfg.attn_implementation,
@@ -209,29 +211,8 @@ class TrainingRun:
 
     # -- construction ---------------------------------------------------------------------------------------------
 
-    def _build_teacher(
-        self, number: int, config: Any, dtype: torch.dtype, raw: dict[str, Any]
-    ) -> Teacher | CachedTeacher:
-        cfg = self.cfg
-        if cfg.teacher_cache is not None:
-            made_of = cache_fingerprint(cfg, self.tokenizer, config, self.loader.samples, compute_dtype(raw))
-            return CachedTeacher(
-                Path(cfg.teacher_cache), dtype=dtype, device=self.device, fingerprint=made_of, verify=self.rank == 0
-            )
-        shared = cfg.teacher_placement == "tensor_parallel"
-        whole = shared or cfg.teacher_placement == "replicated"
-        placed = None if whole else teacher_engine_config(raw, cfg, self.world_size)
-        model = load_model(
-            cfg.teachers[number], config, init=cfg.teacher_init, dtype=dtype,
-            attn_implementation=cfg.attn_implementation, seed=cfg.seed + 1 + number, flag="teacher",
-            engine_config=placed,
-        )  # fmt: skip
-        return Teacher(
-            model, device=self.device, engine_config=placed, rope=cfg.kv_rope,
-            wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
-            observe=self.choice.observing,
-            shuffled=cfg.teacher_kv == "shuffled", tensor_parallel=cfg.teacher_tp_size if shared else 1,
-        )  # fmt: skip
+    def _cached_from(self, teacher_config: Any, dtype: str) -> dict[str, str]:
+        return cache_fingerprint(self.cfg, self.tokenizer, teacher_config, self.loader.samples, dtype)
 
     def _calibration_batches(self) -> Iterator[TokenBatch]:
         for step in range(min(self.cfg.calibration_batches, self.loader.steps_per_epoch)):
@@ -243,7 +224,7 @@ class TrainingRun:
         cfg = self.cfg
         if cfg.kv_weight_value is not None:
             return cfg.kv_weight_value
-        steps = [self._step_input(batch, LossWeights(), watch=False) for batch in self.loader.step(0)]
+        steps = [self.inputs(batch) for batch in self.loader.step(0)]
         weight = calibrate_kv_weight(self.engine, steps, cfg.kv_weight_share or 0.0, cfg.task_weight or 1.0)
         log.info("kv_weight %s: calibrated to %.4g", cfg.kv_weight, weight)
         return weight
@@ -279,33 +260,6 @@ class TrainingRun:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def _step_input(self, batch: TokenBatch, weights: LossWeights, *, watch: bool, step: int = 0) -> StepInput:
-        labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
-        batch = batch.to(self.device)
-        if self.cfg.teacher_names:
-            sources = tuple(partial(self._source, teacher, batch, step) for teacher in self.teachers)
-            return StepInput(batch, labelled, None, None, None, weights, watch, sources)
-        teacher, selection = None, None
-        if self.teacher is not None:
-            if self.cfg.uses_kv:
-                teacher, selection = self.choice.with_teacher(self.teacher, batch, step)
-            else:
-                teacher = self.teacher(batch)
-        return StepInput(
-            batch=batch,
-            labelled=labelled,
-            selection=selection,
-            teacher=teacher,
-            teacher_head=self.teacher.head if self.teacher is not None and self.cfg.logit_kd_weight else None,
-            weights=weights,
-            watch=watch,
-        )
-
-    def _source(self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int) -> TeacherKV:
-        output, selection = self.choice.with_teacher(teacher, batch, step)
-        assert output.states is not None
-        return TeacherKV(output.states, selection)
-
     def _weights(self, step: int) -> LossWeights:
         cfg, kv = self.cfg, self.kv_weight
         if cfg.kv_weight_schedule == "linear":
@@ -324,9 +278,20 @@ class TrainingRun:
                 self.teacher.read_ahead(batch)
         return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
 
+    def _feed(self, timer: PhaseTimer) -> InputFeed:
+        cfg, steps = self.cfg, range(self.step, self.total_steps)
+        ordered = micro_batches(self.loader, steps, seed=cfg.seed, rank=self.rank, world_size=self.world_size)
+        ahead = cfg.teacher_overlap and cfg.uses_teacher
+
+        def make(micro: MicroBatch) -> StepInput:
+            return self.inputs(micro.batch, step=micro.step)
+
+        return InputFeed(ordered, make, timer, device=self.device, ahead=ahead)
+
     def _fit(self) -> None:
         cfg = self.cfg
         meter, timer = self.meter, PhaseTimer(self.device)
+        feed = self._feed(timer)
         meter.restart_clock()
         self.engine.train()
         bar = tqdm(
@@ -339,22 +304,17 @@ class TrainingRun:
             self.stop.check()
             watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
             weights = self._weights(self.step)
-            for micro, batch in enumerate(self.loader.step(self.step)):
-                # Random states are a function of seed, step and rows: a resumed run draws the same dropout masks, on
-                # another number of ranks, too.
-                share = micro * self.world_size + self.rank
-                torch.manual_seed((cfg.seed * 1_000_003 + self.step) * 4099 + share)
-                tokens = int(batch.attention_mask.sum()) if int(batch.sample_ids.max()) >= 0 else 0
-                with timer.phase("teacher"):
-                    inputs = self._step_input(batch, weights, watch=watch, step=self.step)
+            for _ in range(cfg.gradient_accumulation_steps):
+                micro, inputs = feed.take(weights, watch=watch)
                 with timer.phase("forward"):
                     loss, metrics = self.engine(step=inputs)
+                feed.make_next()
                 with timer.phase("backward"):
                     self.engine.backward(loss)
                 with timer.phase("optimizer"):
                     self.engine.step()
                 gradient_watch = self.engine.module.gradient_watch
-                meter.update(metrics | (gradient_watch.squares() if gradient_watch is not None else {}), tokens)
+                meter.update(metrics | (gradient_watch.squares() if gradient_watch is not None else {}), micro.tokens)
                 self.bad_steps.note(inputs.batch, metrics)
             self.step += 1
             bar.update()
@@ -442,7 +402,7 @@ class TrainingRun:
         )  # fmt: skip
         # A cache holds the training rows alone.
         if self.cfg.uses_kv and self.eval_loader is not None and self.cfg.teacher_cache is None:
-            inputs = partial(self._step_input, weights=LossWeights(kv=1.0), watch=False)
+            inputs = partial(self.inputs, weights=LossWeights(kv=1.0))
             results["all"] |= held_out_kv_loss(self.engine, self.eval_loader, inputs, between_batches=self.stop.check)
         if self.tracker is not None:
             self.tracker.log(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import kvds.teachers
 import kvds.train
 from kvds import cli
 
@@ -28,7 +29,8 @@ def programs(loaded: list[str]) -> dict[str, object]:
     distill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(distill)
     load_model = kvds.train.load_model
-    kvds.train.load_model = lambda name, *args, **kwargs: loaded.append(name) or load_model(name, *args, **kwargs)
+    for module in (kvds.train, kvds.teachers):
+        module.load_model = lambda name, *args, **kwargs: loaded.append(name) or load_model(name, *args, **kwargs)
     return {"distill": distill.main, "kvds": cli.main}
 
 

@@ -139,6 +139,13 @@ FLAGS = {
         "teacher_placement=tensor_parallel",
         "with --alignment_mode hidden",
     ),
+    "--teacher_overlap maybe": ("--teacher_overlap maybe", "true or false", "--no_teacher_overlap"),
+    "--teacher_overlap --teacher_cache kvds":
+        ("teacher_overlap=true", "--no_teacher_overlap with --teacher_cache", "no teacher runs"),
+    "--teacher_overlap --teacher_names a b": ("teacher_overlap=true", "--no_teacher_overlap with --teacher_names"),
+    **{f"--teacher_overlap --teacher_placement {placement}":
+       ("teacher_overlap=true", f"with --teacher_placement {placement}: collectives", "--teacher_placement replicated")
+       for placement in ("zero3", "zero3_offload", "tensor_parallel")},
     "--student_config_overrides n_layer": ("student_config_overrides=n_layer", "key=value", "num_hidden_layers=4"),
     "--teacher_config_overrides n_layer=1,n_layer=2":
         ("teacher_config_overrides=", "n_layer stands there twice", "once"),

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import bench_train_step as bench
 from benchmarks.train_step_arms import ARMS, Workbench
 from benchmarks.train_step_workbench import Clock, build_model, load_samples, make_loader, make_pair, needed_flops
+from kvds.teacher import Teacher
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,8 @@ def test_arms_see_the_same_models_and_rows() -> None:
     samples, _ = load_samples(None, pair.student.vocab_size, 128, 8)
     [batch] = make_loader(samples, 8).step(0)
     losses = {}
-    for name in ("task_only", "plain_task", "kvds_structured", "kvds_structured_checkpointing"):
+    aligned = ("kvds_structured", "kvds_structured_checkpointing", "kvds_structured_overlap")
+    for name in ("task_only", "plain_task", *aligned):
         own = Workbench(pair, CPU, Clock(CPU), batch_size=8, max_length=128)
         losses[name] = float(ARMS[name](own).step(batch))
         assert all(p.grad is None for p in own.student.parameters())
@@ -50,7 +52,29 @@ def test_arms_see_the_same_models_and_rows() -> None:
         assert any(not torch.equal(a, b) for a, b in zip(own.student.parameters(), start.parameters(), strict=True))
     assert losses["task_only"] == pytest.approx(losses["plain_task"], rel=1e-5)
     assert losses["kvds_structured"] == pytest.approx(losses["kvds_structured_checkpointing"], rel=1e-6)
+    assert losses["kvds_structured"] == losses["kvds_structured_overlap"]
     assert losses["kvds_structured"] > losses["task_only"]
+
+
+def test_a_prepared_step_of_a_teacher_ahead_runs_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair("tiny", Path(), None)
+    samples, _ = load_samples(None, pair.student.vocab_size, 128, 8)
+    batches = [make_loader(samples, 4).step(i)[0] for i in range(2)]
+    run: list[object] = []
+    call = Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda self, batch, *rest: run.append(batch) or call(self, batch, *rest))
+    arms = {
+        name: ARMS[name](Workbench(pair, CPU, Clock(CPU), batch_size=4, max_length=128))
+        for name in ("kvds_structured", "kvds_structured_overlap")
+    }
+    for batch in (*batches, *batches):
+        losses = []
+        for arm in arms.values():
+            arm.prepare(batch)
+            before = len(run)
+            losses.append(float(arm.step(batch)))
+            assert len(run) == before + 1
+        assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("head", [True, False])

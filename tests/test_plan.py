@@ -255,6 +255,29 @@ def test_what_is_compared_is_planned(recipe, changes, states, tokens):
     assert planned.aligner > 0 and planned.peak > planned.activations + planned.teacher_kv
 
 
+def test_a_teacher_that_runs_ahead_is_planned_beside_the_student(recipe):
+    sizes = "num_hidden_layers=3,hidden_size=64,intermediate_size=160,num_attention_heads=4,head_dim=16,vocab_size=512"
+    batch = BatchShape(4, 48, 100, 8)
+    for device in ("cuda", "cpu"):
+        plain, ahead = (
+            StepPlanner(cfg, *(load_config(getattr(cfg, side), sizes, flag=side) for side in ("student", "teacher")),
+                        torch.float32, device).plan(batch, checkpointing=False)
+            for cfg in (config(recipe, **SELECTED, **more) for more in ({}, {"teacher_overlap": "true"}))
+        )  # fmt: skip
+        assert plain.teacher_ahead == 0 and ahead.teacher_kv == plain.teacher_kv == 2 * 3 * 2 * 16 * 4 * 4 * 8
+        beside = ahead.teacher_kv + (ahead.teacher_forward if device == "cuda" else 0)
+        assert ahead.teacher_ahead == beside and ahead.teacher_forward > 0
+        assert ahead.peak == plain.peak + beside  # on the CPU the backward pass is the worst moment here
+    plans = [Plan(config(recipe, teacher_overlap=which), Machine(1, 1, 80 * 2**30)) for which in ("false", "true")]
+    assert plans[1].peak == plans[0].peak + plans[1].step.teacher_ahead
+    assert plans[1].evaluation_peak == plans[0].evaluation_peak + plans[1].step.teacher_kv
+    assert set(plans[1].largest_rows()) == {("replicated", False), ("replicated", True)}
+    # Where it does not fit and would without, that is what is told.
+    between = int(((plans[0].peak + plans[1].peak) / 2 + 2**30) / 0.95)
+    tight = Plan(plans[1].cfg, Machine(1, 1, between))
+    assert not tight.fits and tight.advice() == ["teacher_overlap: false"]
+
+
 def test_packed_rows_are_planned_as_they_lie(recipe):
     plain, packed = (
         Plan(
@@ -274,14 +297,15 @@ def test_packed_rows_are_planned_as_they_lie(recipe):
     assert packed.rows.padded_tokens < plain.rows.padded_tokens and packed.rows.steps == plain.rows.steps
 
 
-def test_packed_rows_take_what_is_planned():
-    """A real run against its plan, by the script that made benchmarks/results/PLAN.md; beyond 15 % it says 1."""
-    bench = [sys.executable, "benchmarks/bench_plan.py", "--only", "packed rows"]
+def test_packed_rows_and_a_teacher_ahead_take_what_is_planned():
+    """Real runs against their plan, by the script that made benchmarks/results/PLAN.md; beyond 15 % it says 1."""
+    bench = [sys.executable, "benchmarks/bench_plan.py", "--only", "packed rows", "the teacher runs ahead"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(bench, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.search(r"\| packed rows \| (\d+) × ", done.stdout)
     assert rows is not None and int(rows[1]) <= 8, done.stdout  # of 16 samples
+    assert "| the teacher runs ahead | 16 × " in done.stdout
 
 
 # -- work and disk -----------------------------------------------------------------------------------------------------

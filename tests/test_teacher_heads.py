@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from test_train_zero3 import flags, logged, models
 from transformers import GPT2Config, Qwen2Config
 
 from kvds.errors import InputError
 from kvds.teacher_heads import check_heads
 
+__all__ = ["models"]  # a fixture
 REPOSITORY = Path(__file__).resolve().parent.parent
 QWEN2 = Qwen2Config(num_hidden_layers=2, hidden_size=96, num_attention_heads=12, num_key_value_heads=4)
 
@@ -43,3 +46,19 @@ def test_two_ranks_each_get_the_keys_and_values_of_a_whole_teacher() -> None:
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("all equal") == 2
+
+
+@pytest.mark.multiprocess
+def test_two_groups_of_two_ranks_train_as_four_whole_teachers_do(models, rank_server, tmp_path) -> None:
+    """Groups that are not all ranks; the rows of each rank, a quarter of the batch, come from its own."""
+    heads = {"teacher_placement": "tensor_parallel", "teacher_tp_size": 2}
+    shared = {"batch_size": 2, "max_steps": 3, "kv_method": "random", "kv_budget": 6, "kv_weight": "auto:1.5"}
+    for name, placed in (("whole", {}), ("heads", heads)):
+        ranks = rank_server.start(flags(models, tmp_path / name, **shared, **placed), ranks=4, log=tmp_path / "log")
+        assert ranks.wait(300) == [0] * 4, (tmp_path / "log").read_text()[-4000:]
+    for key in ("loss/task", "loss/kv", "kv/weight", "grad_norm"):
+        expected = logged(tmp_path / "whole", key)
+        assert len(set(expected)) > 1 or key == "kv/weight"
+        assert logged(tmp_path / "heads", key) == pytest.approx(expected, rel=1e-5), key
+    whole, dealt = (load_file(tmp_path / name / "student/model.safetensors") for name in ("whole", "heads"))
+    assert all((whole[name] - dealt[name]).norm() <= 1e-5 * whole[name].norm() for name in whole)

@@ -115,6 +115,8 @@ def format_plan(plan: Plan, flops_per_second: float) -> str:
     for number, size in enumerate(groups := plan.kv_by_group()):
         row(f"keys and values, group {number + 1} of {len(groups)}", size)
     row("aligner: gradients of KV and workspace", step.aligner)
+    if cfg.teacher_overlap:
+        row("the next micro-batch's teacher, ahead", step.teacher_ahead)
     row("optimizer step", states.update)
     lines.append("")
     row("peak in training", plan.peak)

@@ -127,7 +127,7 @@ class Plan:
         """Bytes per GPU at the worst moment: in a micro-batch, or in the optimizer's step."""
         within = states.gathered + step_peak
         teaching = states.teacher_gathered + self.step.teacher_forward + self.step.teacher_kv
-        return states.held + max(within, teaching, states.update)
+        return states.held + max(within, teaching, states.update + self.step.teacher_ahead)
 
     @cached_property
     def peak(self) -> int:
@@ -142,6 +142,7 @@ class Plan:
             self.states().held
             + self.element * self.student_size.total
             + kv_bytes(self.planner.student_shape, longest, self.element)
+            + (self.step.teacher_kv if self.step.teacher_ahead else 0)
         )
 
     def kv_by_group(self) -> list[int]:
@@ -204,7 +205,9 @@ class Plan:
 
     def largest_rows(self, raw: dict[str, Any] | None = None) -> dict[tuple[str, bool], int]:
         """(placement, checkpointing) → rows per micro-batch that fit, at most ``MOST_ROWS``; 0: not even one."""
-        placements = PLACEMENTS if self.teacher_size is not None else ("replicated",)
+        # A teacher that runs ahead is whole on each rank.
+        several = self.teacher_size is not None and not self.cfg.teacher_overlap
+        placements = PLACEMENTS if several else ("replicated",)
         found = {}
         for placement in placements:
             states = self.states(placement, raw)
@@ -229,6 +232,10 @@ class Plan:
         """Recipe lines that make the run fit, cheapest first; empty where it fits or nothing here would help."""
         if self.fits:
             return []
+        if self.cfg.teacher_overlap:
+            plain = Plan(replace(self.cfg, teacher_overlap=False), self.machine, self.rows)
+            more = plain.advice()
+            return ["teacher_overlap: false", *more] if plain.fits or more else []
         found = self._smallest_change(self.largest_rows())
         if found is None and compute_dtype(self.raw) == "bf16" and self.machine.gpus:
             found = self._smallest_change(self.largest_rows(load_deepspeed_config(OFFLOADED)))

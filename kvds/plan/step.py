@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,7 @@ class StepMemory:
         aligner: What the KV loss adds: gradients of keys and values, and its workspace.
         teacher_forward: The most that the teacher's forward holds beside its keys and values.
         host: Activations that are kept in host memory instead.
+        teacher_ahead: What the next micro-batch's teacher takes beside the student (``--teacher_overlap``).
     """
 
     peak: int
@@ -82,6 +83,7 @@ class StepMemory:
     aligner: int
     teacher_forward: int
     host: int = 0
+    teacher_ahead: int = 0
 
 
 def kv_bytes(shape: KVShape, batch: BatchShape, element: int) -> int:
@@ -116,6 +118,11 @@ def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     if kinds:
         config.layer_types = [*kinds[:count], *kinds[-1:] * (count - len(kinds))]
     return config
+
+
+def _extrapolated(two: int, three: int, layers: int) -> int:
+    """From two and three layers to as many as there are."""
+    return two + (layers - 2) * (three - two)
 
 
 def _tensors(inputs: StepInput) -> list[Tensor]:
@@ -173,35 +180,54 @@ class StepPlanner:
         both = [self._simulate(batch, count, checkpointing) for count in (2, 3)]
         bare = [self._simulate(batch, count, checkpointing, kv=False) for count in (2, 3)] if with_kv else both
 
-        def deep(pair: list[tuple[int, int, int]], which: int) -> int:
-            return pair[0][which] + (layers - 2) * (pair[1][which] - pair[0][which])
+        def deep(pair: Sequence[tuple[int, ...]], which: int) -> int:
+            return _extrapolated(pair[0][which], pair[1][which], layers)
 
         activations, peak = deep(bare, 0), deep(both, 1)
         student_kv = max(0, deep(both, 0) - activations)
         aligner = max(0, peak - deep(bare, 1) - student_kv)
         teacher_kv = self._teacher_output(batch)
+        forward = 0 if self.teacher is None or self.cfg.teacher_cache else self._teacher_forward(batch)
         return StepMemory(
-            peak=peak + teacher_kv + (self._watch(batch) if with_kv else 0),
+            peak=self._with_teacher(batch, both),
             activations=activations,
             logits=max(0, deep(bare, 1) - activations),
             student_kv=student_kv,
             teacher_kv=teacher_kv,
             aligner=aligner + (self._watch(batch) if with_kv else 0),
-            teacher_forward=0 if self.teacher is None or self.cfg.teacher_cache else self._teacher_forward(batch),
+            teacher_forward=forward,
             host=deep(both, 2),
+            teacher_ahead=self._ahead(teacher_kv, forward),
         )
 
     def activations(self, batch: BatchShape, *, checkpointing: bool) -> int:
         """``plan(…).activations`` alone, from forward passes."""
-        pair = [self._simulate(batch, n, checkpointing, kv=False, backward=False)[0] for n in (2, 3)]
-        return pair[0] + (self.student_shape.num_hidden_layers - 2) * (pair[1] - pair[0])
+        two, three = (self._simulate(batch, n, checkpointing, kv=False, backward=False)[0] for n in (2, 3))
+        return _extrapolated(two, three, self.student_shape.num_hidden_layers)
 
     def peak(self, batch: BatchShape, *, checkpointing: bool) -> int:
         """``plan(…).peak`` alone, in half the time."""
-        with_kv = self.cfg.uses_kv and self.teacher_shape is not None
-        two, three = (self._simulate(batch, count, checkpointing)[1] for count in (2, 3))
-        layers = self.student_shape.num_hidden_layers
-        return two + (layers - 2) * (three - two) + self._teacher_output(batch) + (self._watch(batch) if with_kv else 0)
+        return self._with_teacher(batch, [self._simulate(batch, count, checkpointing) for count in (2, 3)])
+
+    def _with_teacher(self, batch: BatchShape, simulated: Sequence[tuple[int, ...]]) -> int:
+        """The most alive at once, of student and teacher together."""
+        layers, output = self.student_shape.num_hidden_layers, self._teacher_output(batch)
+        watch = self._watch(batch) if self.cfg.uses_kv and self.teacher_shape is not None else 0
+        _, peak, _, between = (_extrapolated(two, three, layers) for two, three in zip(*simulated, strict=True))
+        if not self._runs_ahead:
+            return peak + output + watch
+        forward = self._teacher_forward(batch)
+        beside = peak + watch + output + self._ahead(output, forward)
+        # Without streams the next teacher runs between the student's forward and its backward pass.
+        return beside if self.device == "cuda" else max(beside, between + 2 * output + forward)
+
+    @property
+    def _runs_ahead(self) -> bool:
+        return self.cfg.teacher_overlap and self.teacher is not None
+
+    def _ahead(self, output: int, forward: int) -> int:
+        """What stays of the next micro-batch's teacher, and on a GPU what it works with at the same time."""
+        return 0 if not self._runs_ahead else output + (forward if self.device == "cuda" else 0)
 
     def _teacher_output(self, batch: BatchShape) -> int:
         size = 0
@@ -236,9 +262,9 @@ class StepPlanner:
 
     def _simulate(
         self, batch: BatchShape, layers: int, checkpointing: bool, kv: bool = True, backward: bool = True
-    ) -> tuple[int, int, int]:
-        """Bytes at the end of the student's forward, at the worst moment of forward and backward, and in host
-        memory.
+    ) -> tuple[int, int, int, int]:
+        """Bytes at the end of the student's forward, at the worst moment of forward and backward, in host memory, and
+        between forward and backward.
         """
         cfg = self.cfg
         config = _with_layers(self.student, layers)
@@ -272,10 +298,11 @@ class StepPlanner:
                 mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
                 inputs = replace(inputs, batch=replace(inputs.batch, attention_mask=mask))
                 loss, _ = module(step=inputs)
+                between = memory.live
                 if backward:
                     loss.backward()
             hook.remove()
-        return forward_end[0], memory.peak, module.host.bytes
+        return forward_end[0], memory.peak, module.host.bytes, between
 
     def _inputs(self, batch: BatchShape, aligned: bool) -> StepInput:
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
