@@ -165,6 +165,8 @@ def student_engine_config(raw: dict[str, Any], cfg: RunConfig, world_size: int) 
     config["gradient_clipping"] = float(clipping)
     # Schedules and SGD are torch's and transformers' own, tested here against a plain loop.
     config["zero_allow_untested_optimizer"] = True
+    # Its throughput timer waits for the device around each micro-batch; perf/tokens_per_second is measured without.
+    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     if cfg.optimizer == "sgd":
         # Offloading insists on DeepSpeed's CPU Adam unless told otherwise.
         config["zero_force_ds_cpu_optimizer"] = False

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from kvds.models import TORCH_DTYPES, check_same_tokenizer, kv_shape, load_token
 from kvds.output_folder import check_resume_folder, check_writable
 from kvds.plan.estimate import Machine, Plan
 from kvds.plan.rows import measured_rows
+from kvds.plan.several import SeveralTeachersPlan
 from kvds.run_data import load_run_data
 
 log = logging.getLogger("kvds")
@@ -189,20 +189,20 @@ def _check_cache(cfg: RunConfig, tokenizer: Any, teacher: Any, raw: dict[str, An
 
 
 def _resources(cfg: RunConfig, machine: Machine, loader: BatchLoader, steps: int) -> dict[str, str]:
-    """Memory and disk, as ``kvds plan`` reckons them; with several teachers, of which it knows one, by the first."""
-    one = replace(cfg, teacher_names=(), teacher_weights=(), teacher_name=cfg.teacher) if cfg.teacher_names else cfg
-    plan = Plan(one, machine, measured_rows(one, loader, machine.ranks))
+    """Memory and disk, as ``kvds plan`` reckons them."""
+    rows = measured_rows(cfg, loader, machine.ranks)
+    plan = SeveralTeachersPlan(cfg, machine, rows) if cfg.teacher_names else Plan(cfg, machine, rows)
     sizes = [f"student {plan.student_size.total:,}", f"aligner {plan.aligner_parameters:,}"]
-    sizes += [f"teacher {plan.teacher_size.total:,}"] if plan.teacher_size else []
-    more = f" (the first of {len(cfg.teacher_names)} alone)" if cfg.teacher_names else ""
+    teachers = " + ".join(f"{size.total:,}" for size in plan.teacher_sizes)
+    sizes += [f"teacher{'s' if len(plan.teacher_sizes) > 1 else ''} {teachers}"] if teachers else []
     return {
-        "models": f"{', '.join(sizes)} parameters{more}",
-        "memory": _memory(plan) + more,
+        "models": f"{', '.join(sizes)} parameters",
+        "memory": _memory(plan),
         "disk": _disk(cfg, plan, steps),
     }
 
 
-def _memory(plan: Plan) -> str:
+def _memory(plan: Plan | SeveralTeachersPlan) -> str:
     machine = plan.machine
     text = f"{_size(plan.peak)} at the peak, {_size(machine.usable)} usable per {'GPU' if machine.gpus else 'process'}"
     if not plan.fits:
@@ -214,7 +214,7 @@ def _memory(plan: Plan) -> str:
     return text
 
 
-def _disk(cfg: RunConfig, plan: Plan, steps: int) -> str:
+def _disk(cfg: RunConfig, plan: Plan | SeveralTeachersPlan, steps: int) -> str:
     saved = 1 + ((steps - 1) // cfg.save_steps if cfg.save_steps else 0)
     # One more than are kept lies there while the newest is written.
     at_once = min(saved, cfg.keep_checkpoints + 1) if cfg.keep_checkpoints else saved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 import deepspeed
@@ -81,21 +82,46 @@ def build_optimizer(module: DistillationModule, cfg: RunConfig, engine_config: d
         lr = cfg.aligner_lr if cfg.aligner_lr is not None else cfg.lr
         groups.append({"params": aligner, "weight_decay": 0.0, "lr": lr, "name": "aligner"})
     groups = [group for group in groups if group["params"]]
+    plain = _steps_plainly(engine_config)  # a fused kernel can leave a step out on the device
     if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.lr)
+        return torch.optim.SGD(groups, lr=cfg.lr, fused=plain)  # a momentum would be unset after a first bad step
     offload = engine_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     if offload != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=cfg.lr, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=cfg.lr, fused=get_accelerator().device_name() == "cuda")
+    return torch.optim.AdamW(groups, lr=cfg.lr, fused=plain or get_accelerator().device_name() == "cuda")
+
+
+def clip_on_the_device(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Make a plain optimizer clip the global norm of the gradient, averaged over all ranks, before each step.
+
+    DeepSpeed's own clipping copies two constants to the device, for which the host waits at each step
+    (``torch.tensor(…, device=…)`` in ``deepspeed/runtime/utils.py:clip_grad_norm_``, 0.19.8).
+
+    Args:
+        optimizer: Its ``step`` is replaced.
+        max_norm: Euclidean norm over all parameters, > 0.
+    """
+    take = optimizer.step
+
+    def step(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], max_norm)
+        return take(*arguments, **keywords)
+
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]  # schedules wrap methods alone
+
+
+def _steps_plainly(engine_config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed steps with the optimizer as it is, with none of its own around it that looks at gradients."""
+    return engine_config["zero_optimization"]["stage"] == 0 and compute_dtype(engine_config) == "fp32"
 
 
 def build_engine(
     module: DistillationModule, cfg: RunConfig, engine_config: dict[str, Any], total_steps: int
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap ``module``. The learning-rate schedule is transformers' own, stepped by the engine once per optimizer
-    step.
+    step; after one that is left out only where the host does not know of it yet (:mod:`kvds.bad_steps`).
     """
     if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         # Where one parameter was loaded in shards DeepSpeed casts none, and wants all of one dtype.
@@ -103,7 +129,10 @@ def build_engine(
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.to(TORCH_DTYPES[compute_dtype(engine_config)])
     optimizer = build_optimizer(module, cfg, engine_config)
-    if engine_config["zero_optimization"]["stage"] == 0 and compute_dtype(engine_config) == "fp32":
+    if _steps_plainly(engine_config):
+        if engine_config["gradient_clipping"] > 0:
+            clip_on_the_device(optimizer, engine_config["gradient_clipping"])
+            engine_config = {**engine_config, "gradient_clipping": 0.0}
         leave_out_bad_steps(optimizer)
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

@@ -62,14 +62,17 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
     main = dist.get_rank() == 0
     marker = Path(cfg.output_dir) / PREEMPTED_FILE
     try:
-        yield guard
+        try:
+            yield guard
+        except Preempted as reason:
+            log.warning("stopping: %s", reason)
+            if guard.run is not None:
+                guard.run.save_before_leaving()
+            raise
         if main:  # a launcher may have an exit code of its own: who starts the run again can look for the file
             marker.unlink(missing_ok=True)
         guard.close("FINISHED")
     except Preempted as reason:
-        log.warning("stopping: %s", reason)
-        if guard.run is not None:
-            guard.run.save_before_leaving()
         guard.close("KILLED")
         if main and marker.parent.is_dir():
             marker.write_text(f"{reason}\n")

@@ -318,8 +318,8 @@ class TrainingRun:
                 self.bad_steps.note(inputs.batch, metrics)
             self.step += 1
             bar.update()
-            if self.bad_steps.end_step(self.step) and self.tracker is not None:
-                self.tracker.log(self.step, {"bad_steps": self.bad_steps.count})
+            self.bad_steps.end_step(self.step)
+            self._tell_bad_steps(wait=watch)
             if watch:
                 self._log(meter.read(timer.read()), weights, bar)
             if self._due(cfg.eval_steps):
@@ -329,6 +329,12 @@ class TrainingRun:
             if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
                 meter.restart_clock()
         bar.close()
+
+    def _tell_bad_steps(self, *, wait: bool = True) -> None:
+        """Log the steps left out since the last call; without ``wait`` only where the host knows of them by itself."""
+        for step, count in self.bad_steps.read(wait=wait):
+            if self.tracker is not None:
+                self.tracker.log(step, {"bad_steps": count})
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0 and self.step < self.total_steps
@@ -361,6 +367,7 @@ class TrainingRun:
             self.kv_weight = held_weight(self.kv_weight, metrics["kv/gradient_ratio"], share, self.start_kv_weight)
 
     def _evaluate_on_the_way(self) -> None:
+        self._tell_bad_steps()
         self.evaluation_pending = True  # what a stop in the middle of it leaves for the resumed run
         self._evaluate(self._plain_student())
         self.evaluation_pending = False
@@ -372,6 +379,7 @@ class TrainingRun:
             self._save()
 
     def _save(self) -> None:
+        self._tell_bad_steps()  # their count and records go with the checkpoint
         state = {
             "evaluation_pending": self.evaluation_pending,
             "meters": self.meter.states(),

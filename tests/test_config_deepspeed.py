@@ -64,6 +64,15 @@ def test_clipping_is_written_where_the_file_has_none():
     assert config["gradient_clipping"] == 0.0
 
 
+def test_the_timer_that_waits_for_the_device_is_off_unless_the_file_turns_it_on():
+    deepspeed_config = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig
+    off = student_engine_config({"zero_optimization": {"stage": 0}}, run(), 1)
+    assert deepspeed_config(off).timers_config.enabled is False
+    on = {"enabled": True, "synchronized": False}
+    config = student_engine_config({"zero_optimization": {"stage": 0}, "timers": {"throughput": on}}, run(), 1)
+    assert config["timers"]["throughput"] == on
+
+
 def test_batch_sizes_in_a_file_may_agree():
     raw = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": 3}}
     config = student_engine_config(raw, run(gradient_accumulation_steps=2), world_size=2)

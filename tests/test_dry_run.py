@@ -51,7 +51,8 @@ def check(models, tmp_path, capsys, monkeypatch):
             "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": tmp_path / "run", **changes,
         }  # fmt: skip
         before = sorted(tmp_path.rglob("*"))
-        dry_run(parse_run_config([*(token for k, v in values.items() for token in (f"--{k}", str(v))), "--dry_run"]))
+        flags = [token for k, v in values.items() for token in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
+        dry_run(parse_run_config([*flags, "--dry_run"]))
         assert sorted(tmp_path.rglob("*")) == before
         lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()[1:-1]]
         return {name: text for name, text in lines}
@@ -116,10 +117,27 @@ def test_what_it_would_go_on_from(check, tmp_path):
         check()
 
 
-def test_several_teachers_are_reckoned_by_the_first(check, models):
-    names = {"teacher_name": "none", "teacher_names": f"{models / 'teacher'}"}
-    found = check(**names, teacher_placement="zero3_offload")
-    assert found["models"].endswith("(the first of 1 alone)")
+def test_the_weights_of_all_teachers_are_reckoned(check, models, monkeypatch):
+    for name, hidden in (("large", 512), ("larger", 768)):
+        config = Qwen2Config.from_pretrained(models / "teacher", hidden_size=hidden, intermediate_size=4 * hidden)
+        AutoModelForCausalLM.from_config(config).save_pretrained(models / name)
+    sizes = {n: AutoModelForCausalLM.from_pretrained(models / n).num_parameters() for n in ("large", "larger")}
+
+    def peak(*names: str) -> float:
+        found = check(teacher_name="none", teacher_names=[str(models / name) for name in names])
+        expected = " + ".join(f"{sizes[name]:,}" for name in names)
+        assert f", teacher{'s' if len(names) > 1 else ''} {expected} parameters" in found["models"]
+        assert " MiB at the peak" in found["memory"]
+        return 2**20 * float(found["memory"].split()[0])
+
+    # Keys and values, and what the teachers' forward passes take, are there one after the other.
+    more = peak("large", "larger", "large") - peak("large", "larger")
+    assert more == pytest.approx(4 * sizes["large"], rel=0.05)
+    usable = int(peak("large", "larger") + 2 * sizes["large"])
+    monkeypatch.setattr(module, "this_machine", lambda: Machine(0, 1, usable))
+    peak("large", "larger")
+    with pytest.raises(InputError, match=r"batch_size=4: .* at the peak, .* expected room"):
+        peak("large", "larger", "large")
 
 
 def test_weight_files_are_opened_and_not_read(models, tmp_path):

@@ -91,6 +91,11 @@ class Plan:
         """Parameters of the teacher; None where none runs."""
         return None if self.teacher_config is None or self.cfg.teacher_cache else model_size(self.teacher_config)
 
+    @property
+    def teacher_sizes(self) -> list[ModelSize]:
+        """The teacher's, in a list; empty where none runs."""
+        return [] if self.teacher_size is None else [self.teacher_size]
+
     @cached_property
     def aligner_parameters(self) -> int:
         """Learned numbers of the aligner."""
