@@ -17,7 +17,7 @@ from kvds.cli import main
 from kvds.errors import InputError
 from kvds.experiment.ab import Experiment, Runner, choose
 from kvds.experiment.ab_tracking import track_experiment
-from kvds.experiment.plan import load_plan, load_tuned
+from kvds.experiment.plan import load_plan, load_tuned, save_tuned
 from kvds.experiment.results import ResultStore
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -108,6 +108,21 @@ def test_finished_runs_are_never_run_twice_and_failed_ones_are(fake):
     with runner(fake) as r:
         assert r.run([(again, job) for job in again.plan.tuning_jobs()], "tune")
     assert [json.loads(line)["variant"] for line in e.store.path.read_text().splitlines()[7:]] == [1]
+
+
+def test_a_list_of_what_is_to_be_done_knows_what_tuning_chose(fake, capsys):
+    e = experiment(fake)
+    argv = ["ab", str(fake / "plan.yaml"), "--output", str(e.folder.parent), "--dry_run"]
+    assert main(argv) == 2 and "no tuned value" in capsys.readouterr().err
+    assert main([*argv, "--tune"]) == 0 and "11 of 11 runs" in capsys.readouterr().out
+    chosen = {"a": {"lr": 1.0}, "b": {"lr": 2.0}}
+    save_tuned(e.folder / "tuned.yaml", chosen, "chosen")
+    with runner(fake) as r:
+        r.run([(e, e.plan.report_jobs(chosen)[0])], "train")
+    assert main([*argv, "--tune"]) == 0
+    out = capsys.readouterr().out
+    assert "done   plan/report-a-seed0\n" in out and "10 of 11 runs" in out
+    assert main(argv) == 0 and "4 of 5 runs" in capsys.readouterr().out
 
 
 def test_changed_settings_make_another_run(fake):

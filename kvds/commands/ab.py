@@ -167,7 +167,12 @@ def _list(experiments: Sequence[Experiment], arguments: argparse.Namespace) -> i
     if arguments.tune:
         work += _tuning(experiments, arguments)
     for e in experiments:
-        jobs = _untuned(e) if arguments.tune else e.report_jobs()
+        try:
+            jobs = e.report_jobs()
+        except InputError:
+            if not arguments.tune:
+                raise
+            jobs = _untuned(e)  # as many, of values that tuning is yet to choose
         work += [(e, job) for job in _wanted(jobs, arguments.only, arguments.seeds)]
     done = 0
     for experiment, job in work:
