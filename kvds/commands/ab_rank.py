@@ -7,6 +7,7 @@ Trains like ``launch/distill.py``, draws no report of the single run, and leaves
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -20,13 +21,11 @@ from kvds.preemption import StopRequest
 from kvds.run_rank import run_rank
 
 MEASURED_FILE = "ab.json"
-# Parameters of the map; 0 without one.
-ALIGNER_COUNT = "parameters/aligner"
 
 
 def train_measured(cfg: RunConfig, stop: StopRequest | None = None) -> None:
     """Train and write ``ab.json`` into the run's folder: wall seconds of rank 0, CPU seconds of all ranks together,
-    parameters of the map. Imports, and what a launcher does before and after, are not in the seconds.
+    without imports and what a launcher does before and after; parameters of student and map (0 without one).
 
     Raises:
         InputError, Preempted, RunError: see :func:`kvds.train.train`.
@@ -34,7 +33,7 @@ def train_measured(cfg: RunConfig, stop: StopRequest | None = None) -> None:
     import torch
     from torch import distributed as dist
 
-    from kvds.checkpoint import ALIGNER_FILE, load_aligner
+    from kvds.checkpoint import ALIGNER_FILE, STUDENT_FOLDER, load_aligner
     from kvds.engine import all_reduce_sum, init_distributed
     from kvds.measure import forget_peak
     from kvds.train import train
@@ -48,10 +47,26 @@ def train_measured(cfg: RunConfig, stop: StopRequest | None = None) -> None:
     all_reduce_sum(cpu_seconds)
     if dist.get_rank() == 0:
         folder = Path(cfg.output_dir)
-        file = folder / ALIGNER_FILE
-        count = sum(parameter.numel() for parameter in load_aligner(file).parameters()) if file.is_file() else 0
-        measured = {"train_wall_seconds": seconds, "train_cpu_seconds": cpu_seconds.item(), ALIGNER_COUNT: count}
+        map_file = folder / ALIGNER_FILE
+        map_parameters = load_aligner(map_file).parameters() if map_file.is_file() else ()
+        measured = {
+            "train_wall_seconds": seconds,
+            "train_cpu_seconds": cpu_seconds.item(),
+            "parameters/student": _parameters(folder / STUDENT_FOLDER),
+            "parameters/aligner": sum(parameter.numel() for parameter in map_parameters),
+        }
         (folder / MEASURED_FILE).write_text(json.dumps(measured) + "\n", encoding="utf-8")
+
+
+def _parameters(model_folder: Path) -> int:
+    """Numbers in a model's weight files; their headers alone are read."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in model_folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count
 
 
 if __name__ == "__main__":
