@@ -1,15 +1,12 @@
-"""Runs of an experiment through the launcher: on which GPUs, with which numbers, and that nothing outlives them."""
+"""Runs of an experiment through the launcher: on which GPUs, what is checked before, how a failure is told."""
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from kvds.cli import main
@@ -17,30 +14,10 @@ from kvds.commands.ab_worker import train_job
 from kvds.errors import InputError, RunError
 from kvds.experiment import launcher
 from kvds.experiment.launcher import failure_text, launcher_command, launcher_environment
-from kvds.experiment.results import ResultStore
 from kvds.experiment.workers import device_groups, worker_environment
 from kvds.preemption import Preempted
 from kvds.rank_environment import quiet_port
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-PLAN = f"""
-base: {REPOSITORY}/launch/recipes/quickstart.yaml
-settings: {{batch_size: 2, max_steps: STEPS, eval_steps: 2, logging_steps: 1, eval_subset_size: 4, max_new_tokens: 2,
-           synthetic_problems: 16, calibration_batches: 1, deepspeed_config: ds_configs/CONFIG.json}}
-primary: final/cross_entropy
-better: lower
-seeds: [3]
-baseline: task
-arms: {{ARMS}}
-"""
-ARMS = "task: {alignment_mode: none}, flat: {alignment_mode: flat, kv_weight: 1.0}"
-
-
-def write_plan(folder: Path, *, steps: int = 2, config: str = "zero0_fp32", arms: str = ARMS) -> Path:
-    path = folder / "tiny.yaml"
-    path.write_text(PLAN.replace("STEPS", str(steps)).replace("CONFIG", config).replace("ARMS", arms))
-    return path
-
+from tests.ab_plans import write_plan
 
 # -- which GPUs --------------------------------------------------------------------------------------------------------
 
@@ -108,6 +85,39 @@ def test_the_launcher_starts_on_the_gpus_of_its_worker(monkeypatch):
     flags, environment = where(monkeypatch, 0, [], 2, CUDA_VISIBLE_DEVICES="4,6,7")
     assert flags[2:] == ["--include", "localhost:4,6"] and "CUDA_VISIBLE_DEVICES" not in environment
     assert where(monkeypatch, 0, [], 2)[0][2:] == ["--num_accelerators", "2"]
+
+
+# A rank that only says where it is, in a file of its own: two at once would write into each other's lines.
+PLACE = """
+import os, pathlib
+place = " ".join(os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "WORLD_SIZE"))
+pathlib.Path(__file__).with_name("place-" + os.environ["RANK"]).write_text(place)
+"""
+# DeepSpeed's launcher on a machine that seems to have four GPUs.
+FOUR_GPUS = """
+import sys
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.launcher import runner
+CPU_Accelerator.device_count = lambda self: 4
+runner.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("group", "places"), [("3", ["3 0 1"]), ("1,3", ["1,3 0 2", "1,3 1 2"])])
+def test_deepspeed_takes_them_at_their_word(monkeypatch, tmp_path, group, places):
+    (tmp_path / "place.py").write_text(PLACE)
+    monkeypatch.setattr(launcher, "RANK_MODULE", "place")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    environment = worker_environment(0, [group])
+    command = launcher_command(Path("run.yaml"), len(places), 12345, environment)
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_GPUS, *command[3:]], capture_output=True, text=True, timeout=120,
+        env={**launcher_environment(environment), "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [path.read_text() for path in sorted(tmp_path.glob("place-*"))] == places
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
@@ -202,133 +212,3 @@ def test_what_ranks_say_last_is_the_reason():
         ": a.b.OddError: one"
     )
     assert failure_text("nothing\n") == ""
-
-
-# -- for real ----------------------------------------------------------------------------------------------------------
-
-
-def numbers(row: dict) -> dict:
-    """What training has made of a run, without what a clock or the allocator says."""
-    return {key: item for key, item in row.items() if "seconds" not in key and not key.startswith("perf/")}
-
-
-@pytest.mark.multiprocess
-def test_launcher_and_worker_give_the_same_numbers(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(REPOSITORY)
-    argv = ["ab", str(write_plan(tmp_path)), "--devices", "cpu", "--output"]
-    assert main([*argv, str(tmp_path / "launched")]) == 0, capsys.readouterr()
-    assert main([*argv, str(tmp_path / "inside"), "--in_process"]) == 0, capsys.readouterr()
-    launched, inside = (ResultStore(tmp_path / name / "tiny").rows for name in ("launched", "inside"))
-    assert [row["arm"] for row in launched] == ["task", "flat"]
-    for one, other in zip(launched, inside, strict=True):
-        assert numbers(one) == numbers(other) and one.keys() == other.keys()
-        assert one["status"] == "finished" and len(one["curves"]["loss/task"][0]) == 2
-        for row in (one, other):
-            assert row["train_cpu_seconds"] > 0 and 0 < row["train_wall_seconds"] < row["wall_seconds"]
-            assert row["perf/peak_memory_bytes"] > 2**20
-        # The launcher's start is in the seconds of the job, not in those of training.
-        assert one["train_cpu_seconds"] < 3 * other["train_cpu_seconds"] + 3
-    assert launched[1]["parameters/aligner"] > 0 == launched[0]["parameters/aligner"]
-    assert not list((tmp_path / "launched" / "tiny" / "runs").iterdir())
-
-
-@pytest.mark.multiprocess
-def test_a_run_on_two_ranks(tmp_path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    path = write_plan(tmp_path, config="zero3_cpu", arms="task: {alignment_mode: flat, kv_weight: 1.0}")
-    argv = ["ab", str(path), "--output", str(tmp_path), "--devices", "cpu", "--ranks", "2", "--keep", "all"]
-    runs = tmp_path / "tiny" / "runs"
-    assert main(argv) == 0, (runs / "report-task-seed3.log").read_text()[-2000:]
-    [row] = ResultStore(tmp_path / "tiny").rows
-    assert row["status"] == "finished" and row["final/cross_entropy"] > 0 and row["parameters/aligner"] > 0
-    assert row["train_cpu_seconds"] > 0
-    shards = (runs / "report-task-seed3" / "checkpoints" / "step-000002").glob("*_optim_states.pt")
-    assert len(list(shards)) == 2
-
-
-class Running:
-    """``kvds ab`` with one run of many steps, in a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        path = write_plan(folder, steps=100_000, arms="task: {alignment_mode: none}")
-        command = [sys.executable, "-m", "kvds.cli", "ab", str(path), "--output", str(folder), "--devices", "cpu"]
-        self.process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-        self.folder = folder / "tiny"
-        self.seen: dict[int, psutil.Process] = {}
-
-    def find(self, *words: str) -> psutil.Process:
-        """Wait for the process below it whose command has all ``words``; remembers all that it saw."""
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                self.seen[child.pid] = child
-                with contextlib.suppress(psutil.Error):
-                    if all(word in child.cmdline() for word in words):
-                        return child
-            time.sleep(0.1)
-        raise AssertionError(f"no process {words}")
-
-    def train(self) -> psutil.Process:
-        """Wait until steps are logged, and return the rank."""
-        rank = self.find("kvds.commands.ab_rank", "--local_rank=0", "-u", "--config")
-        while not list(self.folder.glob("runs/*/metrics.jsonl")):
-            assert self.process.poll() is None and rank.is_running()
-            time.sleep(0.1)
-        return self.find("kvds.commands.ab_rank", "--local_rank=0", "--config", "-m")
-
-    def end(self, seconds: float) -> tuple[int, str]:
-        """Exit status and error output; nothing that it started is left after so many seconds."""
-        _, error = self.process.communicate(timeout=seconds)
-        _, alive = psutil.wait_procs(list(self.seen.values()), timeout=seconds)
-        assert [process for process in alive if process.status() != "zombie"] == []
-        return self.process.returncode, error
-
-
-@pytest.fixture
-def running(tmp_path):
-    found = Running(tmp_path)
-    yield found
-    for process in (*found.seen.values(), found.process):
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            process.kill()
-    found.process.wait()
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("moment", "number", "status"),
-    [
-        ("launch", signal.SIGINT, 130),
-        ("train", signal.SIGTERM, 143),
-        ("train", signal.SIGKILL, -9),
-    ],
-)
-def test_nothing_outlives_an_experiment_that_is_stopped(running, moment, number, status):
-    if moment == "launch":
-        running.find("deepspeed.launcher.runner")
-    else:
-        running.train()
-        assert len(running.seen) == 4  # worker, both launchers, rank
-    running.process.send_signal(number)
-    code, error = running.end(20)
-    assert code == status and "Traceback" not in error
-    assert number == signal.SIGKILL or "what has finished is kept" in error
-    assert ResultStore(running.folder).rows == []
-
-
-@pytest.mark.multiprocess
-def test_a_run_that_is_asked_to_stop_is_left_for_the_next_time(running):
-    running.train().send_signal(signal.SIGUSR1)
-    code, error = running.end(60)
-    assert code == 1 and "stopped early" in error and ResultStore(running.folder).rows == []
-
-
-@pytest.mark.multiprocess
-def test_a_launcher_that_is_killed_is_a_failed_run_and_takes_its_ranks_along(running):
-    running.train()
-    running.find("deepspeed.launcher.runner").kill()
-    code, error = running.end(60)
-    [row] = ResultStore(running.folder).rows
-    log = running.folder / "runs" / "report-task-seed3.log"
-    assert code == 1 and row["status"] == "failed" and log.is_file()
-    assert row["error"].startswith(f"RunError: the launcher ended with status -9 (see {log})") and row["error"] in error
