@@ -60,7 +60,7 @@ run_stage() {
       timeout 540 python benchmarks/bench_scaling.py --data_dir "$data" --gpus $counts --minutes 7 --output_dir "$to" ;;
     gsm8k_large)
       timeout 540 python -m kvds.cli ab launch/recipes/experiments/gsm8k_large.yaml --set data_dir="$data" \
-        --devices "$(seq -s, 0 $((gpus - 1)))" --workers $((2 * gpus)) --max_minutes 8 --output "$to/ab" ;;
+        --devices "$(seq -s, 0 $((gpus - 1)))" --workers $((2 * gpus)) --in_process --max_minutes 8 --output "$to/ab" ;;
   esac
 }
 

@@ -6,9 +6,12 @@ import argparse
 import difflib
 import importlib
 import logging
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from kvds.errors import InputError, RunError
 
@@ -56,8 +59,33 @@ def _run(module_name: str, name: str, flags: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 where it could not be done, 2 where the input is at fault."""
-    flags = list(sys.argv[1:] if argv is None else argv)
+    """Run one command and return the exit status: 0, 1 where it could not be done, 2 where the input is at fault, 141
+    where nobody reads what it prints any more (``kvds … | head``).
+    """
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where it can be told what became of it, and not at the interpreter's end
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+        if not unread:  # another pipe: no business of the shell's
+            raise
+        for stream in unread:  # what is left in its buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)
+    except OSError:  # text that is kept in memory
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(flags: list[str]) -> int:
     if not flags or flags[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if flags else 2

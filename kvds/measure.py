@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import torch
@@ -58,6 +59,15 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, psutil.Process().memory_info().rss
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak of :func:`memory_bytes` begin anew, for a process that trains one run after the other."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux alone has it
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 class IntervalMeter:

@@ -19,7 +19,8 @@ from typing import Any
 EXIT_CODE = 85
 PREEMPTED_FILE = "preempted"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed")
+# A worker of `kvds ab` is nobody's launcher but stands above one, and may be killed as well.
+_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed", "kvds.commands.ab_worker")
 
 
 class Preempted(Exception):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 import socket
 from collections.abc import MutableMapping
 
@@ -31,6 +33,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def quiet_port() -> int:
+    """The same, drawn at random below the ports that Linux hands out: it is likely to be free some seconds later, too,
+    and a process that was killed has hardly left anything under its number.
+    """
+    for _ in range(100):
+        port = _FIRST_PORT + secrets.randbelow(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    return free_port()
 
 
 def adopt_slurm_ranks(environment: MutableMapping[str, str] | None = None) -> None:

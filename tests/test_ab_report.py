@@ -1,19 +1,23 @@
 """The report of an experiment: numbers from rows to tables, verdict, curves; and the plans that are shipped."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from kvds.experiment.ab_figures import aligned_curves
 from kvds.experiment.ab_report import (
     by_arm,
     chosen_table,
     compare_arms,
+    compare_with_baseline,
     comparison_table,
     summary_table,
     verdict,
+    write_ab_report,
 )
 from kvds.experiment.plan import load_plan
 from kvds.experiment.report import RunRecord
@@ -54,6 +58,69 @@ def test_tables_and_verdict_say_what_the_numbers_say(plan):
     assert "b is better than a (+40.0 [" in text and "c against a: no effect shown (+0.0 [" in text
     assert "| a | 4 | 15.0 ± 5.8 |" in summary_table(plan, arms)
     assert "| b − a | 4 | +40.0 |" in comparison_table(plan, comparisons)
+
+
+def test_no_effect_after_correction_says_what_there_was_before_it(plan):
+    # Differences of b in points: 1, 3, 4, 2: t = 2.5 / (1.291 / 2) = 3.873 with 3 degrees of freedom, p = 0.0305.
+    arms = by_arm(plan, rows(a=[0.0] * 4, b=[0.01, 0.03, 0.04, 0.02], c=[0.0, 0.01, -0.01, 0.0]))
+    b, c = compare_arms(plan, arms)
+    text = verdict(plan, [b, c])
+    assert "(+2.5 [+0.4, +4.6], Holm p = 0.061, 4 pairs, though p = 0.03 without the correction)" in text
+    assert text.count("no effect shown") == 2 and text.endswith("(+0.0 [-1.3, +1.3], Holm p = 1, 4 pairs).")
+    assert "b is better than a (+2.5 [+0.4, +4.6], Holm p < 1e-6, 4 pairs)." in verdict(plan, [replace(b, p_holm=1e-9)])
+
+
+def test_every_arm_meets_the_baseline_and_looking_further_costs_the_further_looks(tmp_path):
+    others = "c: {lr: 2.0, versus: [b]}, d: {lr: 3.0, versus: [b]}"
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("c: {lr: 2.0}", others))
+    plan = load_plan(tmp_path / "plan.yaml")
+    arms = by_arm(plan, rows(a=[0.1, 0.2, 0.1, 0.2], b=[0.5, 0.61, 0.5, 0.59], c=[0.52, 0.6, 0.57, 0.7], d=[0.2] * 4))
+    planned = compare_arms(plan, arms)
+    further = compare_with_baseline(plan, arms, planned)
+    assert [(c.arm, c.reference) for c in planned] == [("b", "a"), ("c", "b"), ("d", "b")]
+    assert [(c.arm, c.reference) for c in further] == [("c", "a"), ("d", "a")]
+    p = {(c.arm, c.reference): c.paired.p_t for c in (*planned, *further)}
+    for c in (*planned, *further):
+        expected = stats.ttest_rel([arms[c.arm][s]["auc/exact_match"] for s in range(4)],
+                                   [arms[c.reference][s]["auc/exact_match"] for s in range(4)])  # fmt: skip
+        assert c.paired.p_t == pytest.approx(expected.pvalue)
+        assert (c.paired.t_low, c.paired.t_high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    # Of five the smallest counts five times, and so on, never below the one before.
+    order = sorted(p.values())
+    for c in further:
+        steps = [(5 - k) * order[k] for k in range(order.index(c.paired.p_t) + 1)]
+        assert c.p_holm == pytest.approx(min(1.0, max(steps)))
+    assert [c.p_holm for c in planned] == [c.p_holm for c in compare_arms(plan, arms)]
+    write_ab_report(plan, [row for seeds in arms.values() for row in seeds.values()], [], tmp_path)
+    before, after = (tmp_path / "report.md").read_text().split("Not among the plan's comparisons: ")
+    assert "| b − a | 4 |" in before and "| c − a | 4 |" in after and "| c − a |" not in before
+
+
+def test_a_run_whose_metric_is_not_finite_is_named(plan, tmp_path):
+    found = rows(a=[0.1, 0.2, 0.1, 0.2], b=[0.5, 0.61, math.nan, 0.59], c=[0.1] * 4)
+    write_ab_report(plan, found, [], tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "No finite AUC of exact match %, in no mean, difference or test: b seed 2." in text
+    assert "| b − a | 3 |" in text
+    assert "Not among the plan's comparisons" not in text
+
+
+def test_the_summary_has_every_number_of_a_run(plan):
+    found = rows(a=[0.1, 0.3])
+    for row, factor in zip(found, (1, 3), strict=True):
+        row |= {
+            "final/cross_entropy": 0.5 * factor, "final/kv_loss": 0.01 * factor, "final/exact_match": 0.25 * factor,
+            "stability": 0.1 * factor, "parameters/student": 1000, "parameters/aligner": 10, "wall_seconds": 99.0,
+            "train_wall_seconds": 10.0 * factor, "train_cpu_seconds": 5.0 * factor,
+            "perf/peak_memory_bytes": 2**20 * factor,
+        }  # fmt: skip
+    header, _, line = (line.split(" | ") for line in summary_table(plan, by_arm(plan, found)).splitlines())
+    assert dict(zip(header[2:], (cell.removesuffix(" |") for cell in line[2:]), strict=True)) == {
+        "AUC of exact match %": "20.0 ± 14.1", "final exact match %": "50.0 ± 35.4", "final dev CE": "1.0000 ± 0.7071",
+        "KV loss (held-out)": "0.0200 ± 0.0141", "stability (unsteadiness)": "0.2000 ± 0.1414",
+        "student parameters": "1,000", "map parameters": "10", "CPU s": "10 ± 7", "wall s": "20 ± 14",
+        "peak memory MiB |": "2 ± 1",
+    }  # fmt: skip
 
 
 def test_lower_may_be_better_and_one_pair_says_nothing(plan, tmp_path):

@@ -1,10 +1,14 @@
-"""Running an experiment: dealing out jobs, results that survive, failures, the time limit, a real tiny experiment."""
+"""Running an experiment: dealing out jobs, results that survive, failures, the time limit, a real tiny experiment
+inside a worker.
+"""
 
 import csv
 import json
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from matplotlib.image import imread
 from mlflow import MlflowClient
@@ -13,14 +17,15 @@ from kvds.cli import main
 from kvds.errors import InputError
 from kvds.experiment.ab import Experiment, Runner, choose
 from kvds.experiment.ab_tracking import track_experiment
-from kvds.experiment.plan import load_plan, load_tuned
+from kvds.experiment.plan import load_plan, load_tuned, save_tuned
 from kvds.experiment.results import ResultStore
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# A worker that trains nothing: its score is the learning rate plus the seed; lr 66 fails, lr 77 dies, lr 88 sleeps.
+# A worker that trains nothing: its score is the learning rate plus the seed; lr 66 fails, lr 77 dies, lr 88 starts
+# something and sleeps, lr 99 says that it was asked to stop.
 FAKE_WORKER = """
-import json, pathlib, sys, time
+import json, pathlib, subprocess, sys, time
 for line in sys.stdin:
     job = json.loads(line)
     settings = job["settings"]
@@ -31,7 +36,8 @@ for line in sys.stdin:
     (folder / "checkpoints").mkdir()
     lr = settings["lr"]
     if lr == 77: sys.exit(9)
-    if lr == 88: time.sleep(60)
+    if lr == 99: sys.exit(85)
+    if lr == 88: (folder / "child").write_text(str(subprocess.Popen(["sleep", "60"]).pid)); time.sleep(60)
     answer = {"status": "failed", "error": "InputError: no"} if lr == 66 else {
         "status": "finished", "auc/x": lr + settings["seed"], "student": settings.get("student_name")}
     print(json.dumps(answer), flush=True)
@@ -66,6 +72,15 @@ def runner(folder: Path, **options) -> Runner:
     return Runner(folder / "logs", module="fake_worker", **options)
 
 
+def lives(pid: int) -> bool:
+    """Whether a process that was killed is not yet gone; a moment is given to it."""
+    for _ in range(50):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie":
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def test_finished_runs_are_never_run_twice_and_failed_ones_are(fake):
     e = experiment(fake)
     with runner(fake, workers=2) as r:
@@ -93,6 +108,21 @@ def test_finished_runs_are_never_run_twice_and_failed_ones_are(fake):
     with runner(fake) as r:
         assert r.run([(again, job) for job in again.plan.tuning_jobs()], "tune")
     assert [json.loads(line)["variant"] for line in e.store.path.read_text().splitlines()[7:]] == [1]
+
+
+def test_a_list_of_what_is_to_be_done_knows_what_tuning_chose(fake, capsys):
+    e = experiment(fake)
+    argv = ["ab", str(fake / "plan.yaml"), "--output", str(e.folder.parent), "--dry_run"]
+    assert main(argv) == 2 and "no tuned value" in capsys.readouterr().err
+    assert main([*argv, "--tune"]) == 0 and "11 of 11 runs" in capsys.readouterr().out
+    chosen = {"a": {"lr": 1.0}, "b": {"lr": 2.0}}
+    save_tuned(e.folder / "tuned.yaml", chosen, "chosen")
+    with runner(fake) as r:
+        r.run([(e, e.plan.report_jobs(chosen)[0])], "train")
+    assert main([*argv, "--tune"]) == 0
+    out = capsys.readouterr().out
+    assert "done   plan/report-a-seed0\n" in out and "10 of 11 runs" in out
+    assert main(argv) == 0 and "4 of 5 runs" in capsys.readouterr().out
 
 
 def test_changed_settings_make_another_run(fake):
@@ -126,6 +156,32 @@ def test_the_time_limit_keeps_what_has_finished(fake):
         assert not r.run([(e, job) for job in jobs], "train")
     assert time.monotonic() - begun < 20
     assert {(row["arm"], row["seed"]) for row in e.store.rows} == {("a", 0), ("a", 1)} or len(e.store.rows) == 1
+    for file in e.folder.rglob("child"):  # what a worker has started ends with it
+        assert not lives(int(file.read_text()))
+
+
+def test_a_run_that_was_asked_to_stop_is_neither_finished_nor_failed(fake):
+    e = experiment(fake)
+    jobs = e.plan.report_jobs({"a": {"lr": 99}, "b": {"lr": 2.0}})
+    with runner(fake) as r:
+        assert not r.run([(e, job) for job in jobs], "train")
+    assert [(row["arm"], row["seed"], row["status"]) for row in e.store.rows] == [
+        ("b", 0, "finished"), ("b", 1, "finished"),
+    ]  # fmt: skip
+
+
+def test_leaving_ends_what_is_running_and_records_nothing_of_it(fake):
+    e = experiment(fake)
+    jobs = e.plan.report_jobs({"a": {"lr": 88}, "b": {"lr": 88}})
+    with pytest.raises(KeyboardInterrupt), runner(fake, workers=2) as r:
+        threading.Thread(target=r.run, args=([(e, job) for job in jobs], "train"), daemon=True).start()
+        deadline = time.monotonic() + 30
+        while len(children := [file for file in e.folder.rglob("child") if file.read_text()]) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    assert e.store.rows == []
+    assert not any(lives(int(file.read_text())) for file in children)
 
 
 @pytest.mark.parametrize("keep", ["metrics", "student", "all"])
@@ -168,7 +224,7 @@ arms:
 """
     )
     output = tmp_path / "out"
-    argv = ["ab", str(tmp_path / "tiny.yaml"), "--output", str(output), "--devices", "cpu"]
+    argv = ["ab", str(tmp_path / "tiny.yaml"), "--output", str(output), "--devices", "cpu", "--in_process"]
     assert main([*argv, "--dry_run"]) == 0
     assert "4 of 4 runs are still to be done" in capsys.readouterr().out
     assert main(argv) == 0, (output / "logs" / "worker-0.log").read_text()[-2000:]
@@ -201,27 +257,3 @@ arms:
     capsys.readouterr()
     assert main(argv) == 0 and (output / "tiny" / "runs.jsonl").read_text() == before
     assert main([*argv, "--dry_run"]) == 0 and "0 of 4 runs" in capsys.readouterr().out
-
-
-@pytest.mark.multiprocess
-def test_a_run_on_two_ranks_through_the_launcher(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(REPOSITORY)
-    (tmp_path / "ranks.yaml").write_text(
-        f"""
-base: {REPOSITORY}/launch/recipes/quickstart.yaml
-settings: {{batch_size: 2, max_steps: 2, logging_steps: 1, eval_subset_size: 4, max_new_tokens: 2,
-           synthetic_problems: 8, calibration_batches: 1}}
-primary: final/cross_entropy
-seeds: [3]
-baseline: flat
-arms: {{flat: {{alignment_mode: flat, kv_weight: 1.0}}}}
-"""
-    )
-    argv = ["ab", str(tmp_path / "ranks.yaml"), "--output", str(tmp_path), "--devices", "cpu", "--ranks", "2"]
-    assert main([*argv, "--keep", "all"]) == 0, (tmp_path / "logs" / "worker-0.log").read_text()[-2000:]
-    [row] = ResultStore(tmp_path / "ranks").rows
-    assert row["status"] == "finished" and row["final/cross_entropy"] > 0 and row["parameters/aligner"] > 0
-    shards = (tmp_path / "ranks" / "runs" / "report-flat-seed3" / "checkpoints" / "step-000002").glob(
-        "*_optim_states.pt"
-    )
-    assert len(list(shards)) == 2

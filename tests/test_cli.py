@@ -1,6 +1,7 @@
 """``kvds``: commands do what their files say, faults of the user are one line and exit status 2, imports are lazy."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import kvds.checkpoint
+import kvds.cli
 from kvds.align import aligner_config_dict, build_aligner
 from kvds.checkpoint import save_aligner
 from kvds.cli import COMMANDS, main
@@ -106,6 +108,49 @@ def test_as_a_module_and_without_heavy_imports(tmp_path):
     assert done.stdout == "2 []\n", done.stderr
     done = subprocess.run([sys.executable, "-m", "kvds.cli", "evl"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and "did you mean eval?" in done.stderr
+
+
+PLAN = "settings: {model_name: gpt2}\nprimary: auc/x\nseeds: 0-999\nbaseline: a\narms: {a: {}, b: {lr: 1.0}}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        (["--help"], 141),
+        (["--version"], 141),
+        (["report", "--help"], 0),  # argparse has swallowed it
+        (["ab", "plan.yaml", "--dry_run"], 141),
+    ],
+)
+@pytest.mark.parametrize("both", [False, True])
+def test_a_reader_that_has_gone_is_no_error(tmp_path, argv, status, both):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvds.cli", *argv], stdout=writing, stderr=writing if both else subprocess.PIPE,
+        cwd=tmp_path, text=True,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == status and not done.stderr
+
+
+def test_a_reader_that_leaves_midway_is_no_error(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    command = [sys.executable, "-m", "kvds.cli", "ab", "plan.yaml", "--dry_run"]  # more than a pipe takes in
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, text=True)
+    assert process.stdout.readline() == "to do  plan/report-a-seed0\n"
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_told(monkeypatch):
+    def broken(*_: object) -> int:
+        raise BrokenPipeError("a socket")
+
+    monkeypatch.setattr(kvds.cli, "_run", broken)
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        main(["report"])
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------

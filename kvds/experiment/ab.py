@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
 import shutil
 import sys
@@ -21,9 +22,10 @@ from typing import Any
 from tqdm import tqdm
 
 from kvds.errors import InputError
+from kvds.experiment.launcher import chosen_gpus, run_log
 from kvds.experiment.plan import PREPARED, Job, Plan, load_tuned, references, save_tuned
 from kvds.experiment.results import FAILED, FINISHED, ResultStore, Row, identity, key_of, value
-from kvds.experiment.workers import WORKER_MODULE, Worker, worker_environment
+from kvds.experiment.workers import WORKER_MODULE, Worker, device_groups, worker_environment
 from kvds.tracking import git_revision
 
 log = logging.getLogger("kvds")
@@ -79,35 +81,49 @@ Work = tuple[Experiment, Job]
 
 
 class Runner:
-    """Trains jobs in worker processes that live until :meth:`close`.
+    """Trains jobs in worker processes that live until it is left; what they are at then is left undone.
 
     Args:
         logs: Folder of the workers' logs.
         workers: Processes at a time.
-        devices: See :func:`kvds.experiment.workers.worker_environment`.
-        ranks: Ranks of one run: 1 trains inside the worker, more start the ``deepspeed`` launcher per run.
+        devices: See :func:`kvds.experiment.workers.device_groups`.
+        ranks: Ranks of one run, started by the ``deepspeed`` launcher.
+        in_process: Train inside the workers instead, which saves the launcher's start; ``ranks`` is 1.
         keep: What stays of a finished run's folder: ``metrics`` (nothing but its row), ``student``, or ``all``.
         deadline: ``time.monotonic()`` at which workers are stopped; None: never.
         module: What workers run.
+
+    Raises:
+        InputError: ``devices``, or the environment, that do not fit ``ranks``.
     """
 
     def __init__(
-        self, logs: Path, *, workers: int = 1, devices: Sequence[str] = (), ranks: int = 1, keep: str = "metrics",
-        deadline: float | None = None, module: str = WORKER_MODULE,
+        self, logs: Path, *, workers: int = 1, devices: Sequence[str] = (), ranks: int = 1, in_process: bool = False,
+        keep: str = "metrics", deadline: float | None = None, module: str = WORKER_MODULE,
     ) -> None:  # fmt: skip
-        self._logs, self._count, self._devices, self._ranks, self._keep = logs, workers, devices, ranks, keep
-        self._deadline, self._module = deadline, module
+        self._logs, self._count, self._keep, self._deadline, self._module = logs, workers, keep, deadline, module
+        self._how = {"ranks": ranks, "in_process": in_process}
+        self._groups = device_groups(devices, ranks, in_process=in_process)
+        if not devices and not in_process:
+            chosen_gpus(os.environ, ranks)
         self._workers: dict[int, Worker] = {}
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._stopping = False
         self._revision = git_revision()
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers.values():
+        with self._lock:
+            self._stopping = True
+            workers = list(self._workers.values())
+        for worker in workers:
             worker.stop()
-        self._workers.clear()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
     def run(self, work: Sequence[Work], title: str) -> bool:
         """Train what has no finished result yet, in order; a failure is recorded and does not stop the rest.
@@ -121,35 +137,41 @@ class Runner:
             todo.put(item)
         bar = tqdm(total=len(work), initial=len(work) - len(waiting), desc=title, unit="run", mininterval=0)
         ended: list[Job] = []
-        threads = [
+        self._threads = [
             threading.Thread(target=self._serve, args=(number, todo, bar, ended), daemon=True)
             for number in range(min(self._count, len(waiting)))
         ]
         with bar:
-            for thread in threads:
+            for thread in self._threads:
                 thread.start()
-            for thread in threads:
+            for thread in self._threads:
                 thread.join()
         return len(ended) == len(waiting)
 
     def _serve(self, number: int, todo: queue.SimpleQueue[Work], bar: tqdm, ended: list[Job]) -> None:
-        """Feed one worker until nothing is left or the time is up; a process with a failed run is replaced."""
+        """Feed one worker until nothing is left or the time is up; a process whose run has not finished is replaced."""
         while self._deadline is None or time.monotonic() < self._deadline:
             try:
                 experiment, job = todo.get_nowait()
             except queue.Empty:
                 return
-            worker = self._workers.get(number)
-            if worker is None:
-                environment = worker_environment(number, self._devices)
-                worker = Worker(self._logs / f"worker-{number}.log", environment, self._module)
-                self._workers[number] = worker
+            with self._lock:
+                if self._stopping:
+                    return
+                if number not in self._workers:
+                    environment = worker_environment(number, self._groups)
+                    log_path = self._logs / f"worker-{number}.log"
+                    self._workers[number] = Worker(log_path, environment, self._module)
+                worker = self._workers[number]
             row = self._train(worker, experiment, job)
-            if row is None or row["status"] == FAILED:  # what is left of a run must not reach the next
-                worker.stop()
-                del self._workers[number]
+            if row is None or row["status"] == FAILED:
+                with self._lock:
+                    if self._stopping:  # killed, whatever its status says
+                        return
+                    del self._workers[number]
+                worker.stop()  # what is left of a run must not reach the next
             if row is None:
-                return
+                continue
             with self._lock:
                 experiment.store.append(row)
                 ended.append(job)
@@ -167,7 +189,7 @@ class Runner:
             "output_dir": str(folder), "resume": "never", "report_to": "none", "save_steps": 0,
         }  # fmt: skip
         begun = time.perf_counter()
-        answer = worker.ask({"settings": settings, "ranks": self._ranks}, self._deadline)
+        answer = worker.ask({"settings": settings, **self._how}, self._deadline)
         if answer is None:
             return None
         row = identity(job) | {"wall_seconds": time.perf_counter() - begun} | answer
@@ -177,6 +199,8 @@ class Runner:
                 shutil.rmtree(target, ignore_errors=True)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(folder / "student", target)
+            if self._keep != "all":
+                run_log(folder).unlink(missing_ok=True)
             if self._keep == "metrics":
                 shutil.rmtree(folder)
             elif self._keep == "student":

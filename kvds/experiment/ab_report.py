@@ -28,13 +28,14 @@ _COLUMNS: dict[str, tuple[str, float, str]] = {
     "final/exact_match": ("final exact match %", 100, ".1f"),
     "final/cross_entropy": ("final dev CE", 1, ".4f"),
     "final/kv_loss": ("KV loss (held-out)", 1, ".4f"),
-    "stability": ("unsteadiness", 1, ".4f"),
+    "stability": ("stability (unsteadiness)", 1, ".4f"),
     "last/kv/norm_ratio": ("KV norm ratio", 1, ".2f"),
     "last/kv/effective_rank_keys": ("rank K", 1, ".1f"),
     "last/kv/effective_rank_values": ("rank V", 1, ".1f"),
+    "parameters/student": ("student parameters", 1, ",.0f"),
     "parameters/aligner": ("map parameters", 1, ",.0f"),
     "train_cpu_seconds": ("CPU s", 1, ".0f"),
-    "wall_seconds": ("wall s", 1, ".0f"),
+    "train_wall_seconds": ("wall s", 1, ".0f"),
     "perf/tokens_per_second": ("real tokens/s", 1, ",.0f"),
     "perf/peak_memory_bytes": ("peak memory MiB", 2**-20, ",.0f"),
 }
@@ -61,8 +62,31 @@ def by_arm(plan: Plan, rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 def compare_arms(plan: Plan, arms: dict[str, dict[int, Row]]) -> list[Comparison]:
     """The plan's family of comparisons by its primary metric, over the seeds that both arms of a pair have."""
     pairs = [(arm, reference) for arm, reference in plan.pairs if arm in arms and reference in arms]
+    return _corrected(pairs, _compare(plan, arms, pairs))
+
+
+def compare_with_baseline(
+    plan: Plan, arms: dict[str, dict[int, Row]], planned: Sequence[Comparison]
+) -> list[Comparison]:
+    """Each arm that the plan compares with others than its baseline against the baseline all the same.
+
+    What was planned keeps its p-values; these are corrected for both families together, so that looking further costs
+    the further looks.
+    """
+    known = [(c.arm, c.reference) for c in planned]
+    pairs = [(arm, plan.baseline) for arm in arms if arm != plan.baseline and (arm, plan.baseline) not in known]
+    if plan.baseline not in arms:
+        return []
+    everything = _corrected([*known, *pairs], [*(c.paired for c in planned), *_compare(plan, arms, pairs)])
+    return everything[len(known) :]
+
+
+def _compare(plan: Plan, arms: dict[str, dict[int, Row]], pairs: Sequence[tuple[str, str]]) -> list[PairedComparison]:
     results = {arm: {seed: value(row, plan.primary) for seed, row in seeds.items()} for arm, seeds in arms.items()}
-    paired = [compare_paired(results[arm], results[reference]) for arm, reference in pairs]
+    return [compare_paired(results[arm], results[reference]) for arm, reference in pairs]
+
+
+def _corrected(pairs: Sequence[tuple[str, str]], paired: Sequence[PairedComparison]) -> list[Comparison]:
     corrected = holm([comparison.p_t for comparison in paired])
     return [Comparison(*pair, p, c) for pair, p, c in zip(pairs, paired, corrected, strict=True)]
 
@@ -77,9 +101,10 @@ def verdict(plan: Plan, comparisons: Sequence[Comparison]) -> str:
             sentences.append(f"{c.arm} against {c.reference}: too few pairs ({p.seeds}) to say anything.")
             continue
         size = f"{factor * p.difference:+{form}} [{factor * p.t_low:+{form}}, {factor * p.t_high:+{form}}]"
-        evidence = f"{size}, Holm p = {_p(c.p_holm)}, {p.seeds} pairs"
+        evidence = f"{size}, Holm {_p_of(c.p_holm)}, {p.seeds} pairs"
         if c.p_holm >= SIGNIFICANCE:
-            sentences.append(f"{c.arm} against {c.reference}: no effect shown ({evidence}).")
+            alone = f", though {_p_of(p.p_t)} without the correction" if p.p_t < SIGNIFICANCE else ""
+            sentences.append(f"{c.arm} against {c.reference}: no effect shown ({evidence}{alone}).")
         else:
             good = (p.difference > 0) == plan.higher_is_better
             sentences.append(f"{c.arm} is {'better' if good else 'worse'} than {c.reference} ({evidence}).")
@@ -93,6 +118,11 @@ def _shape(column: str) -> tuple[str, float, str]:
 
 def _p(p: float) -> str:
     return MISSING if math.isnan(p) else "< 1e-6" if p < 1e-6 else f"{p:.2g}"
+
+
+def _p_of(p: float) -> str:
+    text = _p(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -111,7 +141,8 @@ def summary_table(plan: Plan, arms: dict[str, dict[int, Row]]) -> str:
         for column in columns:
             _, factor, form = _shape(column)
             mean, deviation = mean_and_deviation([factor * value(row, column) for row in seeds.values()])
-            spread = f" ± {deviation:{form}}" if math.isfinite(deviation) and column != "parameters/aligner" else ""
+            exact = column.startswith("parameters/") and deviation == 0
+            spread = f" ± {deviation:{form}}" if math.isfinite(deviation) and not exact else ""
             cells.append(f"{mean:{form}}{spread}" if math.isfinite(mean) else MISSING)
         lines.append(cells)
     return _table(["arm", "seeds", *(_shape(column)[0] for column in columns)], lines)
@@ -174,11 +205,20 @@ def write_ab_report(plan: Plan, rows: Sequence[Row], failed: Sequence[Row], fold
     counts = {arm.name: (len(arms.get(arm.name, {})), len(arm.seeds or plan.seeds)) for arm in plan.arms.values()}
     missing = [f"{arm} ({found} of {expected})" for arm, (found, expected) in counts.items() if found < expected]
     notes = []
+    odd = [f"{row['arm']} seed {row['seed']}" for row in ordered if not math.isfinite(value(row, plan.primary))]
+    if odd:
+        notes.append(f"No finite {title}, in no mean, difference or test: {', '.join(odd)}.")
     if missing:
         notes.append("Seeds not finished: " + ", ".join(missing) + ".")
     if failed:
         told = [f"{row['arm']} seed {row['seed']} ({row['error']})" for row in failed]
         notes.append("Failed: " + "; ".join(told) + ".")
+    further = compare_with_baseline(plan, arms, comparisons)
+    beside = [
+        f"Not among the plan's comparisons: the other arms against the baseline, {plan.baseline}. Holm's correction is "
+        "over both tables together.",
+        comparison_table(plan, further),
+    ]
     revisions = sorted({str(row.get("git_revision")) for row in ordered})
     paths[0].write_text(
         "\n\n".join(
@@ -188,15 +228,19 @@ def write_ab_report(plan: Plan, rows: Sequence[Row], failed: Sequence[Row], fold
                 *notes,
                 f"Primary metric, fixed in the plan: {title} (`{plan.primary}`). Mean ± standard deviation over seeds:",
                 summary_table(plan, arms),
-                "Paired by seed; Holm's correction is over this table.",
+                "The plan's comparisons, paired by seed; Holm's correction is over this table.",
                 comparison_table(plan, comparisons),
+                *(beside if further else []),
                 f"![Primary metric per arm]({paths[3].name})",
                 f"![Learning curves]({paths[4].name})",
                 chosen_table(arms, plan.common),
-                "AUC: mean over the evaluations of a run. CE: nats per token of rationale and answer. Unsteadiness: "
-                "standard deviation of the change of the smoothed training loss. KV loss: standardised residual on "
-                "held-out rows, comparable only between arms that match the same thing. Seconds and tokens/s depend on "
-                f"what else the machine does. Revision: {', '.join(revisions)}.",
+                "AUC: mean over the evaluations of a run. CE: nats per token of rationale and answer; the final one is "
+                "the task loss on held-out rows. Unsteadiness: standard deviation of the change of the smoothed "
+                "training loss; 0 is the steadiest. KV loss: standardised residual on held-out rows, comparable only "
+                "between arms that match the same thing. Intervals are not corrected. Cohen's d: mean difference over "
+                "the standard deviation of the differences. Seconds: a run from its data to its last evaluation, "
+                "without imports and launcher; they and tokens/s depend on what else the machine does. Revision: "
+                f"{', '.join(revisions)}.",
             ]
         )
         + "\n",

@@ -1,4 +1,4 @@
-"""Worker processes: each imports torch and DeepSpeed once, then trains one job after the other."""
+"""Worker processes: each trains one job after the other, and leaves nothing running when it ends or is stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -14,32 +15,68 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvds.errors import InputError
+from kvds.experiment.launcher import check_devices
+from kvds.preemption import EXIT_CODE
+
 WORKER_MODULE = "kvds.commands.ab_worker"
 _STOP_SECONDS = 5.0
+# How a worker ends that was asked to stop: what it was doing is neither finished nor failed.
+_STOPPED = (EXIT_CODE, -signal.SIGTERM, -signal.SIGINT)
 
 
-def worker_environment(number: int, devices: Sequence[str]) -> dict[str, str]:
-    """Environment of worker ``number``: one thread, one of ``devices`` in turn, in no process group of the caller's.
+def device_groups(devices: Sequence[str], ranks: int, *, in_process: bool = False) -> list[str]:
+    """What each worker in turn gets to see: ``["0", "1", "2", "3"]`` on two ranks → ``["0,1", "2,3"]``.
+
+    Args:
+        devices: GPUs by number, ``"cpu"`` for none; without the launcher any value of CUDA_VISIBLE_DEVICES.
+        ranks: Of a run: a GPU each.
+        in_process: No launcher is used.
+
+    Raises:
+        InputError: a remainder, a GPU twice in a group, or a GPU that the launcher does not take.
+    """
+    text = "--devices " + ",".join(devices)
+    if not all(device.strip() for device in devices):
+        raise InputError(f"{text}: an empty name; expected such as 0,1 or cpu")
+    gpus = [device.strip() for device in devices if device.strip() != "cpu"]
+    if in_process or ranks == 1 or not gpus:
+        groups = [device.strip() for device in devices]
+    elif len(gpus) < len(devices) or len(gpus) % ranks:
+        raise InputError(f"{text} --ranks {ranks}: expected {ranks} GPUs, or a multiple of it (or cpu alone)")
+    else:
+        groups = [",".join(gpus[first : first + ranks]) for first in range(0, len(gpus), ranks)]
+    for group in groups:
+        if group != "cpu" and not in_process:
+            check_devices(group, ranks, "--devices")
+    return groups
+
+
+def worker_environment(number: int, groups: Sequence[str]) -> dict[str, str]:
+    """Environment of worker ``number``: one thread, one of ``groups`` in turn, in no process group of the caller's.
 
     Args:
         number: From 0.
-        devices: Values of CUDA_VISIBLE_DEVICES; ``"cpu"`` hides all GPUs; empty: as it is.
+        groups: Values of CUDA_VISIBLE_DEVICES; ``"cpu"`` hides all GPUs; empty: as it is.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    if devices:
-        device = devices[number % len(devices)]
-        environment["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
-        if device == "cpu":
+    if groups:
+        group = groups[number % len(groups)]
+        environment["CUDA_VISIBLE_DEVICES"] = "" if group == "cpu" else group
+        if group == "cpu":
             environment["DS_ACCELERATOR"] = "cpu"
     return environment
 
 
 class Worker:
     """A process that reads one job per line and answers each with one line.
+
+    It leads a process group: a terminal's Ctrl-C reaches it through its caller alone, and launchers and ranks that it
+    has started end with it.
 
     Args:
         log_path: What the process writes beside its answers is appended there.
@@ -52,8 +89,9 @@ class Worker:
         self._log = log_path.open("a", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=environment,
+            env=environment, process_group=0,
         )  # fmt: skip
+        self._ending = threading.Lock()
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -71,7 +109,8 @@ class Worker:
             deadline: ``time.monotonic()`` until which to wait; None: as long as it takes.
 
         Returns:
-            The answer; ``{"status": "failed", "error": …}`` where the process ended instead; None at the deadline.
+            The answer; ``{"status": "failed", "error": …}`` where the process ended instead; None at the deadline, or
+            where the process was asked to stop.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -82,16 +121,34 @@ class Worker:
         except queue.Empty:
             return None
         if line is None:
-            status = self._process.wait()
+            status = self._end()
+            if status in _STOPPED:
+                return None
             return {"status": "failed", "error": f"the worker ended with status {status} (see {self._log.name})"}
         return json.loads(line)
 
     def stop(self) -> None:
-        """End the process, gently first."""
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """End the process, gently first, and whatever it has started."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self._process.pid, signal.SIGTERM)
+                deadline = time.monotonic() + _STOP_SECONDS
+                while time.monotonic() < deadline and not self._has_ended(os.WNOHANG):
+                    time.sleep(0.02)
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._end()
         self._log.close()
+
+    def _has_ended(self, flags: int = 0) -> bool:
+        # Not reaped: as long as it is a zombie, no other group can have its number.
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | flags) is not None
+
+    def _end(self) -> int:
+        """Wait until the process has ended, kill what is left of its group, and return its exit status."""
+        with self._ending:
+            if self._process.returncode is None:
+                self._has_ended()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        return self._process.returncode
