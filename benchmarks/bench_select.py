@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from kvds.data.batches import Segment, TokenBatch
+from kvds.data.batches import TokenBatch
+from kvds.data.encoding import Segment
 from kvds.kv import observing_rows, row_draws, select_tokens
 from kvds.kv.select import METHODS
 from kvds.teacher import Teacher

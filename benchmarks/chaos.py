@@ -27,7 +27,7 @@ from tests.survival_runs import flags, make_models, records
 _DEATH = """
 import os, signal, threading, time
 from kvds.checkpoint_manifest import ChecksummedFile
-from kvds.data.batches import BatchLoader
+from kvds.data.loader import BatchLoader
 
 begun, steps = [], [time.monotonic()]
 

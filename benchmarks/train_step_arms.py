@@ -17,7 +17,8 @@ from benchmarks.train_step_ahead import InputTurns
 from benchmarks.train_step_workbench import Clock, Pair, build_model, held_bytes
 from kvds.align import build_aligner
 from kvds.align.layer_map import endpoint_map
-from kvds.data.batches import EncodedSample, TokenBatch
+from kvds.data.batches import TokenBatch
+from kvds.data.encoding import EncodedSample
 from kvds.data.packing import repacked, unpacked
 from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.kv import KVShape, select_tokens

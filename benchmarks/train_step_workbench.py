@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds.data.batches import BatchLoader, EncodedSample, TokenBatch, encode_examples
+from kvds.data.batches import TokenBatch
+from kvds.data.encoding import EncodedSample, encode_examples
+from kvds.data.loader import BatchLoader
 from kvds.data.reasoning import load_mixture
 from kvds.kv import selected_count
 

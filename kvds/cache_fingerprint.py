@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from kvds.config import RunConfig
-from kvds.data.batches import EncodedSample
+from kvds.data.encoding import EncodedSample
 from kvds.errors import InputError
 
 # What of a weight file is hashed: enough to tell two trainings apart without reading gigabytes.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kvds.align import AlignerGroup, KVAligner, members_of
 from kvds.align.diagnostics import effective_rank
-from kvds.data.batches import Segment, TokenBatch
+from kvds.data.batches import TokenBatch
+from kvds.data.encoding import Segment
 from kvds.data.packing import model_inputs
 from kvds.kv import Capture, Selection, States, open_capture, pool_steps, selected_shares
 from kvds.losses import Head, LabelledPositions, head_losses, spoil_gradient

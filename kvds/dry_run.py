@@ -26,7 +26,7 @@ from kvds.checkpoint_manifest import folder_faults
 from kvds.checkpoint_origin import fit_to_origin, read_origin
 from kvds.config import RunConfig
 from kvds.config_values import one_line
-from kvds.data.batches import BatchLoader
+from kvds.data.loader import BatchLoader
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
 from kvds.doctor.storage import existing_parent
 from kvds.errors import InputError

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from kvds.data.batches import EncodedSample, Segment, collate, encode_examples
+from kvds.data.batches import collate
+from kvds.data.encoding import EncodedSample, Segment, encode_examples
 from kvds.data.example import Example, answer_text, extract_answer
 from kvds.losses import LabelledPositions
 from kvds.models import backbone

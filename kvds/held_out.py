@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvds.data.batches import BatchLoader, TokenBatch
+from kvds.data.batches import TokenBatch
+from kvds.data.loader import BatchLoader
 from kvds.distillation import StepInput
 from kvds.engine import all_reduce_sum
 

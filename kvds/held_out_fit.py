@@ -14,7 +14,8 @@ from kvds.align import AlignerGroup, KVAligner
 from kvds.align.explained import ExplainedVariance
 from kvds.checkpoint import ALIGNER_FILE, ALIGNER_START_FILE, STUDENT_FOLDER, load_aligner
 from kvds.config import RunConfig, load_recipe
-from kvds.data.batches import BatchLoader, TokenBatch
+from kvds.data.batches import TokenBatch
+from kvds.data.loader import BatchLoader
 from kvds.errors import InputError
 from kvds.kv import Selection, common_steps, open_capture, pool_steps, select_tokens
 from kvds.models import backbone, load_config, load_model, load_tokenizer

@@ -10,8 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from kvds.config import RunConfig
-from kvds.data.batches import BatchLoader, EncodedCorpus, EncodedSample
+from kvds.data.encoding import EncodedCorpus, EncodedSample
 from kvds.data.example import Example
+from kvds.data.loader import BatchLoader
 from kvds.data.reasoning import Mixture, load_mixture
 from kvds.data.token_files import TokenFiles, default_folder, encode_once
 from kvds.errors import InputError

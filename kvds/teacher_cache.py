@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvds.cache_fingerprint import check_fingerprint
 from kvds.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_json, write_shard
-from kvds.data.batches import EncodedSample, TokenBatch, collate
+from kvds.data.batches import TokenBatch, collate
+from kvds.data.encoding import EncodedSample
 from kvds.errors import InputError
 from kvds.kv import KVStates, Selection
 from kvds.teacher import Teacher, TeacherOutput

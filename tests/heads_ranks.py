@@ -13,7 +13,8 @@ import torch
 from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvds.data.batches import EncodedSample, TokenBatch, collate, collate_packed
+from kvds.data.batches import TokenBatch, collate, collate_packed
+from kvds.data.encoding import EncodedSample
 from kvds.data.packing import repacked, unpacked
 from kvds.engine import init_distributed, leave_distributed
 from kvds.kv import select_tokens

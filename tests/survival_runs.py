@@ -78,7 +78,7 @@ def at_step(step: int, action: str, *, of_rank: int | None = None) -> str:
     who = "True" if of_rank is None else f"rank == {of_rank}"
     return f"""
 import os, resource, signal, time
-from kvds.data.batches import BatchLoader
+from kvds.data.loader import BatchLoader
 
 def hooked(loader, step, ask=BatchLoader.step):
     if step == {step} and {who}:
@@ -108,7 +108,7 @@ def spoil(steps: range, change: str, *, of_rank: int) -> str:
     return f"""
 from math import inf, nan
 import kvds.distillation
-from kvds.data.batches import BatchLoader
+from kvds.data.loader import BatchLoader
 
 now = [-1]
 

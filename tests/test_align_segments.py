@@ -9,7 +9,8 @@ from test_distillation import CPU, qwen2, results
 from kvds.align import build_aligner
 from kvds.calibration import calibrate_aligner
 from kvds.config import RunConfig
-from kvds.data.batches import EncodedSample, TokenBatch, collate
+from kvds.data.batches import TokenBatch, collate
+from kvds.data.encoding import EncodedSample
 from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.errors import InputError
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection, common_steps, open_capture, pool_steps

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kvds.data.batches import BatchLoader, EncodedSample, Segment, TokenBatch, collate, encode_examples, prompt_ids
+from kvds.data.batches import TokenBatch, collate
+from kvds.data.encoding import EncodedSample, Segment, encode_examples, prompt_ids
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
+from kvds.data.loader import BatchLoader
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
 

@@ -8,8 +8,8 @@ import pytest
 from real_data import data_folder
 from transformers import AutoTokenizer
 
-from kvds.data.batches import Segment, encode_examples
 from kvds.data.corpora import CORPORA
+from kvds.data.encoding import Segment, encode_examples
 from kvds.data.example import Example, answer_text, extract_answer, prompt_text, rationale_text
 from kvds.data.reasoning import load_mixture
 from kvds.data.rows import file_rows

@@ -8,8 +8,10 @@ import torch
 from real_data import data_folder
 from transformers import AutoTokenizer
 
-from kvds.data.batches import BatchLoader, EncodedSample, Segment, collate, encode_examples
+from kvds.data.batches import collate
+from kvds.data.encoding import EncodedSample, Segment, encode_examples
 from kvds.data.example import Example, rationale_text
+from kvds.data.loader import BatchLoader
 from kvds.data.reasoning import load_mixture
 from kvds.data.steps import encode_steps, step_ids, step_starts
 from kvds.data.synthetic import synthetic_examples

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kvds.data.batches import encode_examples
+from kvds.data.encoding import encode_examples
 from kvds.data.example import completion_text, extract_answer, prompt_text
 from kvds.data.synthetic import EVAL_PROBLEMS, GAINS, LOSSES, synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer

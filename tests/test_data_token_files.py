@@ -15,7 +15,8 @@ from small_run_data import load
 from transformers import AutoTokenizer
 
 from kvds.data import token_files
-from kvds.data.batches import EncodedCorpus, TokenBatch, encode_examples
+from kvds.data.batches import TokenBatch
+from kvds.data.encoding import EncodedCorpus, encode_examples
 from kvds.data.example import Example
 from kvds.data.read_ahead import ReadAhead
 from kvds.data.synthetic import synthetic_examples

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2C
 
 from kvds.align import aligner_config_dict, aligner_from_config_dict, build_aligner
 from kvds.align.fitting import AlignmentMoments
-from kvds.data.batches import EncodedSample, TokenBatch, collate, encode_examples
+from kvds.data.batches import TokenBatch, collate
+from kvds.data.encoding import EncodedSample, encode_examples
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.distillation import DistillationModule, LossWeights, StepInput

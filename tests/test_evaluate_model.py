@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, Qwen2Config
 
-from kvds.data.batches import Segment, encode_examples
+from kvds.data.encoding import Segment, encode_examples
 from kvds.data.example import Example, extract_answer
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer

@@ -17,7 +17,7 @@ from kvds.checkpoint_folder import commit_checkpoint
 from kvds.checkpoint_manifest import ChecksummedFile
 from kvds.cli import main
 from kvds.config import RunConfig, parse_run_config
-from kvds.data.batches import encode_examples, prompt_ids
+from kvds.data.encoding import encode_examples, prompt_ids
 from kvds.data.example import Example
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvds.data.batches import Segment
+from kvds.data.encoding import Segment
 from kvds.kv import Observed, Selection, observing_rows, select_tokens
 from kvds.kv.observed import ANSWER_SEGMENT, ObservedLayer, merged_layers
 from kvds.kv.scores import SCORES

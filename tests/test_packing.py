@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from kvds.align import build_aligner
-from kvds.data.batches import BatchLoader, EncodedSample, TokenBatch, collate, collate_packed
+from kvds.data.batches import TokenBatch, collate, collate_packed
+from kvds.data.encoding import EncodedSample
+from kvds.data.loader import BatchLoader
 from kvds.data.packing import model_inputs, pack_lengths, repacked, unpacked
 from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.kv import KVCapture, KVShape, Selection, select_tokens

@@ -18,7 +18,9 @@ from kvds.align import build_aligner
 from kvds.cache_fingerprint import cache_fingerprint, check_fingerprint
 from kvds.cache_shards import ShardReader, shard_path, write_shard
 from kvds.config import RunConfig, parse_run_config
-from kvds.data.batches import BatchLoader, EncodedSample, TokenBatch
+from kvds.data.batches import TokenBatch
+from kvds.data.encoding import EncodedSample
+from kvds.data.loader import BatchLoader
 from kvds.data.packing import repacked, unpacked
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.distillation import DistillationModule, LossWeights, StepInput

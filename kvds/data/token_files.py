@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvds.data.batches import EncodedCorpus, EncodedSample, encode_examples
+from kvds.data.encoding import EncodedCorpus, EncodedSample, encode_examples
 from kvds.data.example import Example
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def encode_once(
     steps: bool = False,
     files: TokenFiles,
 ) -> EncodedCorpus:
-    """As :func:`kvds.data.batches.encode_examples`, from a file where one holds these very rows, else into one.
+    """As :func:`kvds.data.encoding.encode_examples`, from a file where one holds these very rows, else into one.
 
     A folder that cannot be written or read costs a warning and the time to tokenise. Rows of a tokenizer without a
     ``tokenizer.json``, which cannot be told from another by its contents, are not kept.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ANSWER_SEGMENT = 3
-"""The segment id of answer tokens, whose queries are ``rkv``'s observers (:class:`kvds.data.batches.Segment`)."""
+"""The segment id of answer tokens, whose queries are ``rkv``'s observers (:class:`kvds.data.encoding.Segment`)."""
 
 
 @dataclass(frozen=True)

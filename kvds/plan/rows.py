@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvds.config import RunConfig
-from kvds.data.batches import BatchLoader
+from kvds.data.loader import BatchLoader
 from kvds.errors import InputError
 from kvds.kv.select import row_budget
 from kvds.plan.step import BatchShape

@@ -1,0 +1,147 @@
+"""From rows to token ids: every token knows its segment.
+
+A row is ``prompt⏎ rationale⏎ #### answer<end>``. Its segments are tokenised one by one and joined, so that no token
+straddles two, and a generated completion starts from exactly the ids that training puts before it. A begin-of-text
+token stands in front, as part of the prompt, where the tokenizer itself puts one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from kvds.data.example import Example, answer_text, prompt_text, rationale_text
+from kvds.data.steps import encode_steps
+from kvds.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Segment(IntEnum):
+    """What a token belongs to."""
+
+    PAD = 0
+    PROMPT = 1
+    RATIONALE = 2
+    ANSWER = 3
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One row as tokens.
+
+    Attributes:
+        input_ids: Token ids.
+        segment_ids: Their :class:`Segment`, as many.
+        example: Position of the row in the list that was encoded.
+        step_ids: The reasoning step of each token, counted from 1, 0 = none; empty where steps were not asked for.
+        teacher: The row as the teacher reads it; None = the same text.
+    """
+
+    input_ids: tuple[int, ...]
+    segment_ids: tuple[int, ...]
+    example: int
+    step_ids: tuple[int, ...] = ()
+    teacher: EncodedSample | None = None
+
+    @property
+    def step_count(self) -> int:
+        """Steps that both texts have."""
+        own = max(self.step_ids, default=0)
+        return own if self.teacher is None else min(own, self.teacher.step_count)
+
+    @property
+    def label_count(self) -> int:
+        """Tokens that the task loss counts: rationale and answer, never the first of a row (nothing predicts it)."""
+        return sum(segment >= Segment.RATIONALE for segment in self.segment_ids[1:])
+
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """Rows as tokens, without those over the length.
+
+    Attributes:
+        samples: The rows that fit.
+        too_long: How many did not.
+    """
+
+    samples: Sequence[EncodedSample]
+    too_long: int
+
+
+def _segments(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # verbose: rows over the length are counted by the caller, a warning for the first of them says nothing.
+    # split_special_tokens: an end-of-text token that a row spells out is text; only what is put there ends it.
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"] if texts else []
+
+
+def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the prompts alone, exactly those that training puts before the completion."""
+    start = [tokenizer.bos_token_id] if _has_start(tokenizer) else []
+    return [start + ids for ids in _segments([prompt_text(example) for example in examples], tokenizer)]
+
+
+def _has_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts a begin-of-text token in front (Llama's does, GPT-2's and Qwen2's do not)."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, *, steps: bool = False
+) -> EncodedCorpus:
+    """Tokenise ``prompt⏎ | rationale⏎ | #### answer<end>``, all rows at once.
+
+    Args:
+        examples: Rows.
+        tokenizer: With an end-of-text token.
+        max_length: Tokens; rows with more are left out and counted, never cut (a cut row would teach a wrong answer).
+        steps: Also number the reasoning steps, and encode the teacher's own text where a row has one.
+
+    Raises:
+        InputError: the tokenizer has no end-of-text token, so that no answer could end; or cannot number steps.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path}: has no end-of-text token; expected an eos_token, which ends each "
+            "answer (name another with --tokenizer_name)"
+        )
+    texts = [rationale_text(example) for example in examples]
+    prompts = prompt_ids(examples, tokenizer)
+    rationales, numbers = encode_steps(texts, tokenizer) if steps else (_segments(texts, tokenizer), None)
+    answers = _segments([answer_text(example) for example in examples], tokenizer)
+    samples = []
+    for position, (prompt, rationale, answer) in enumerate(zip(prompts, rationales, answers, strict=True)):
+        ids = (*prompt, *rationale, *answer, end)
+        if len(ids) <= max_length:
+            lengths = (
+                (Segment.PROMPT, len(prompt)),
+                (Segment.RATIONALE, len(rationale)),
+                (Segment.ANSWER, len(answer) + 1),
+            )
+            segments = tuple(int(segment) for segment, length in lengths for _ in range(length))
+            own = () if numbers is None else ((0,) * len(prompt) + numbers[position] + (0,) * (len(answer) + 1))
+            samples.append(EncodedSample(ids, segments, position, own))
+    if steps:
+        samples = _with_teachers_text(samples, examples, tokenizer, max_length)
+    return EncodedCorpus(samples, len(examples) - len(samples))
+
+
+def _with_teachers_text(
+    samples: list[EncodedSample], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[EncodedSample]:
+    """Rows with what their teacher reads; those whose teacher reads too long a text are left out, too."""
+    own = {i: e.teacher_rationale for i, e in enumerate(examples) if e.teacher_rationale is not None}
+    texts = [replace(examples[i], rationale=text, teacher_rationale=None) for i, text in own.items()]
+    places = list(own)
+    encoded = encode_examples(texts, tokenizer, max_length, steps=True).samples if texts else []
+    teachers = {places[row.example]: replace(row, example=places[row.example]) for row in encoded}
+    return [
+        replace(row, teacher=teachers.get(row.example))
+        for row in samples
+        if row.example not in own or row.example in teachers
+    ]

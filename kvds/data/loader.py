@@ -1,0 +1,141 @@
+"""Which samples make up which step, on which rank.
+
+The samples of optimizer step n are a pure function of seed and n: the same on any number of ranks, and resuming is
+asking for a later n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from kvds.data.batches import TokenBatch, collate, collate_packed
+from kvds.data.encoding import EncodedSample
+from kvds.data.grouping import group_by_length
+from kvds.data.read_ahead import ReadAhead
+from kvds.errors import InputError
+
+
+class BatchLoader:
+    """This rank's micro-batches of each optimizer step.
+
+    A global step takes the next ``batch_size · gradient_accumulation_steps · world_size`` samples of its epoch's order
+    and deals them out. The last step of an epoch is filled with rows of padding, so that all ranks run equally many
+    forwards.
+
+    Args:
+        samples: All encoded rows.
+        batch_size: Rows per rank and micro-batch.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        rank: This rank.
+        world_size: Number of ranks.
+        seed: Of the order, which differs from epoch to epoch.
+        pad_token_id: Fills up rows.
+        position_count: Real length of a row → positions whose keys and values count; rows with steps count those.
+        shuffle: False keeps the order of ``samples``.
+        pack_to: Tokens of a row that the samples of a micro-batch share; None = a row each.
+        group_by_length: Shuffle so that the samples of a step are of like length.
+
+    Raises:
+        InputError: there are no samples.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[EncodedSample],
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        pad_token_id: int,
+        position_count: Callable[[int], int],
+        shuffle: bool = True,
+        pack_to: int | None = None,
+        group_by_length: bool = False,
+    ) -> None:
+        if not samples:
+            raise InputError(
+                "no row is left to make batches of; expected at least one (raise --max_length or check the data)"
+            )
+        self._samples, self._batch_size, self._accumulation = samples, batch_size, gradient_accumulation_steps
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._shuffle, self._pad = seed, shuffle, pad_token_id
+        self._pack_to, self._group_by_length = pack_to, group_by_length
+        self._labels = [sample.label_count for sample in samples]
+        self._positions = [
+            sample.step_count if sample.step_ids else position_count(len(sample.input_ids)) for sample in samples
+        ]
+        self._global_batch = batch_size * gradient_accumulation_steps * world_size
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._ahead: ReadAhead[list[TokenBatch]] | None = None
+
+    @property
+    def samples(self) -> Sequence[EncodedSample]:
+        """All rows, in the numbering of ``sample_ids``."""
+        return self._samples
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the samples."""
+        return -(-len(self._samples) // self._global_batch)
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        known, order = self._order
+        if known != epoch:
+            order = list(range(len(self._samples)))
+            if self._shuffle:
+                draw = random.Random(self._seed * 1_000_003 + epoch)
+                draw.shuffle(order)
+                if self._group_by_length:
+                    lengths = [len(sample.input_ids) for sample in self._samples]
+                    order = group_by_length(order, lengths, self._global_batch, draw)
+            self._order = (epoch, order)
+        return order
+
+    def sample_ids(self, step: int) -> list[int]:
+        """The samples of global step ``step``, over all ranks, in order; -1 fills up the last of an epoch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        ids = self._epoch_order(epoch)[position * self._global_batch : (position + 1) * self._global_batch]
+        return ids + [-1] * (self._global_batch - len(ids))
+
+    @contextlib.contextmanager
+    def read_ahead(
+        self, steps: range, finish: Callable[[list[TokenBatch]], list[TokenBatch]] = lambda batches: batches
+    ) -> Iterator[None]:
+        """Within it, a thread builds the batches of ``steps`` before :meth:`step` is asked for them, in that order.
+
+        Args:
+            steps: Optimizer steps, counted from 0.
+            finish: What else the thread does with a step's batches.
+        """
+        with ReadAhead(lambda step: finish(self._build(step)), steps) as self._ahead:
+            try:
+                yield
+            finally:
+                self._ahead = None
+
+    def step(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of 0-based optimizer step ``step``, on the CPU: those built ahead where they are."""
+        return self._build(step) if self._ahead is None else self._ahead.take(step)
+
+    def _build(self, step: int) -> list[TokenBatch]:
+        ids = self.sample_ids(step)
+        shares = self._world_size * self._accumulation
+        real = [i for i in ids if i >= 0]
+        # At least one token, so that a step of rows without any divides by no zero.
+        labels = max(1, sum(self._labels[i] for i in real)) / shares
+        positions = max(1, sum(self._positions[i] for i in real)) / shares
+        batches = []
+        for micro in range(self._accumulation):
+            begin = (micro * self._world_size + self._rank) * self._batch_size
+            mine = ids[begin : begin + self._batch_size]
+            rows = [self._samples[i] if i >= 0 else None for i in mine]
+            if self._pack_to is None:
+                batches.append(collate(rows, mine, self._pad, labels, positions))
+            else:
+                packed = collate_packed(rows, mine, self._pad, labels, positions, capacity=self._pack_to)
+                batches.append(packed)
+        return batches
