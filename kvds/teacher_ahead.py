@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvds.data.batches import BatchLoader, TokenBatch
+from kvds.data.batches import TokenBatch
+from kvds.data.loader import BatchLoader
 from kvds.distillation import LossWeights, StepInput
 from kvds.measure import PhaseTimer
 
