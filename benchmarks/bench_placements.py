@@ -27,7 +27,7 @@ from torch import distributed as dist
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
 from kvds import cli
-from kvds.config import parse_run_config
+from kvds.config_input import parse_run_config
 from kvds.deepspeed_config import load_deepspeed_config
 from kvds.engine import init_distributed, leave_distributed
 from kvds.teacher import Teacher

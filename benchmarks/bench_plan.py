@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 from transformers import GPT2Config, LlamaConfig, Qwen2Config  # noqa: E402
 
 from kvds.checkpoint_folder import CHECKPOINTS  # noqa: E402
-from kvds.config import parse_run_config  # noqa: E402
+from kvds.config_input import parse_run_config  # noqa: E402
 from kvds.data.synthetic import synthetic_examples  # noqa: E402
 from kvds.deepspeed_config import load_deepspeed_config  # noqa: E402
 from kvds.engine import init_distributed, leave_distributed  # noqa: E402

@@ -1,18 +1,16 @@
-"""Run configuration: a recipe file and flags become one checked, frozen object. Knows no model."""
+"""Run configuration: all settings of a run, checked each and together. Knows no file format and no model."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import math
 import os
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -22,32 +20,11 @@ from kvds.config_values import near_miss, number, one_line, parse_overrides, spl
 from kvds.deepspeed_config import load_deepspeed_config
 from kvds.durable_files import write_durably
 from kvds.errors import InputError
-from kvds.recipe_file import load_mapping
 from kvds.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 
-__all__ = [
-    "AlignmentSettings",
-    "RunConfig",
-    "load_recipe",
-    "parse_overrides",
-    "parse_run_config",
-    "split_dataset_weight",
-]
+__all__ = ["SECTIONS", "AlignmentSettings", "RunConfig", "parse_overrides", "split_dataset_weight"]
 
 SECTIONS = (ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings)
-
-# A resumed run must be the same run: these may change between attempts.
-_FREE_ON_RESUME = {
-    "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
-    "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
-    "teacher_tp_size", "teacher_overlap",
-    "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
-    "teacher_cache", "data_cache",
-    "dry_run",
-    # Their product with the number of ranks may not: the checkpoint knows it.
-    "batch_size", "gradient_accumulation_steps", "change_global_batch",
-    "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout",
-}  # fmt: skip
 
 _AT_LEAST_ONE = ("max_length", "max_new_tokens", "calibration_batches", "synthetic_problems", "batch_size",
                  "gradient_accumulation_steps", "epochs", "logging_steps", "layer_groups", "head_groups",
@@ -77,91 +54,89 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
+            check_type(field, getattr(self, field.name))
         self._check_numbers()
         self._check_alignment()
         self._check_step()
         for rule in teacher_rules(self):
-            _require(*rule)
+            require(*rule)
         self._check_files()
 
     def _check_numbers(self) -> None:
         for name in _AT_LEAST_ONE:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number, at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number, at least 1")
         for name in _AT_LEAST_ZERO:
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "a finite number, at least 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "a finite number, at least 0")
         for name, most in _AT_MOST.items():
-            _require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most}")
+            require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most}")
         for name in ("subset_size", "max_steps", "observing_tokens"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, f"at least 1 (or leave --{name} away)")
+            require(value is None or value >= 1, name, value, f"at least 1 (or leave --{name} away)")
         for name in ("lr", "aligner_lr", "logit_kd_temperature"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "a number above 0, such as 5e-5")
+            require(value is None or value > 0, name, value, "a number above 0, such as 5e-5")
         minutes = self.max_minutes
-        _require(minutes is None or minutes > 0, "max_minutes", minutes, "above 0 (or leave --max_minutes away)")
-        _require(self.rank_timeout >= 5, "rank_timeout", self.rank_timeout, "at least 5 seconds")
-        _require(
+        require(minutes is None or minutes > 0, "max_minutes", minutes, "above 0 (or leave --max_minutes away)")
+        require(self.rank_timeout >= 5, "rank_timeout", self.rank_timeout, "at least 5 seconds")
+        require(
             self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, one to read and one to predict"
         )
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share from 0 to below 1")
-        _require(
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share from 0 to below 1")
+        require(
             self.max_grad_norm is None or self.max_grad_norm >= 0,
             "max_grad_norm",
             self.max_grad_norm,
             "at least 0 (0: never clip)",
         )
-        _require(bool(self.datasets), "datasets", "", "at least one corpus, such as --datasets gsm8k")
+        require(bool(self.datasets), "datasets", "", "at least one corpus, such as --datasets gsm8k")
         names = [split_dataset_weight(spec)[0] for spec in self.datasets]
         for name in names:
-            _require(names.count(name) == 1, "datasets", name, f"each corpus once (to weigh it: {name}:2)")
+            require(names.count(name) == 1, "datasets", name, f"each corpus once (to weigh it: {name}:2)")
 
     def _check_alignment(self) -> None:
         _require_weight(self.kv_weight)
         budget = self.kv_budget
         if isinstance(budget, float):
-            _require(0 < budget <= 1, "kv_budget", budget, "a fraction in (0, 1], or a whole number of tokens")
+            require(0 < budget <= 1, "kv_budget", budget, "a fraction in (0, 1], or a whole number of tokens")
         elif budget is not None:
-            _require(
-                budget >= 1, "kv_budget", budget, "at least 1 token, or a fraction in (0, 1] (or --kv_method full)"
-            )
+            require(budget >= 1, "kv_budget", budget, "at least 1 token, or a fraction in (0, 1] (or --kv_method full)")
         if self.kv_method == "full":
-            _require(budget is None, "kv_budget", budget, "no budget with --kv_method full (or --kv_method right_crop)")
+            require(budget is None, "kv_budget", budget, "no budget with --kv_method full (or --kv_method right_crop)")
         else:
-            _require(
+            require(
                 budget is not None,
                 "kv_budget",
                 budget,
                 f"a number of tokens or a fraction with --kv_method {self.kv_method}",
             )
         for rule in mode_rules(self):
-            _require(*rule)
-        _require(0 <= self.rkv_lambda <= 1, "rkv_lambda", self.rkv_lambda, "a weight from 0 to 1")
+            require(*rule)
+        require(0 <= self.rkv_lambda <= 1, "rkv_lambda", self.rkv_lambda, "a weight from 0 to 1")
         if self.kv_method in ("snapkv", "rkv_window") and isinstance(budget, int):
             window = self.observing_tokens or 8
             expected = f"more tokens than the {window} observing ones, all of which are kept (--observing_tokens)"
-            _require(budget > window, "kv_budget", budget, expected)
+            require(budget > window, "kv_budget", budget, expected)
         if self.kv_weight_held:
             expected = "constant with --kv_weight hold:SHARE, which moves the weight itself"
-            _require(self.kv_weight_schedule == "constant", "kv_weight_schedule", self.kv_weight_schedule, expected)
+            require(self.kv_weight_schedule == "constant", "kv_weight_schedule", self.kv_weight_schedule, expected)
         frozen_random = self.alignment_mode != "none" and self.aligner_update == "frozen" and self.map_start == "random"
-        _require(
+        require(
             not frozen_random,
             "aligner_update",
             "frozen",
             "--map_start pca, procrustes or ridge: a frozen random map has no meaning",
         )
         alone = self.uses_kv and self.teacher_kv == "shuffled" and self.batch_size == 1
-        _require(not alone, "teacher_kv", "shuffled", "a --batch_size above 1: a row alone has no other to borrow from")
+        require(not alone, "teacher_kv", "shuffled", "a --batch_size above 1: a row alone has no other to borrow from")
         silent = self.task_weight == 0 and not self.uses_teacher
-        _require(
+        require(
             not silent,
             "task_weight",
             0,
             "some loss to train on (--task_weight 1, or an alignment with --kv_weight above 0)",
         )
         auto_without_task = self.task_weight == 0 and self.uses_kv and self.kv_weight_share is not None
-        _require(
+        require(
             not auto_without_task,
             "kv_weight",
             self.kv_weight,
@@ -170,15 +145,15 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
 
     def _check_step(self) -> None:
         remedy = "--no_packing with --group_by_length: packed rows hold no padding that grouping could save"
-        _require(not (self.packing and self.group_by_length), "packing", True, remedy)
+        require(not (self.packing and self.group_by_length), "packing", True, remedy)
         # Their meaning rests on whole rows: each holds one sample there.
         for found, flag in self._needs_own_rows():
             remedy = f"--no_packing with {flag}, which reads samples in rows of their own"
-            _require(not (self.packing and found), "packing", True, remedy)
+            require(not (self.packing and found), "packing", True, remedy)
         if self.teacher_cache is not None:
             self.check_cacheable(self.teacher_cache)
         remedy = "--gradient_checkpointing, whose layer inputs it moves (or --no_checkpoint_offload)"
-        _require(self.gradient_checkpointing or not self.checkpoint_offload, "checkpoint_offload", True, remedy)
+        require(self.gradient_checkpointing or not self.checkpoint_offload, "checkpoint_offload", True, remedy)
 
     def _needs_own_rows(self) -> list[tuple[bool, str]]:
         mode = self.alignment_mode
@@ -204,7 +179,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
             (self.teacher_kv == "shuffled", "--teacher_kv shuffled, which exchanges whole rows"),
             (bool(self.teacher_names), "--teacher_names: a cache is that of one teacher"),
         ):
-            _require(not found, "teacher_cache", str(folder), f"no --teacher_cache with {flag}")
+            require(not found, "teacher_cache", str(folder), f"no --teacher_cache with {flag}")
 
     def _check_files(self) -> None:
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
@@ -228,7 +203,7 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         uri = self.tracking_uri
         folder = uri is not None and uri != "databricks" and ("://" not in uri or uri.startswith("file:"))
         remedy = "sqlite:///FILE.db or http(s)://SERVER, as MLflow writes to no folder (unset: OUTPUT_DIR/mlflow.db)"
-        _require(not folder, "tracking_uri", uri, remedy)
+        require(not folder, "tracking_uri", uri, remedy)
 
     def check_paths(self) -> None:
         """Look at the local files that the run will read, before anything is loaded.
@@ -244,19 +219,19 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
                             *(("teacher_names", value) for value in self.teacher_names)]:  # fmt: skip
             # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
             if value and (value[0] in "./~" or value.count("/") > 1):
-                _require(os.path.isdir(value), name, value, "an existing folder with a config.json (or a hub name)")
+                require(os.path.isdir(value), name, value, "an existing folder with a config.json (or a hub name)")
         if self.teacher_cache is not None:
             expected = "an existing folder written by `kvds cache` (or leave --teacher_cache away)"
-            _require(os.path.isdir(self.teacher_cache), "teacher_cache", self.teacher_cache, expected)
+            require(os.path.isdir(self.teacher_cache), "teacher_cache", self.teacher_cache, expected)
         expected = "a folder, which need not be there yet (or --data_cache never)"
-        _require(not os.path.isfile(self.data_cache or ""), "data_cache", self.data_cache, expected)
+        require(not os.path.isfile(self.data_cache or ""), "data_cache", self.data_cache, expected)
         for spec in self.datasets:
             file = Path(split_dataset_weight(spec)[0])
             if file.suffix in (".json", ".jsonl"):
                 found = any(os.path.isfile(folder / file) for folder in (Path(), Path(self.data_dir or ".")))
-                _require(found, "datasets", spec, "an existing JSONL file (rows with prompt, rationale, answer)")
+                require(found, "datasets", spec, "an existing JSONL file (rows with prompt, rationale, answer)")
         if self.resume not in ("auto", "never"):
-            _require(
+            require(
                 os.path.isdir(self.resume), "resume", self.resume, "auto, never or the folder of a run (--resume auto)"
             )
 
@@ -326,29 +301,9 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         """Write the resolved configuration as a recipe that reproduces the run."""
         write_durably(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
 
-    def check_resumable(self, saved: str | Path) -> None:
-        """Compare with the configuration that a checkpoint was trained under.
 
-        Raises:
-            InputError: a setting differs that would make it another run.
-        """
-        if not os.path.isfile(saved):
-            raise InputError(
-                f"{saved}: missing beside the checkpoints; expected the run's config.yaml (or --resume never)"
-            )
-        before = load_recipe(saved)
-        for name in _hints():
-            value = getattr(self, name)
-            # Where the weight is held, it moves at logging steps.
-            free = name in _FREE_ON_RESUME and not (name == "logging_steps" and self.kv_weight_held)
-            if not free and name in before and before[name] != value:
-                raise InputError(
-                    f"--{name} {value}: the checkpoint in {self.output_dir} was trained with {before[name]}; expected "
-                    f"the same value to go on (or --resume never, or another --output_dir)"
-                )
-
-
-def _require(holds: bool, name: str, value: Any, expected: str, place: str = "") -> None:
+def require(holds: bool, name: str, value: Any, expected: str, place: str = "") -> None:
+    """Say what a setting was expected to be, and how to get there, unless it ``holds``."""
     if not holds:
         shown = "true" if value is True else "false" if value is False else "none" if value is None else one_line(value)
         remedy = "" if "(" in expected or "--" in expected else f" ({_way_back(name)})"
@@ -370,7 +325,7 @@ def _require_weight(value: str | float) -> None:
         holds = head in ("auto", "hold") and isinstance(value_of_share, int | float) and 0 < value_of_share < math.inf
     else:
         holds = math.isfinite(value) and value >= 0
-    _require(holds, "kv_weight", value, "a number of at least 0, or auto:SHARE such as auto:2.0, or hold:SHARE")
+    require(holds, "kv_weight", value, "a number of at least 0, or auto:SHARE such as auto:2.0, or hold:SHARE")
 
 
 _KIND_NAMES = {
@@ -380,139 +335,29 @@ _KIND_NAMES = {
 
 
 @functools.cache
-def _hints() -> dict[str, Any]:
+def hints() -> dict[str, Any]:
+    """Types of all settings by name."""
     return typing.get_type_hints(RunConfig)
 
 
-def _check_type(field: dataclasses.Field[Any], value: Any, place: str = "") -> None:
-    hint = _hints()[field.name]
+def check_type(field: dataclasses.Field[Any], value: Any, place: str = "") -> None:
+    """Check kind, range and choices of one setting's value; ``place`` stands in front of the message."""
+    hint = hints()[field.name]
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in allowed)
     widened = (*kinds, int) if float in kinds else kinds
     wrong_bool = isinstance(value, bool) and bool not in kinds
     names = " or ".join(_KIND_NAMES[kind] for kind in kinds)
-    _require(isinstance(value, widened) and not wrong_bool, field.name, value, names, place)
+    require(isinstance(value, widened) and not wrong_bool, field.name, value, names, place)
     if isinstance(value, int | float):
-        _require(abs(value) < 2**63, field.name, value, "a finite number", place)
+        require(abs(value) < 2**63, field.name, value, "a finite number", place)
     if kinds == (tuple,) and typing.get_args(hint)[0] is float:
         numbers = all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value)
-        _require(numbers, field.name, " ".join(map(one_line, value)), "numbers", place)
+        require(numbers, field.name, " ".join(map(one_line, value)), "numbers", place)
         return
     texts = value if isinstance(value, tuple) else (value,) if isinstance(value, str) and value else ()
     readable = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
-    _require(readable, field.name, value, "visible text on one line", place)
+    require(readable, field.name, value, "visible text on one line", place)
     choices = field.metadata.get("choices")
     if choices and value is not None and value not in choices:
-        _require(False, field.name, value, f"one of {', '.join(choices)}{near_miss(value, choices)}", place)
-
-
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe file's settings, keys checked.
-
-    Raises:
-        InputError: no such file, not YAML, not a mapping, or a key that is no setting.
-    """
-    return checked_settings(load_mapping(path), path)
-
-
-def checked_settings(content: dict[Any, Any], path: str | Path) -> dict[str, Any]:
-    """What a mapping of a YAML file says, as settings: keys known, values of the right kind.
-
-    Raises:
-        InputError: a key that is no setting, or a value of the wrong kind; the message names ``path``.
-    """
-    known = {field.name for field in dataclasses.fields(RunConfig)}
-    for key, value in content.items():
-        if key not in known:
-            raise InputError(
-                f"--config {path}: unknown key {one_line(key)}{near_miss(key, sorted(known))} "
-                f"(expected one of the flags of --help)"
-            )
-        if isinstance(value, list):
-            content[key] = tuple(value)
-        elif key == "datasets" and isinstance(value, str):
-            content[key] = (value,)
-    for key, value in content.items():
-        hint = _hints()[key]
-        # YAML reads 5e-5 as text: the flag parser's notion of a number holds here, too.
-        if isinstance(value, str) and hint in (float, float | None, int | float | None, str | float):
-            content[key] = number(value)
-    for field in dataclasses.fields(RunConfig):
-        if field.name in content:
-            _check_type(field, content[field.name], place=f"{path}: ")
-    return content
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{one_line(message)} (--help lists all flags)")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="distill.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__)
-    parser.add_argument("--config", help="recipe file that sets any of the flags below; flags override it")
-    # What launchers pass on: the rank is read from the environment instead.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    hints = _hints()
-    for section in SECTIONS:
-        group = parser.add_argument_group(str(section.__doc__).strip().rstrip("."))
-        for field in dataclasses.fields(section):
-            hint, choices = hints[field.name], field.metadata["choices"]
-            default = "" if field.default is dataclasses.MISSING else f" (default: {field.default})"
-            options: dict[str, Any] = {"help": (field.metadata["help"] + default).replace("%", "%%")}
-            if hint is bool:
-                options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-                group.add_argument(
-                    f"--no_{field.name}", dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS
-                )
-            elif typing.get_origin(hint) is tuple:
-                options |= {"nargs": "+", "metavar": "NUMBER" if typing.get_args(hint)[0] is float else "NAME"}
-            else:
-                options["metavar"] = "|".join(choices) if choices else field.name.upper()
-            group.add_argument(f"--{field.name}", **options)
-    return parser
-
-
-def _from_text(name: str, text: Any) -> Any:
-    hint = _hints()[name]
-    if typing.get_origin(hint) is tuple:
-        return tuple(map(number, text)) if typing.get_args(hint)[0] is float else tuple(text)
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise InputError(f"--{name} {one_line(text)}: expected true or false (--{name} or --no_{name})")
-        return text.lower() == "true"
-    if text.lower() == "none" and types.NoneType in typing.get_args(hint):
-        return None
-    if hint in (str, str | None):
-        return text
-    return number(text)
-
-
-def parse_run_config(argv: Sequence[str]) -> RunConfig:
-    """Recipe and flags, flags winning, as one checked configuration.
-
-    Raises:
-        InputError: an unknown flag or key, a value of the wrong kind or out of range.
-    """
-    parser = _parser()
-    given, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        known = sorted(field.name for field in dataclasses.fields(RunConfig))
-        flag = next((token for token in unknown if token.startswith("-")), unknown[0])
-        name = flag.lstrip("-").split("=")[0]
-        kind = "unknown flag" if flag.startswith("-") else "unexpected argument"
-        raise InputError(
-            f"{kind} {one_line(flag)}{near_miss(name, known)} (expected --flag value; --help lists all flags)"
-        )
-    values = vars(given)
-    values.pop("local_rank", None)
-    values.pop("deepspeed", None)
-    recipe = values.pop("config", None)
-    settings = load_recipe(recipe) if recipe is not None else {}
-    settings |= {name: _from_text(name, text) for name, text in values.items()}
-    if "output_dir" not in settings:
-        raise InputError("--output_dir is missing; expected a folder to write the run to (--output_dir outputs/NAME)")
-    cfg = RunConfig(**settings)
-    cfg.check_paths()
-    return cfg
+        require(False, field.name, value, f"one of {', '.join(choices)}{near_miss(value, choices)}", place)

@@ -25,6 +25,7 @@ from kvds.checkpoint_folder import CHECKPOINTS, resumable_steps, step_tag
 from kvds.checkpoint_manifest import folder_faults
 from kvds.checkpoint_origin import fit_to_origin, read_origin
 from kvds.config import RunConfig
+from kvds.config_resume import check_resumable
 from kvds.config_values import one_line
 from kvds.data.loader import BatchLoader
 from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
@@ -121,7 +122,7 @@ def _resumed_step(cfg: RunConfig) -> int | None:
                 f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)"
             )
         return None
-    cfg.check_resumable(folder / "config.yaml")
+    check_resumable(cfg, folder / "config.yaml")
     for step in steps:
         faults = folder_faults(folder / CHECKPOINTS / step_tag(step))
         if not faults:

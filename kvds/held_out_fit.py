@@ -13,7 +13,8 @@ from torch import nn
 from kvds.align import AlignerGroup, KVAligner
 from kvds.align.explained import ExplainedVariance
 from kvds.checkpoint import ALIGNER_FILE, ALIGNER_START_FILE, STUDENT_FOLDER, load_aligner
-from kvds.config import RunConfig, load_recipe
+from kvds.config import RunConfig
+from kvds.config_input import load_recipe
 from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
 from kvds.errors import InputError

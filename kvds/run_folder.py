@@ -9,6 +9,7 @@ from torch import distributed as dist
 from kvds.checkpoint import choose_checkpoint
 from kvds.checkpoint_folder import CHECKPOINTS, resumable_steps, saved_steps
 from kvds.config import RunConfig
+from kvds.config_resume import check_resumable
 from kvds.durable_files import remove_leftovers
 from kvds.errors import InputError
 from kvds.output_folder import check_resume_folder, check_writable, make_folder
@@ -30,7 +31,7 @@ def find_checkpoint(cfg: RunConfig) -> int | None:
     if named and not there:
         raise InputError(f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)")
     if there:
-        cfg.check_resumable(folder / "config.yaml")
+        check_resumable(cfg, folder / "config.yaml")
     dist.barrier()  # every rank has looked before one writes
     return choose_checkpoint(folder) if there else None
 

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from kvds.config import RunConfig, parse_run_config
+from kvds.config import RunConfig
+from kvds.config_input import parse_run_config
 from kvds.data.reasoning import check_rows
 from kvds.errors import InputError, RunError
 from kvds.preemption import EXIT_CODE, Preempted, StopRequest

@@ -58,7 +58,7 @@ def main(device: str, optimizer: str, folder: Path, bad: set[int]) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from kvds.bad_steps import BadSteps
-    from kvds.config import parse_run_config
+    from kvds.config_input import parse_run_config
     from kvds.data.batches import TokenBatch
     from kvds.deepspeed_config import load_deepspeed_config, student_engine_config
     from kvds.distillation import DistillationModule, LossWeights, StepInput

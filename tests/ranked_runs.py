@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kvds.config import parse_run_config
+from kvds.config_input import parse_run_config
 from kvds.engine import leave_distributed
 from kvds.train import train
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kvds.config import parse_run_config
+from kvds.config_input import parse_run_config
 from kvds.run_data import RunData, load_run_data
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvds.config import RunConfig, load_recipe, parse_overrides, parse_run_config
+from kvds.config import RunConfig, parse_overrides
+from kvds.config_input import load_recipe, parse_run_config
+from kvds.config_resume import check_resumable
 from kvds.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -91,13 +93,14 @@ def test_an_empty_recipe_sets_nothing(tmp_path):
 def test_a_resumed_run_must_be_the_same_run(tmp_path):
     cfg = RunConfig(model_name="gpt2", output_dir="x", lr=1e-4, datasets=("gsm8k",))
     cfg.save(tmp_path / "config.yaml")
-    cfg.check_resumable(tmp_path / "config.yaml")
-    dataclasses.replace(cfg, output_dir="y", logging_steps=1, save_steps=0).check_resumable(tmp_path / "config.yaml")
+    check_resumable(cfg, tmp_path / "config.yaml")
+    other = dataclasses.replace(cfg, output_dir="y", logging_steps=1, save_steps=0)
+    check_resumable(other, tmp_path / "config.yaml")
     for changes, words in (({"lr": 1e-3}, "--lr 0.001.*0.0001"), ({"datasets": ("svamp",)}, "svamp.*gsm8k")):
         with pytest.raises(InputError, match=words):
-            dataclasses.replace(cfg, **changes).check_resumable(tmp_path / "config.yaml")
+            check_resumable(dataclasses.replace(cfg, **changes), tmp_path / "config.yaml")
     with pytest.raises(InputError, match="config.yaml: missing.*--resume never"):
-        cfg.check_resumable(tmp_path / "gone/config.yaml")
+        check_resumable(cfg, tmp_path / "gone/config.yaml")
 
 
 def test_a_map_that_can_collapse_is_allowed_and_warned_about():
@@ -142,7 +145,7 @@ def test_help_lists_every_setting_with_its_text(capsys):
 
 def test_reading_flags_imports_nothing_heavy():
     code = (
-        "import sys; from kvds.config import parse_run_config; import kvds.deepspeed_config;"
+        "import sys; from kvds.config_input import parse_run_config; import kvds.deepspeed_config;"
         f"parse_run_config({GOOD!r});"
         "sys.exit(sorted({'torch', 'deepspeed', 'transformers', 'mlflow'} & set(sys.modules)) or 0)"
     )

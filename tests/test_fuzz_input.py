@@ -15,7 +15,8 @@ from fuzz_rows import DATA_FILES, GOOD_ROWS, JSON, SCALARS, spelled, valid_rows
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kvds.config import RunConfig, load_recipe, parse_run_config
+from kvds.config import RunConfig
+from kvds.config_input import load_recipe, parse_run_config
 from kvds.data.example import Example
 from kvds.data.reasoning import load_mixture
 from kvds.data.rows import BadRow, file_rows

@@ -16,7 +16,8 @@ from kvds.checkpoint import load_aligner
 from kvds.checkpoint_folder import commit_checkpoint
 from kvds.checkpoint_manifest import ChecksummedFile
 from kvds.cli import main
-from kvds.config import RunConfig, parse_run_config
+from kvds.config import RunConfig
+from kvds.config_input import parse_run_config
 from kvds.data.encoding import encode_examples, prompt_ids
 from kvds.data.example import Example
 from kvds.data.tokenizer import train_problem_tokenizer

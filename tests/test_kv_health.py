@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds.config import parse_run_config
+from kvds.config_input import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.kv_health import KVHealth, held_weight
 from kvds.tracking import Tracker

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvds.config import load_recipe, parse_run_config
+from kvds.config_input import load_recipe, parse_run_config
 from kvds.rank_environment import job_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -14,7 +14,8 @@ from transformers import Qwen2Config
 from kvds.align import build_aligner
 from kvds.cli import main
 from kvds.commands.plan import parse_size
-from kvds.config import RunConfig, parse_run_config
+from kvds.config import RunConfig
+from kvds.config_input import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.deepspeed_config import load_deepspeed_config
 from kvds.errors import InputError

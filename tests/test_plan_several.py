@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kvds.align import AlignerGroup, build_aligner
-from kvds.config import parse_run_config
+from kvds.config_input import parse_run_config
 from kvds.data.batches import TokenBatch
 from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
 from kvds.kv import KVShape, Selection, open_capture

@@ -140,7 +140,7 @@ def test_a_run_resolves_from_the_folder_by_the_hub_s_names(hub, recipe, capfd):
     assert main(["prefetch", str(recipe), "--to", str(hub), "--check"]) == 0
     program = (
         "from kvds.models import load_config, load_model, load_tokenizer; import sys, torch, json\n"
-        "from kvds.config import parse_run_config\n"
+        "from kvds.config_input import parse_run_config\n"
         "cfg = parse_run_config(['--config', sys.argv[1], '--output_dir', 'x'])\n"
         "config = load_config(cfg.student, flag='student')\n"
         "model = load_model(cfg.student, config, init='pretrained', dtype=torch.float32, attn_implementation='sdpa',"

@@ -186,7 +186,7 @@ def test_two_ranks_train_two_aligners_and_resume_both(models: Path, tmp_path: Pa
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
-    from kvds.config import parse_run_config
+    from kvds.config_input import parse_run_config
     from kvds.models import check_same_tokenizer, load_tokenizer
 
     stranger = tmp_path / "stranger"

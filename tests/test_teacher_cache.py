@@ -17,7 +17,8 @@ from kvds import cli, teacher_cache
 from kvds.align import build_aligner
 from kvds.cache_fingerprint import cache_fingerprint, check_fingerprint
 from kvds.cache_shards import ShardReader, shard_path, write_shard
-from kvds.config import RunConfig, parse_run_config
+from kvds.config import RunConfig
+from kvds.config_input import parse_run_config
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import EncodedSample
 from kvds.data.loader import BatchLoader

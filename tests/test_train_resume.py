@@ -22,7 +22,7 @@ PROMPTS = ["Lee has 68 balls eats 2?\n", "Ann has 05 cups gets 9 loses 4?\n"]
 # Trains the run of argv and lets the engine's own student, gathered whole, generate.
 TRAIN_AND_GENERATE = f"""
 import json, sys, deepspeed, torch
-from kvds.config import parse_run_config
+from kvds.config_input import parse_run_config
 from kvds.deepspeed_config import load_deepspeed_config
 from kvds.engine import init_distributed, leave_distributed
 from kvds.train import TrainingRun

@@ -20,7 +20,8 @@ from kvds import cli
 from kvds.align import build_aligner, what_is_read
 from kvds.align.fitting import AlignmentMoments
 from kvds.checkpoint import load_aligner
-from kvds.config import RunConfig, parse_run_config
+from kvds.config import RunConfig
+from kvds.config_input import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.kv import KVShape, KVStates, Selection, common_steps, open_capture, pool_steps, row_draws, select_tokens
 from kvds.run_data import load_run_data

@@ -151,7 +151,7 @@ def _wanted(jobs: Sequence[Job], only: Sequence[str] | None, seeds: str | None) 
 
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    from kvds.config import checked_settings
+    from kvds.config_input import checked_settings
 
     content: dict[Any, Any] = {}
     for pair in pairs:

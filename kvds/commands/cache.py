@@ -47,7 +47,7 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
         raise InputError(f"--shard_samples {arguments.shard_samples}: expected at least 1 row per file")
     if arguments.output.exists() and not arguments.output.is_dir():
         raise InputError(f"--output {arguments.output}: is a file; expected a folder")
-    from kvds.config import parse_run_config
+    from kvds.config_input import parse_run_config
 
     cfg = parse_run_config(["--output_dir", "unused", *arguments.run_flags])
     if not cfg.uses_kv:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fetch or check, one line per item."""
-    from kvds.config import load_recipe, parse_run_config
+    from kvds.config_input import load_recipe, parse_run_config
     from kvds.prefetch import as_json, wanted_items, write_environment
 
     folder: Path = arguments.to

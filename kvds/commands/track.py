@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from kvds.config import load_recipe
+from kvds.config_input import load_recipe
 from kvds.errors import InputError, RunError
 from kvds.metrics_file import METRICS_FILE, read_metrics
 from kvds.mlflow_writer import RUN_ID_FILE, MlflowWriter

@@ -17,9 +17,11 @@ from typing import Any
 
 import yaml
 
-from kvds.config import RunConfig, checked_settings, load_mapping, load_recipe
+from kvds.config import RunConfig
+from kvds.config_input import checked_settings, load_recipe
 from kvds.config_values import near_miss, one_line
 from kvds.errors import InputError
+from kvds.recipe_file import load_mapping
 
 PREPARED = "prepared:"
 REPORT, TUNE, PREPARE = "report", "tune", "prepare"
