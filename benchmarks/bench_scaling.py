@@ -4,9 +4,10 @@
 
 Two questions. *Equality*: a Qwen2 pair of few layers in fp32 on one and the same global batch; how far the first losses
 on N GPUs lie from those on one. *Weak scaling*: Qwen2-1.5B into Qwen2-0.5B (random weights, bf16, real GSM8K text), the
-same rows per GPU whatever their number: real tokens/s, peak memory per GPU, share of N times one GPU's speed. Runs are
-one after the other. Writes ``scaling_DEVICE.csv`` and ``.md`` below ``--output_dir``; on a machine without a GPU
-``--gpus`` counts CPU ranks and only the question of equality is asked.
+same rows per GPU whatever their number, for each placement of the teacher: real tokens/s, peak memory per GPU, share of
+N times the speed of one GPU with a whole teacher. Runs are one after the other. Writes ``scaling_DEVICE.csv`` and
+``.md`` below ``--output_dir``; on a machine without a GPU ``--gpus`` counts CPU ranks and only the question of equality
+is asked.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from kvds.metrics_file import METRICS_FILE, read_metrics
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "num_hidden_layers={layers},hidden_size=256,intermediate_size=512,num_attention_heads=4,num_key_value_heads=2"
 GLOBAL_BATCH = 16
+QUESTIONS = ("equality", "weak")
+# What is dealt out to several GPUs is nothing of its own on one.
+NEEDS_SEVERAL = ("zero3", "tensor_parallel")
 SPENT = ("teacher", "forward", "backward", "optimizer")
 
 
@@ -40,7 +44,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batch_size", type=int, default=32, help="rows per GPU of the weak scaling (32)")
     parser.add_argument("--steps", type=int, default=24, help="of the weak scaling (24)")
-    parser.add_argument("--placements", nargs="+", default=["replicated", "zero3"])
+    parser.add_argument("--placements", nargs="+", default=["replicated", "zero3", "tensor_parallel", "zero3_offload"])
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument("--name", help="of the files; unset: scaling_DEVICE")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no further run after so many (9)")
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -90,6 +96,8 @@ def weak(gpus: int, placement: str, arguments: argparse.Namespace, log: Path) ->
         "subset_size": arguments.batch_size * gpus * steps, "max_length": 512, "kv_weight": 1.0,
         "teacher_placement": placement, "calibration_batches": 1,
     }  # fmt: skip
+    if placement == "tensor_parallel":
+        flags["teacher_tp_size"] = 2
     records = [r for r in train(gpus, flags, log) if "perf/tokens_per_second" in r][steps // 3 :]
     row: dict[str, Any] = {"question": "weak scaling", "gpus": gpus, "placement": placement}
     row["rows_per_gpu"] = arguments.batch_size
@@ -106,7 +114,8 @@ def main() -> int:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name().split()[1].lower() if cuda else "cpu"
-    log = arguments.output_dir / f"scaling_{device}.log"
+    stem = arguments.output_dir / (arguments.name or f"scaling_{device}")
+    log = stem.with_suffix(".log")
     begun = time.monotonic()
     rows: list[dict[str, Any]] = []
 
@@ -120,7 +129,7 @@ def main() -> int:
 
     config = "ds_configs/zero3_fp32.json" if cuda else "ds_configs/zero3_cpu.json"
     alone: list[float] = []
-    for gpus in arguments.gpus:
+    for gpus in arguments.gpus if "equality" in arguments.questions else ():
         row = {"question": "equality", "gpus": gpus, "placement": "replicated", "rows_per_gpu": GLOBAL_BATCH // gpus}
 
         def compare(gpus: int = gpus) -> dict[str, Any]:
@@ -131,18 +140,21 @@ def main() -> int:
 
         rows.append(attempt(row, compare))
         print(rows[-1], flush=True)
-    for placement in arguments.placements if cuda else ():
-        single = None
+    single = None
+    for placement in arguments.placements if cuda and "weak" in arguments.questions else ():
         for gpus in arguments.gpus:
+            if gpus == 1 and placement in NEEDS_SEVERAL:
+                continue
             row = {"question": "weak scaling", "gpus": gpus, "placement": placement}
             row = attempt(row, lambda g=gpus, p=placement: weak(g, p, arguments, log))
             if "tokens_per_second" in row:
-                single = single or row["tokens_per_second"] / gpus
-                row["percent_of_linear"] = 100 * row["tokens_per_second"] / (gpus * single)
+                if gpus == 1 and placement == "replicated":
+                    single = row["tokens_per_second"]
+                if single is not None:
+                    row["percent_of_linear"] = 100 * row["tokens_per_second"] / (gpus * single)
             rows.append(row)
             print(row, flush=True)
     facts = provenance(("torch", "deepspeed", "transformers", "triton"))
-    stem = arguments.output_dir / f"scaling_{device}"
     write_csv(stem.with_suffix(".csv"), [row | facts for row in rows])
     columns = list(dict.fromkeys(name for row in rows for name in row))
     heading = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command")
