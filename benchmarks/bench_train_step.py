@@ -3,6 +3,7 @@
     python benchmarks/bench_train_step.py --data_dir DATA                  # small models, CPU or GPU
     python benchmarks/bench_train_step.py --pair qwen2 --data_dir DATA     # Qwen2-1.5B and 0.5B, random weights, bf16
     python benchmarks/bench_train_step.py --quick                          # a minute, no data needed
+    python benchmarks/bench_train_step.py --pair qwen2 --data_dir DATA --profile kvds_structured kvds_structured_packed
 
 All arms of a run share one teacher, one student, the rows and their batches. They take turns on each batch, in an order
 drawn anew, so that neither a neighbour's load nor a warm card favours one; ratios are medians of the rounds' own
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.memory_peak import MemoryPeak
 from benchmarks.train_step_arms import ARMS, LR, ONLY_ON_GPU, Arm, Workbench
+from benchmarks.train_step_profile import profile_arms
 from benchmarks.train_step_workbench import (
     Clock,
     Pair,
@@ -69,6 +71,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "benchmarks" / "results")
     parser.add_argument("--name", help="of the files; unset: train_step_PAIR_DEVICE")
     parser.add_argument("--no_memory", action="store_true", help="leave out the CPU's memory pass, a process per arm")
+    parser.add_argument(
+        "--profile", nargs="+", choices=ARMS, metavar="ARM",
+        help="in place of all else, write where a step's time goes, such as kvds_structured kvds_structured_packed",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny models, 3 rounds, few arms")
     arguments = parser.parse_args(argv)
     if arguments.quick:
@@ -235,7 +241,10 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
             return None
 
     longest = max(range(len(batches)), key=lambda i: batches[i].input_ids.numel())
-    for number in dict.fromkeys((longest, 0)):  # warm-up; the longest first, so that no later batch grows the memory
+    # Warm-up, the longest first, so that no later batch grows the memory. On a GPU every batch: a shape that is new
+    # costs more, and most arms would find theirs met by another already, those of packed rows would not.
+    met = range(len(batches)) if device.type == "cuda" else (0,)
+    for number in dict.fromkeys((longest, *met)):
         for name in list(names):
             run(name, number)
     for name in names:
@@ -392,6 +401,11 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, write, print."""
     arguments = parse(argv)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    if arguments.profile:
+        pair = make_pair(arguments.pair, arguments.data_dir, arguments.dtype)
+        for text in profile_arms(arguments, pair):
+            print(text, flush=True)
+        return 0
     table, facts = measure(arguments)
     place = "cpu" if not torch.cuda.is_available() else facts["device"].replace("NVIDIA ", "").split()[0].lower()
     stem = arguments.output_dir / (arguments.name or f"train_step_{arguments.pair}_{place}")

@@ -45,8 +45,11 @@ class LabelledPositions:
         return cls(index, shifted[index])
 
     def to(self, device: torch.device) -> LabelledPositions:
-        """The same on ``device``."""
-        return LabelledPositions(self.index.to(device, non_blocking=True), self.target.to(device, non_blocking=True))
+        """The same on ``device``; from pinned memory where that is a GPU, which then need not be waited for."""
+        index, target = self.index, self.target
+        if device.type == "cuda" and not index.is_cuda:
+            index, target = index.pin_memory(), target.pin_memory()
+        return LabelledPositions(index.to(device, non_blocking=True), target.to(device, non_blocking=True))
 
 
 def head_chunk_count(max_tokens: int, vocab_size: int) -> int:

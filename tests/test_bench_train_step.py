@@ -38,6 +38,17 @@ def test_table_csv_and_rates_agree(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [line.split()[0] for line in table[-4:]] == list(rows)  # the table is printed last
 
 
+def test_a_profile_says_where_a_step_s_time_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--quick", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path), "--name", "x"]
+    assert bench.main([*flags, "--profile", "kvds_structured", "kvds_structured_packed"]) == 0
+    told = capsys.readouterr().out
+    for name in ("kvds_structured", "kvds_structured_packed"):
+        text = (tmp_path / f"x_profile_{name}.txt").read_text()
+        assert "scaled_dot_product" in text and "Self CPU" in text
+        assert text.splitlines()[0] in told and text.startswith(f"{name}: batches of ")
+    assert "ms per step: " in told and not list(tmp_path.glob("*.csv"))
+
+
 def test_arms_see_the_same_models_and_rows() -> None:
     pair = make_pair("tiny", Path(), None)
     samples, _ = load_samples(None, pair.student.vocab_size, 128, 8)

@@ -56,6 +56,22 @@ def both(capacity: int = 20) -> tuple[TokenBatch, TokenBatch]:
     return collate(*arguments), collate_packed(*arguments, capacity=capacity)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_what_attention_makes_of_a_bool_one_in_aligned_rows(dtype: torch.dtype) -> None:
+    packing = both(capacity=22)[1].packing
+    assert packing is not None
+    documents = packing.document_ids
+    rows, tokens = documents.shape
+    sees = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    mask = packing.attention_mask("sdpa", dtype)
+    assert mask.dtype == dtype and mask.shape == (rows, 1, tokens, tokens) and tokens % 8
+    assert torch.equal(mask, torch.zeros((), dtype=dtype).where(sees, -torch.inf))
+    assert all(stride % 8 == 0 for stride in mask.stride()[:-1]) and mask.stride(-1) == 1
+    q, k, v = torch.randn(3, rows, 2, tokens, 8, generator=torch.Generator().manual_seed(2)).to(dtype).unbind(0)
+    found, expected = (nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m) for m in (mask, sees))
+    assert torch.equal(found, expected)
+
+
 def test_rows_are_full_cheap_and_never_over_the_capacity() -> None:
     # As many tokens as in two rows, and less to attend to.
     assert pack_lengths([5, 5, 5, 5], 10) == [[0], [1], [2], [3]]

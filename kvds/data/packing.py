@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Length of a row at which attention costs about what all else does, in models of width 128 to 512. In wider ones that
 # is longer than a row, and the choice hardly matters.
 _ATTENTION_TOKENS = 1024
+# Of any dtype, so that rows begin at multiples of 16 bytes, as a GPU's attention wants.
+_ALIGNED_ELEMENTS = 8
 _TENSORS = ("document_ids", "position_ids", "token_index", "token_mask")
 
 
@@ -55,19 +57,24 @@ class Packing:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
     def attention_mask(self, implementation: str, dtype: torch.dtype) -> Tensor:
-        """``[B, 1, T, T]``: which tokens see which, in the form that an attention of transformers takes as it is.
+        """``[B, 1, T, T]``: what is added to the attention logits, 0 where a token sees another.
+
+        Made once for all layers: of a bool mask torch's attention makes such a tensor in every layer, and on a GPU
+        another one with rows that begin at multiples of 16 bytes, and keeps them for the backward pass.
 
         Args:
-            implementation: ``"sdpa"`` (bool, True = sees) or ``"eager"`` (added to the logits).
-            dtype: Of the attention logits, for ``"eager"``.
+            implementation: ``"sdpa"`` (-inf where it does not see) or ``"eager"`` (the dtype's least number).
+            dtype: Of the attention logits.
         """
         tokens = self.document_ids.shape[1]
         same = self.document_ids[:, :, None] == self.document_ids[:, None, :]
         sees = (same & torch.ones(tokens, tokens, dtype=torch.bool, device=same.device).tril())[:, None]
-        if implementation == "sdpa":
-            return sees
-        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=same.device)
-        return torch.where(sees, hidden.new_zeros(()), hidden)
+        if implementation == "eager":
+            hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=same.device)
+            return torch.where(sees, hidden.new_zeros(()), hidden)
+        width = -(-tokens // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS
+        mask = torch.zeros(*sees.shape[:3], width, dtype=dtype, device=same.device)[..., :tokens]
+        return mask.masked_fill_(~sees, -torch.inf)
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -151,8 +158,10 @@ def unpacked(batch: TokenBatch) -> TokenBatch:
     if packing is None:
         return batch
 
+    absent = ~packing.token_mask
+
     def rows(tensor: Tensor, padding: int) -> Tensor:
-        return tensor.flatten()[packing.token_index].masked_fill(~packing.token_mask, padding)
+        return tensor.flatten()[packing.token_index].masked_fill(absent, padding)
 
     return replace(
         batch,

@@ -294,8 +294,9 @@ class StepPlanner:
             forward_end = []
             hook = backbone(student).register_forward_hook(lambda *_: forward_end.append(memory.live))
             with memory:
-                # The padding mask as the attention gets it; transformers would read the data to make it.
-                mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+                # The mask as the attention gets it; transformers would read the data to make it of padding.
+                kind = self.dtype if cfg.packing else torch.bool
+                mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=kind)
                 inputs = replace(inputs, batch=replace(inputs.batch, attention_mask=mask))
                 loss, _ = module(step=inputs)
                 between = memory.live
