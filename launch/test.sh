@@ -18,8 +18,8 @@ step() {
 }
 
 # Tests of several ranks leave a core idle half of the time, all others leave one idle always. A file stays with one worker,
-# as its tests share runs.
-[ $# -gt 0 ] || set -- -n "${KVDS_TEST_WORKERS:-2}" --dist loadfile
+# as its tests share runs; files begin in the order of tests/conftest.py, not those of the most tests first.
+[ $# -gt 0 ] || set -- -n "${KVDS_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder
 
 failed=0
 step ruff check . || failed=1

@@ -40,6 +40,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+# A minute or more each. Begun first by pytest-xdist, they leave the short ones to fill the end; the first mostly waits.
+_LONG = (
+    *("test_cluster.py", "test_survival.py", "test_train_zero3.py", "test_launchers.py", "test_launch_smoke.py"),
+    *("test_survival_kinds.py", "test_align_runs.py", "test_train_resume.py", "test_ab_runner.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 @pytest.fixture(scope="session")
 def rank_server():
     """Forks ranks for the tests of all files: importing everything takes longer than most runs."""

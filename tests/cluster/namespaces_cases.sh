@@ -33,7 +33,7 @@ start_both() {
 
 start_both two-hosts
 for pid in "${pids[@]}"; do wait "$pid" || fail 'two hosts: a side failed'; done
-python tests/cluster/compare.py "$scratch/two-hosts" "$scratch/host" || fail 'two hosts: another result than on one'
+python tests/cluster/compare.py "$scratch/two-hosts" "$reference" || fail 'two hosts: another result than on one'
 pass 'deepspeed --no_ssh on two hosts, ZeRO-3 over gloo: ended as on one host'
 
 start_both severed
@@ -52,5 +52,5 @@ ip -n $left link set cable0 up
 start_both severed
 for pid in "${pids[@]}"; do wait "$pid" || fail 'cut cable: the second attempt failed'; done
 grep -q 'resumed from step' "$scratch/severed-0.log" || fail 'cut cable: the second attempt did not resume'
-python tests/cluster/compare.py "$scratch/severed" "$scratch/host" || fail 'cut cable: another result'
+python tests/cluster/compare.py "$scratch/severed" "$reference" || fail 'cut cable: another result'
 pass "a cut cable: both sides ended with a reason after $took s, the run resumed and ended equal"

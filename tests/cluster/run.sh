@@ -2,7 +2,8 @@
 # The launch files on the real thing: Slurm with two nodes on this machine, two network namespaces as hosts, and an installation from
 # a folder of wheels without a network.
 #   bash tests/cluster/run.sh [PART …]     (as root; default: slurm namespaces wheelhouse, some six minutes on two cores)
-# PART `short` is one case of slurm, in a minute. Where apt or namespaces are not allowed, a part is skipped with a reason.
+# Where apt or namespaces are not allowed, or no package index is within reach, a part is skipped with a reason. Calls that share a
+# folder KVDS_REFERENCE make the run that all results are compared with only once.
 # Debian's slurm-wlm and munge are installed where they are missing, Python's packages where no active environment has them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -18,9 +19,9 @@ own=(unshare --mount --pid --fork --kill-child --mount-proc --propagation privat
 [ $# -gt 0 ] || set -- slurm namespaces wheelhouse
 for part in "$@"; do
   case $part in
-    slurm | namespaces | short | wheelhouse) ;;
+    slurm | namespaces | wheelhouse) ;;
     *)
-      echo "run.sh: unknown part $part; expected slurm, namespaces, wheelhouse or short" >&2
+      echo "run.sh: unknown part $part; expected slurm, namespaces or wheelhouse" >&2
       exit 2
       ;;
   esac
@@ -43,7 +44,7 @@ trap 'exit 143' TERM HUP
 in_cluster=()
 for part in "$@"; do [ "$part" = wheelhouse ] || in_cluster+=("$part"); done
 case " $* " in
-  *' slurm '* | *' short '*)
+  *' slurm '*)
     if ! command -v slurmctld >/dev/null || ! command -v munged >/dev/null; then
       { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; } \
         >"$scratch/apt.txt" 2>&1 || true # the part that needs them says so
