@@ -345,6 +345,7 @@ def test_extra_memory_is_two_percent_of_eager(moves: str, form: dict) -> None:
 @pytest.mark.parametrize("indexed", [False, True], ids=["all", "indexed"])
 def test_more_than_two_to_the_31_elements(token_major: bool, indexed: bool) -> None:
     """2.7e9 elements a source layer, in the batch stride, the token stride and the gradient's buffer alike."""
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free GPU memory")
     batch, heads, tokens, dim = 2, 8, 1_310_721, 128
@@ -382,7 +383,7 @@ def test_more_than_two_to_the_31_elements(token_major: bool, indexed: bool) -> N
         total, _ = map_projection_loss(source, target, **maps, impl="triton")
         with torch.no_grad():
             every, _ = map_projection_loss(source, target, **maps, impl="lean")
-        assert float(total) == pytest.approx(float(every), rel=5e-3)
+        assert float(total.detach()) == pytest.approx(float(every), rel=5e-3)
         expected = run({**small, **maps}, "reference", wide=True)
         share = len(places) / tokens  # of the mean over all tokens, for the gradient of one
     gradients = torch.autograd.grad(total, leaves)
@@ -390,6 +391,6 @@ def test_more_than_two_to_the_31_elements(token_major: bool, indexed: bool) -> N
     want = expected["source"] * share
     assert float((got - want).norm() / want.norm()) < FROBENIUS
     if indexed:
-        assert float(total) == pytest.approx(float(expected["losses"][0]), rel=5e-3)
+        assert float(total.detach()) == pytest.approx(float(expected["losses"][0]), rel=5e-3)
         for layer in gradients:  # and nothing was written elsewhere
             assert int(layer.count_nonzero()) <= batch * heads * len(places) * dim
