@@ -63,7 +63,11 @@ class Running:
     def __init__(self, folder: Path) -> None:
         path = write_plan(folder, steps=100_000, arms="task: {alignment_mode: none}")
         command = [sys.executable, "-m", "kvds.cli", "ab", str(path), "--output", str(folder), "--devices", "cpu"]
-        self.process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+            # A shell's background jobs, and what they start, ignore Ctrl-C; this one is at a terminal.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         self.folder = folder / "tiny"
         self.seen: dict[int, psutil.Process] = {}
 

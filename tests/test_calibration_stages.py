@@ -21,7 +21,7 @@ def test_auto_weight_is_the_same_in_every_stage(tmp_path):
                 "calibration_batches": 1, "deepspeed_config": str(tmp_path / f"{stage}.json"), "report_to": "none",
                 "resume": "never", "output_dir": str(tmp_path / f"run{stage}"),
             }  # fmt: skip
-            answer = worker.ask({"settings": settings, "ranks": 1}, None)
+            answer = worker.ask({"settings": settings, "ranks": 1, "in_process": True}, None)
             assert answer["status"] == "finished", answer
             weights[stage] = answer["last/kv/weight"]
     finally:

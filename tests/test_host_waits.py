@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kvds.align import build_aligner
 from kvds.config import RunConfig
-from kvds.data.batches import BatchLoader, EncodedSample
+from kvds.data.encoding import EncodedSample
+from kvds.data.loader import BatchLoader
 from kvds.distillation import DistillationModule, LossWeights
 from kvds.kv import KVShape, selected_count
 from kvds.step_inputs import StepInputs
