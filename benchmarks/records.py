@@ -38,12 +38,12 @@ def _version(name: str) -> str:
 
 
 def provenance(packages: Sequence[str] = ("torch", "triton")) -> dict[str, str]:
-    """Columns that say where and by what a row was measured; ``KVDS_REVISION`` stands in outside a git checkout."""
+    """Columns that say where and by what a row was measured; ``KVDS_REVISION`` says it for a copy of a checkout."""
     return {
         "device": device_name(),
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
-        "git_revision": git_revision() or os.environ.get("KVDS_REVISION", "unknown"),
+        "git_revision": os.environ.get("KVDS_REVISION") or git_revision() or "unknown",
         "command": shlex.join(["python", *sys.argv]),
     }
 
