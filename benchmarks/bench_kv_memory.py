@@ -76,7 +76,7 @@ def student_states(shape: KVShape, batch: TokenBatch) -> KVStates:
 def alignment_peak(teacher: Teacher, batch: TokenBatch, selection: Selection, groups: int) -> int:
     """Of the aligner's forward and backward, beside the states and their gradients."""
     shape = KVShape(LAYERS, num_key_value_heads=2, head_dim=64, num_attention_heads=2)
-    settings = AlignmentSettings(alignment_mode="structured", layer_groups=groups)
+    settings = AlignmentSettings(alignment_mode="structured", kv_parts="kv", layer_groups=groups)
     aligner = build_aligner(shape, teacher.shape, settings)
     given = student_states(shape, batch)
     states = teacher(batch, selection).states

@@ -47,7 +47,7 @@ def flags(folder: Path, name: str, batch_size: int) -> list[str]:
         "teacher_config_overrides": TEACHER, "student_config_overrides": STUDENT, "datasets": "synthetic",
         "synthetic_problems": 512, "max_length": 128, "eval_subset_size": 0, "batch_size": batch_size, "kv_weight": 1.0,
         "calibration_batches": 1, "logging_steps": 10000, "max_steps": 10000, "report_to": "none", "resume": "never",
-        "lr_scheduler_type": "constant", "data_cache": folder / "rows", "output_dir": folder / name,
+        "lr_scheduler_type": "constant", "kv_parts": "kv", "data_cache": folder / "rows", "output_dir": folder / name,
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json",
     }  # fmt: skip
     if torch.cuda.is_available():

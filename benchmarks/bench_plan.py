@@ -117,7 +117,7 @@ def _flags(case: Case, folder: Path) -> list[str]:
         "student_init": "random", "student_config_overrides": case.student, "teacher_config_overrides": case.teacher,
         "datasets": folder / f"{case.rows}.jsonl", "subset_size": 3 * case.batch_size, "max_length": 448, "epochs": 1,
         "batch_size": case.batch_size, "kv_weight": 1.0, "calibration_batches": 1, "eval_subset_size": 0,
-        "report_to": "none", "logging_steps": 1000, "resume": "never", "output_dir": folder / "run",
+        "report_to": "none", "logging_steps": 1000, "resume": "never", "output_dir": folder / "run", "kv_parts": "kv",
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", **case.flags,
     }  # fmt: skip
     if values["deepspeed_config"] == "zero2":

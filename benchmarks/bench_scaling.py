@@ -74,7 +74,7 @@ def models(data_dir: Path) -> dict[str, Any]:
     return {
         "teacher_name": data_dir / "models" / "qwen2-1.5b", "student_name": data_dir / "models" / "qwen2-0.5b",
         "teacher_init": "random", "student_init": "random", "tokenizer_name": data_dir / "tokenizers" / "qwen2",
-        "datasets": "gsm8k", "data_dir": data_dir,
+        "datasets": "gsm8k", "data_dir": data_dir, "kv_parts": "kv",
     }  # fmt: skip
 
 

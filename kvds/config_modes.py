@@ -8,21 +8,22 @@ from collections.abc import Iterator
 from kvds.errors import InputError
 from kvds.settings import AlignmentSettings
 
-# mode → setting → the one value that has a meaning there, and why.
+_BOTH_PARTS = ("auto", "kv")
+# mode → setting → the one value that has a meaning there (or a tuple of those that do), and why.
 _FIXED: dict[str, dict[str, tuple[object, str]]] = {
     "flat": {
         "layer_groups": (1, "groups are structured's"),
         "head_groups": (1, "groups are structured's"),
     },
     "hidden": {
-        "kv_parts": ("kv", "hidden states are neither keys nor values"),
+        "kv_parts": (_BOTH_PARTS, "hidden states are neither keys nor values"),
         "kv_rope": ("pre", "hidden states are not rotated"),
         "layer_groups": (1, "groups are structured's"),
         "head_groups": (1, "groups are structured's"),
     },
     "structural_kv": {
         "direction": ("student_to_teacher", "the teacher is the fixed side"),
-        "kv_parts": ("kv", "its attention needs keys, its cosine both"),
+        "kv_parts": (_BOTH_PARTS, "its attention needs keys, its cosine both"),
         "kv_loss": ("mse", "its penalties are a cosine and a KL divergence"),
         "layer_groups": (1, "groups are structured's"),
         "head_groups": (1, "groups are structured's"),
@@ -48,7 +49,9 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[tuple[bool, str, object,
     mode = settings.alignment_mode
     for name, (value, reason) in _FIXED.get(mode, {}).items():
         found = getattr(settings, name)
-        yield found == value, name, found, f"{value} with --alignment_mode {mode} ({reason})"
+        values = value if isinstance(value, tuple) else (value,)
+        expected = " or ".join(str(one) for one in values)
+        yield found in values, name, found, f"{expected} with --alignment_mode {mode} ({reason})"
     for owner, defaults in _OWN.items():
         for name, default in defaults.items():
             found = getattr(settings, name)

@@ -107,7 +107,10 @@ class AlignmentSettings:
         "teacher's keys and values of the row itself, or as a control of another row of the batch", "matched",
         choices=("matched", "shuffled"),
     )  # fmt: skip
-    kv_parts: str = setting("keys and values, or one of them", "kv", choices=("kv", "k", "v"))
+    kv_parts: str = setting(
+        "keys and values, or one of them; auto: values alone for flat and structured, else both", "auto",
+        choices=("auto", "kv", "k", "v"),
+    )  # fmt: skip
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
     relation_kind: str = setting(
         "relation: scaled dot products under a softmax, compared by KL, or cosines, compared by kv_loss", "softmax",

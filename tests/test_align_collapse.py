@@ -12,6 +12,7 @@ from kvds.align.diagnostics import effective_rank, kv_norm
 from kvds.align.fitting import AlignmentMoments
 from kvds.kv import KVShape, KVStates, Selection
 from kvds.settings import AlignmentSettings
+from tests.kv_settings import both_parts
 
 LAYERS, HEADS, DIM, BATCH, TOKENS = 2, 2, 4, 8, 48
 SHAPE = KVShape(LAYERS, HEADS, DIM, HEADS)
@@ -41,7 +42,7 @@ def train(**kwargs: Any) -> dict[str, float]:
     student = KVStates(
         *(tuple(torch.randn(size, generator=generator).requires_grad_() for _ in range(LAYERS)) for _ in range(2))
     )
-    aligner = build_aligner(SHAPE, SHAPE, AlignmentSettings(impl="reference", **kwargs))
+    aligner = build_aligner(SHAPE, SHAPE, both_parts(impl="reference", **kwargs))
     moments = AlignmentMoments(aligner)
     moments.update(student.detach(), teacher, EVERYTHING)
     moments.apply()

@@ -9,7 +9,7 @@ from kvds.align.explained import ExplainedVariance
 from kvds.align.fitting import fit_aligner
 from kvds.align.spectrum import map_spectra
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection
-from kvds.settings import AlignmentSettings
+from tests.kv_settings import both_parts
 
 STUDENT, TEACHER = KVShape(2, 2, 3, 2, 5), KVShape(2, 2, 4, 2, 6)
 
@@ -33,7 +33,7 @@ MASK = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) > 0.3
 @pytest.mark.parametrize("mode", ["flat", "structured", "hidden"])
 def test_r2_equals_numpys_over_batches(mode, kv_loss):
     kind = HiddenStates if mode == "hidden" else KVStates
-    settings = AlignmentSettings(alignment_mode=mode, layer_map="endpoint", map_start="ridge", kv_loss=kv_loss)
+    settings = both_parts(alignment_mode=mode, layer_map="endpoint", map_start="ridge", kv_loss=kv_loss)
     aligner = build_aligner(STUDENT, TEACHER, settings).double()
     student, noise = random_states(STUDENT, 1, kind), random_states(TEACHER, 2, kind)
     # A teacher that is the student mapped, and noise of another size per layer.
@@ -78,7 +78,7 @@ def test_r2_equals_numpys_over_batches(mode, kv_loss):
 def test_a_perfect_map_explains_all_and_a_constant_nothing():
     shape = KVShape(2, 1, 4, 1)
     student = random_states(shape, 1)
-    aligner = build_aligner(shape, shape, AlignmentSettings(alignment_mode="flat", map_start="ridge")).double()
+    aligner = build_aligner(shape, shape, both_parts(alignment_mode="flat", map_start="ridge")).double()
     teacher = KVStates(tuple(3 * k + 1 for k in student.keys), student.values)
     fit_aligner(aligner, [(student, teacher, Selection(None, MASK))])
     explained = ExplainedVariance(aligner)
@@ -95,7 +95,7 @@ def test_a_perfect_map_explains_all_and_a_constant_nothing():
 
 @pytest.mark.parametrize("share", [False, True])
 def test_spectra_are_the_singular_values_of_every_map(share):
-    aligner = build_aligner(STUDENT, TEACHER, AlignmentSettings(map_proj_share_dim=share, kv_parts="k"))
+    aligner = build_aligner(STUDENT, TEACHER, both_parts(map_proj_share_dim=share, kv_parts="k"))
     projection = aligner.parts["key"].dim_proj
     with torch.no_grad():
         projection.mul_(torch.tensor([3.0, 1.0, 0.0])[:, None])
@@ -105,4 +105,4 @@ def test_spectra_are_the_singular_values_of_every_map(share):
     np.testing.assert_allclose(found["singular_values"], [[3, 1, 0]] * len(found["directions"]), atol=1e-6)
     entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
     np.testing.assert_allclose(found["directions"], [np.exp(entropy)] * len(found["directions"]), rtol=1e-5)
-    assert map_spectra(build_aligner(STUDENT, TEACHER, AlignmentSettings(alignment_mode="relation"))) == {}
+    assert map_spectra(build_aligner(STUDENT, TEACHER, both_parts(alignment_mode="relation"))) == {}

@@ -11,7 +11,7 @@ from kvds.align import build_aligner
 from kvds.align.fitting import AlignmentMoments, closed_form, fit_aligner
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection
-from kvds.settings import AlignmentSettings
+from tests.kv_settings import both_parts
 
 STUDENT, TEACHER = KVShape(3, 2, 3, 2), KVShape(4, 2, 5, 2)
 STARTS = ("random", "pca", "procrustes", "ridge")
@@ -55,7 +55,7 @@ def rotation(size: int, seed: int = 5) -> Tensor:
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("mode", ["flat", "structured"])
 def test_statistics_of_the_teacher_equal_numpys(mode, start):
-    settings = AlignmentSettings(alignment_mode=mode, layer_map="endpoint", map_start=start)
+    settings = both_parts(alignment_mode=mode, layer_map="endpoint", map_start=start)
     aligner = build_aligner(STUDENT, TEACHER, settings).double()
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
     index = torch.tensor([[0, 3, 4, 9]] * 4)
@@ -75,7 +75,7 @@ def test_statistics_of_the_teacher_equal_numpys(mode, start):
 
 @pytest.mark.parametrize("mode", ["flat", "structured"])
 def test_the_unit_towards_the_student_is_the_mix_of_the_teachers_layers(mode):
-    settings = AlignmentSettings(
+    settings = both_parts(
         alignment_mode=mode,
         layer_map="learned",
         direction="teacher_to_student",
@@ -104,9 +104,7 @@ def test_the_unit_towards_the_student_is_the_mix_of_the_teachers_layers(mode):
     itertools.product(("flat", "structured"), DIRECTIONS, ("learned", "endpoint"), STARTS),
 )
 def test_the_residual_starts_with_mean_zero(mode, direction, layer_map, start):
-    settings = AlignmentSettings(
-        alignment_mode=mode, direction=direction, layer_map=layer_map, map_start=start, kv_loss="mse"
-    )
+    settings = both_parts(alignment_mode=mode, direction=direction, layer_map=layer_map, map_start=start, kv_loss="mse")
     aligner = build_aligner(STUDENT, TEACHER, settings).double()
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
     fit_aligner(aligner, [(student, teacher, everything(student))])
@@ -121,14 +119,14 @@ def test_a_teacher_that_does_not_vary_keeps_unit_scale():
         normal_states(STUDENT, 1),
         mapped(normal_states(TEACHER, 2), lambda _, x: torch.full_like(x, 7.3)),
     )
-    aligner = build_aligner(STUDENT, TEACHER, AlignmentSettings())
+    aligner = build_aligner(STUDENT, TEACHER, both_parts())
     fit_aligner(aligner, [(student, teacher, everything(student))])
     assert aligner.parts["key"].target_scale.tolist() == [1.0] * 4
 
 
 def test_statistics_survive_an_offset_a_thousand_times_their_size():
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
-    aligners = [build_aligner(STUDENT, TEACHER, AlignmentSettings(map_start="ridge")).double() for _ in range(2)]
+    aligners = [build_aligner(STUDENT, TEACHER, both_parts(map_start="ridge")).double() for _ in range(2)]
     fit_aligner(aligners[0], [(student, teacher, everything(student))])
     fit_aligner(aligners[1], [(student, mapped(teacher, lambda _, x: x + 1e4), everything(student))])
     for name in ("target_scale", "dim_proj"):
@@ -149,7 +147,7 @@ def test_procrustes_recovers_a_planted_rotation(mode, direction, share_dim):
     keys = tuple(2.5 * x @ rotations[i] + i for i, x in enumerate(student.keys))
     values = tuple(0.1 * x @ rotations[i if share_dim else 3 + i] - 1 for i, x in enumerate(student.values))
     teacher = KVStates(keys, values)
-    settings = AlignmentSettings(
+    settings = both_parts(
         alignment_mode=mode,
         direction=direction,
         layer_map="endpoint",
@@ -174,7 +172,7 @@ def test_procrustes_recovers_a_planted_rotation(mode, direction, share_dim):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("mode", ["flat", "structured"])
 def test_procrustes_of_other_widths_is_semi_orthogonal(mode, direction):
-    settings = AlignmentSettings(alignment_mode=mode, direction=direction, map_start="procrustes")
+    settings = both_parts(alignment_mode=mode, direction=direction, map_start="procrustes")
     aligner = build_aligner(STUDENT, TEACHER, settings).double()
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
     fit_aligner(aligner, [(student, teacher, everything(student))])
@@ -196,7 +194,7 @@ def test_ridge_recovers_a_planted_linear_map(mode, share_dim, direction):
         matrices[1] = matrices[0]
     target = mapped(source, lambda i, x: x @ matrices[i] + 2 * i - 1)
     student, teacher = (source, target) if direction == DIRECTIONS[0] else (target, source)
-    settings = AlignmentSettings(
+    settings = both_parts(
         alignment_mode=mode, direction=direction, layer_map="endpoint", map_start="ridge", map_proj_share_dim=share_dim
     )
     aligner = build_aligner(*shapes, settings).double()
@@ -210,8 +208,8 @@ def test_pca_reconstruction_error_is_the_sum_of_the_dropped_eigenvalues(mode):
     shapes = KVShape(2, 1, 3, 1), KVShape(2, 1, 5, 1)
     teacher = normal_states(shapes[1], 2)
     settings = {"alignment_mode": mode, "layer_map": "endpoint", "map_start": "pca", "kv_parts": "k"}
-    down = build_aligner(*shapes, AlignmentSettings(direction="teacher_to_student", **settings)).double()
-    up = build_aligner(*shapes, AlignmentSettings(direction="student_to_teacher", **settings)).double()
+    down = build_aligner(*shapes, both_parts(direction="teacher_to_student", **settings)).double()
+    up = build_aligner(*shapes, both_parts(direction="student_to_teacher", **settings)).double()
     any_student = normal_states(shapes[0], 1)
     fit_aligner(down, [(any_student, teacher, everything(teacher))])
     # A student that holds the teacher's leading coordinates: what the map down gives, in the teacher's unit.
@@ -243,7 +241,7 @@ def test_shared_pca_takes_the_directions_of_all_layers_together():
         for s in ([0.1, 0.1, 1, 0.1], [0.8, 0.1, 1, 0.1])
     ]
     teacher = KVStates(tuple(rows), tuple(rows))
-    settings = AlignmentSettings(
+    settings = both_parts(
         map_proj_share_dim=True, layer_map="endpoint", map_start="pca", direction="teacher_to_student"
     )
     aligner = build_aligner(student, shape, settings).double()
@@ -285,7 +283,7 @@ def pieces(states: KVStates, size: int) -> list[KVStates]:
 @pytest.mark.parametrize("settings", FITTED)
 def test_streaming_and_two_ranks_equal_one_shot(settings):
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
-    aligners = [build_aligner(STUDENT, TEACHER, AlignmentSettings(**settings)).double() for _ in range(4)]
+    aligners = [build_aligner(STUDENT, TEACHER, both_parts(**settings)).double() for _ in range(4)]
     whole, streamed, *ranks = aligners
     fit_aligner(whole, [(student, teacher, everything(student))])
     batches = [(s, t, everything(s)) for s, t in zip(pieces(student, 1), pieces(teacher, 1), strict=True)]
@@ -314,7 +312,7 @@ def test_streaming_and_two_ranks_equal_one_shot(settings):
 
 def test_many_positions_are_read_in_chunks(monkeypatch):
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
-    aligners = [build_aligner(STUDENT, TEACHER, AlignmentSettings(map_start="ridge")).double() for _ in range(2)]
+    aligners = [build_aligner(STUDENT, TEACHER, both_parts(map_start="ridge")).double() for _ in range(2)]
     fit_aligner(aligners[0], [(student, teacher, everything(student))])
     monkeypatch.setattr("kvds.align.fitting._CHUNK", 7)
     fit_aligner(aligners[1], [(student, teacher, everything(student))])
@@ -326,9 +324,7 @@ def test_many_positions_are_read_in_chunks(monkeypatch):
 def test_moments_of_the_headline_pair_stay_small(start):
     student, teacher = KVShape(24, 2, 64, 14), KVShape(28, 2, 128, 12)
     for mode, direction in itertools.product(("flat", "structured"), DIRECTIONS):
-        aligner = build_aligner(
-            student, teacher, AlignmentSettings(alignment_mode=mode, direction=direction, map_start=start)
-        )
+        aligner = build_aligner(student, teacher, both_parts(alignment_mode=mode, direction=direction, map_start=start))
         moments = AlignmentMoments(aligner)
         assert sum(8 * s.numel() for part in moments.parts.values() for s in part.sums.values()) < 64 * 2**20
 
@@ -336,7 +332,7 @@ def test_moments_of_the_headline_pair_stay_small(start):
 def test_only_the_dimension_maps_bias_and_statistics_are_written():
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
     for start in STARTS:
-        aligner = build_aligner(STUDENT, TEACHER, AlignmentSettings(map_start=start))
+        aligner = build_aligner(STUDENT, TEACHER, both_parts(map_start=start))
         before = {name: value.clone() for name, value in aligner.state_dict().items()}
         fit_aligner(aligner, [(student, teacher, everything(student))])
         changed = {
@@ -350,7 +346,7 @@ def test_only_the_dimension_maps_bias_and_statistics_are_written():
 
 def test_calibration_says_what_is_wrong():
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
-    aligner = build_aligner(STUDENT, TEACHER, AlignmentSettings(map_start="ridge"))
+    aligner = build_aligner(STUDENT, TEACHER, both_parts(map_start="ridge"))
     nothing = Selection(None, torch.zeros(4, 50, dtype=torch.bool))
     with pytest.raises(InputError, match="calibration: no position is selected"):
         fit_aligner(aligner, [(student, teacher, nothing)])

@@ -153,7 +153,7 @@ def test_it_is_saved_profiled_and_counted_as_every_aligner(share, tmp_path):
 
 def test_settings_and_widths_that_cannot_serve_are_explained():
     for changes, message in (
-        ({"kv_parts": "v"}, "kv_parts=v: expected kv with --alignment_mode hidden"),
+        ({"kv_parts": "v"}, "kv_parts=v: expected auto or kv with --alignment_mode hidden"),
         ({"head_groups": 2}, "head_groups=2: expected 1 with --alignment_mode hidden"),
     ):
         with pytest.raises(InputError, match=message):

@@ -6,7 +6,7 @@ from test_align_loss import SELECTION, random_states, randomised, with_grad
 
 from kvds.align import build_aligner, structured
 from kvds.kv import KVShape
-from kvds.settings import AlignmentSettings
+from tests.kv_settings import both_parts
 
 pytest.importorskip("triton")
 
@@ -34,7 +34,7 @@ def test_triton_equals_reference_with_one_call_per_block(settings: dict, monkeyp
     monkeypatch.setattr(structured, "map_projection_loss", counting)
     results = []
     for impl in ("reference", "triton"):
-        aligner = randomised(build_aligner(STUDENT, TEACHER, AlignmentSettings(**settings, impl=impl))).float()
+        aligner = randomised(build_aligner(STUDENT, TEACHER, both_parts(**settings, impl=impl))).float()
         student = with_grad(random_states(STUDENT, 1, dtype=torch.float32))
         loss = aligner(student, random_states(TEACHER, 2, dtype=torch.float32), SELECTION).loss
         loss.backward()

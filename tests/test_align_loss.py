@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kvds.align import KVAligner, build_aligner
 from kvds.kv import KVShape, KVStates, Selection
-from kvds.settings import AlignmentSettings
+from tests.kv_settings import both_parts
 
 STUDENT, TEACHER = KVShape(3, 2, 3, 2), KVShape(5, 4, 4, 4)
 
@@ -144,7 +144,7 @@ def combinations() -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("case", combinations(), ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_loss_and_gradients_equal_loops(case):
-    aligner = randomised(build_aligner(STUDENT, TEACHER, AlignmentSettings(**case)))
+    aligner = randomised(build_aligner(STUDENT, TEACHER, both_parts(**case)))
     student, teacher = with_grad(random_states(STUDENT, 1)), with_grad(random_states(TEACHER, 2))
     found = aligner(student, teacher, SELECTION)
     expected, parts = slow_loss(aligner, student, teacher.detach(), SELECTION)
@@ -174,7 +174,7 @@ def test_loss_and_gradients_equal_loops(case):
 def test_value_by_hand(mode):
     # One layer, one head, one dimension; token 1 counts: (2 · (3 · 5 / 0.5 + 0.25) + 1 − 7) / 2 = 27.25.
     shape = KVShape(1, 1, 1, 1)
-    settings = AlignmentSettings(
+    settings = both_parts(
         alignment_mode=mode, kv_parts="v", layer_map="endpoint", kv_loss="l1", map_proj_share_dim=True
     )
     aligner = build_aligner(shape, shape, settings)
@@ -195,9 +195,7 @@ def test_value_by_hand(mode):
 @pytest.mark.parametrize("layer_map", ["learned", "endpoint", "last_aligned"])
 @pytest.mark.parametrize("mode", ["flat", "structured"])
 def test_student_equal_to_teacher_under_an_identity_map_has_no_loss(mode, layer_map, direction):
-    aligner = build_aligner(
-        TEACHER, TEACHER, AlignmentSettings(alignment_mode=mode, layer_map=layer_map, direction=direction)
-    )
+    aligner = build_aligner(TEACHER, TEACHER, both_parts(alignment_mode=mode, layer_map=layer_map, direction=direction))
     with torch.no_grad():
         for part in aligner.parts.values():
             part.projection.copy_(torch.eye(part.projection.shape[-1]).expand(part.projection.shape))
@@ -210,7 +208,7 @@ def test_student_equal_to_teacher_under_an_identity_map_has_no_loss(mode, layer_
 
 
 def test_a_constant_offset_of_the_teachers_keys_is_taken_out_by_the_mean():
-    aligner = build_aligner(STUDENT, TEACHER, AlignmentSettings(kv_parts="k"))
+    aligner = build_aligner(STUDENT, TEACHER, both_parts(kv_parts="k"))
     student, teacher = (random_states(shape, 1, dtype=torch.float32) for shape in (STUDENT, TEACHER))
     before = aligner(student, teacher, SELECTION).loss
     offset = 16 * torch.randint(-9, 9, (5, 4, 4)).float()  # exact in fp32 sums
@@ -229,7 +227,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_lies_under_the_mask_and_the_order_of_samples_do_not_matter(case):
-    aligner = randomised(build_aligner(STUDENT, TEACHER, AlignmentSettings(**case)))
+    aligner = randomised(build_aligner(STUDENT, TEACHER, both_parts(**case)))
     student, teacher = with_grad(random_states(STUDENT, 1)), random_states(TEACHER, 2)
     mask = torch.tensor([[False, True, True, True, True, False], [True, True, True, False, False, False]])
     loss = aligner(student, teacher, Selection(None, mask)).loss
@@ -258,7 +256,7 @@ def test_what_lies_under_the_mask_and_the_order_of_samples_do_not_matter(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_index_selects_the_same_as_a_mask(case):
-    aligner = randomised(build_aligner(STUDENT, TEACHER, AlignmentSettings(**case)))
+    aligner = randomised(build_aligner(STUDENT, TEACHER, both_parts(**case)))
     student, teacher = random_states(STUDENT, 1), random_states(TEACHER, 2)
     mask = torch.zeros(2, 6, dtype=torch.bool).scatter(1, SELECTION.index, SELECTION.mask)
     whole = aligner(student, teacher, Selection(None, mask))
@@ -269,7 +267,7 @@ def test_an_index_selects_the_same_as_a_mask(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_empty_mask_gives_zero_with_a_graph_through_everything_trained(case):
-    aligner = build_aligner(STUDENT, TEACHER, AlignmentSettings(**case))
+    aligner = build_aligner(STUDENT, TEACHER, both_parts(**case))
     student, teacher = (
         with_grad(random_states(STUDENT, 1, dtype=torch.float32)),
         random_states(TEACHER, 2, dtype=torch.float32),
@@ -285,7 +283,7 @@ def test_an_empty_mask_gives_zero_with_a_graph_through_everything_trained(case):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_pass_gradcheck(case):
     shapes = KVShape(2, 2, 2, 2), KVShape(3, 2, 3, 2)
-    aligner = randomised(build_aligner(*shapes, AlignmentSettings(**case, kv_parts="v", map_proj_share_dim=True)))
+    aligner = randomised(build_aligner(*shapes, both_parts(**case, kv_parts="v", map_proj_share_dim=True)))
     student, teacher = random_states(shapes[0], 1, batch=1, tokens=3), random_states(shapes[1], 2, batch=1, tokens=3)
     selection = Selection(None, torch.tensor([[True, False, True]]))
     names = [name for name, _ in aligner.named_parameters()]
@@ -302,7 +300,7 @@ def test_gradients_pass_gradcheck(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bf16_states_and_parameters_give_an_fp32_loss_of_fp32_residuals(case):
-    aligner = build_aligner(STUDENT, TEACHER, AlignmentSettings(**case, map_proj_share_dim=True))
+    aligner = build_aligner(STUDENT, TEACHER, both_parts(**case, map_proj_share_dim=True))
     student, teacher = (random_states(shape, 1, dtype=torch.bfloat16) for shape in (STUDENT, TEACHER))
     offset = torch.tensor(100.0)
     with torch.no_grad():
@@ -324,7 +322,7 @@ def test_bf16_states_and_parameters_give_an_fp32_loss_of_fp32_residuals(case):
 
 def test_frozen_maps_still_send_gradients_to_the_student():
     for mode, direction in itertools.product(("flat", "structured"), ("student_to_teacher", "teacher_to_student")):
-        settings = AlignmentSettings(alignment_mode=mode, direction=direction, aligner_update="frozen", map_start="pca")
+        settings = both_parts(alignment_mode=mode, direction=direction, aligner_update="frozen", map_start="pca")
         aligner = build_aligner(STUDENT, TEACHER, settings)
         student = with_grad(random_states(STUDENT, 1, dtype=torch.float32))
         aligner(student, random_states(TEACHER, 2, dtype=torch.float32), SELECTION).loss.backward()

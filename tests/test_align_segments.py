@@ -17,8 +17,8 @@ from kvds.kv import HiddenStates, KVShape, KVStates, Selection, common_steps, op
 from kvds.losses import LabelledPositions
 from kvds.models import backbone
 from kvds.run_data import _check_steps
-from kvds.settings import AlignmentSettings
 from kvds.teacher import Teacher, TeacherOutput
+from tests.kv_settings import both_parts
 
 
 def row(number: int, steps: list[int], teacher: list[int] | None = None) -> EncodedSample:
@@ -83,7 +83,7 @@ def step_input(batch: TokenBatch, teacher: Teacher, *, watch: bool = False) -> S
 @pytest.mark.parametrize("mode", ["flat", "structured", "hidden", "relation"])
 def test_texts_of_different_lengths_meet_step_by_step(mode, monkeypatch):
     student, teacher_model = qwen2(1, 2, 16), qwen2(2, 3, 24)
-    settings = AlignmentSettings(alignment_mode=mode, impl="reference", align_tokens="segment")
+    settings = both_parts(alignment_mode=mode, impl="reference", align_tokens="segment")
     shapes = [KVShape.from_config(model.config) for model in (student, teacher_model)]
     aligner = build_aligner(*shapes, settings)
     teacher = Teacher(teacher_model, device=CPU, reads=aligner.teacher_reads)

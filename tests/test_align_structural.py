@@ -308,7 +308,7 @@ def test_it_is_saved_profiled_and_explained_as_every_aligner(tmp_path):
         aligner(KVStates(*states[0][:2]), states[1], SELECTION)
     for changes, message in (
         ({"layer_map": "learned"}, "layer_map=learned: expected endpoint or last_aligned"),
-        ({"kv_parts": "k"}, "kv_parts=k: expected kv with --alignment_mode structural_kv"),
+        ({"kv_parts": "k"}, "kv_parts=k: expected auto or kv with --alignment_mode structural_kv"),
         ({"direction": "teacher_to_student"}, "direction=teacher_to_student: expected student_to_teacher"),
         ({"attention_loss_weight": -1.0}, "attention_loss_weight=-1.0: expected a finite number, at least 0"),
     ):

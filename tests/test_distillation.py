@@ -24,8 +24,8 @@ from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.kv import KVCapture, KVShape, KVStates, open_capture, select_tokens, selected_count
 from kvds.losses import LabelledPositions
 from kvds.models import backbone
-from kvds.settings import AlignmentSettings
 from kvds.teacher import Teacher
+from tests.kv_settings import both_parts
 
 VOCAB = 50
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ class Setup:
 def setup(family: str = "qwen2", rope: str = "pre", **kwargs: Any) -> Setup:
     make = {"qwen2": qwen2, "gpt2": gpt2}[family]
     student, teacher_model = make(1, 2, 16), make(2, 3, 24)
-    cfg = AlignmentSettings(**{"impl": "reference", **kwargs})
+    cfg = both_parts(**{"impl": "reference", **kwargs})
     aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher_model.config), cfg)
     teacher = Teacher(teacher_model, device=CPU, rope=rope, wants_hidden=True, reads=aligner.teacher_reads)
     module = DistillationModule(student, aligner, rope=rope, head_chunks=2, kd_temperature=2.0)
@@ -345,7 +345,7 @@ def test_student_equal_to_its_teacher_has_loss_zero(mode: str, direction: str) -
     teacher_model = qwen2(2, 3, 16)
     student = copy.deepcopy(teacher_model)
     shape = KVShape.from_config(student.config)
-    cfg = AlignmentSettings(impl="reference", alignment_mode=mode, direction=direction, layer_map="endpoint")
+    cfg = both_parts(impl="reference", alignment_mode=mode, direction=direction, layer_map="endpoint")
     aligner: Any = build_aligner(shape, shape, cfg)
     with torch.no_grad():
         for part in aligner.parts.values():
@@ -417,9 +417,7 @@ def test_kv_loss_alone_brings_held_out_keys_and_values_closer(problems: Any, ide
     student = qwen2(1, 2, 16, vocab_size=vocab)
     shapes = [KVShape.from_config(model.config) for model in (student, teacher_model)]
     teacher = Teacher(teacher_model, device=CPU)
-    cfg = AlignmentSettings(
-        impl="reference", **({"layer_map": "endpoint", "aligner_update": "frozen"} if identity else {})
-    )
+    cfg = both_parts(impl="reference", **({"layer_map": "endpoint", "aligner_update": "frozen"} if identity else {}))
     aligner: Any = build_aligner(*shapes, cfg)
     module = DistillationModule(student, aligner)
 

@@ -14,7 +14,7 @@ from kvds.distillation import GradientWatch
 from kvds.kv import KVCapture, KVShape, KVStates, select_tokens
 from kvds.losses import LabelledPositions, head_chunk_count, head_losses
 from kvds.models import backbone
-from kvds.settings import AlignmentSettings
+from tests.kv_settings import both_parts
 
 VOCAB, PADDED = 37, 40
 
@@ -175,7 +175,7 @@ def test_gradient_watch_equals_separate_backward_passes(rope: str, layers: int) 
     ids, attention, labels = text()
     labelled = LabelledPositions.from_labels(labels)
     shape = KVShape.from_config(model.config)
-    aligner = build_aligner(shape, shape, AlignmentSettings(layer_map="endpoint", impl="reference"))
+    aligner = build_aligner(shape, shape, both_parts(layer_map="endpoint", impl="reference"))
     selection = select_tokens("full", None, attention, attention)
     generator = torch.Generator().manual_seed(2)
     states = [tuple(torch.randn(3, 2, 9, 4, generator=generator) for _ in range(layers)) for _ in range(2)]

@@ -19,8 +19,8 @@ from kvds.distillation import DistillationModule, LossWeights, StepInput
 from kvds.kv import KVCapture, KVShape, Selection, select_tokens
 from kvds.losses import LabelledPositions
 from kvds.models import backbone
-from kvds.settings import AlignmentSettings
 from kvds.teacher import Teacher
+from tests.kv_settings import both_parts
 
 VOCAB = 50
 LENGTHS = [(4, 5, 2), (3, 0, 2), (6, 7, 3), (2, 3, 1), (1, 4, 1)]
@@ -193,7 +193,7 @@ class Setup:
 def setup(family: str, mode: str, rope: str, attention: str = "sdpa", **kwargs: Any) -> Setup:
     student, teacher = model_of(family, 2, 16, 1, attention), model_of(family, 3, 24, 2, attention)
     shapes = [KVShape.from_config(model.config) for model in (student, teacher)]
-    aligner: nn.Module = build_aligner(*shapes, AlignmentSettings(alignment_mode=mode))
+    aligner: nn.Module = build_aligner(*shapes, both_parts(alignment_mode=mode))
     module = DistillationModule(student, aligner, rope=rope, head_chunks=2, kd_temperature=2.0, **kwargs)
     return Setup(module, Teacher(teacher, device=torch.device("cpu"), rope=rope, wants_hidden=True))
 

@@ -29,9 +29,9 @@ from kvds.errors import InputError
 from kvds.kv import KVShape, Selection, select_tokens, selected_count
 from kvds.losses import LabelledPositions
 from kvds.run_data import load_run_data
-from kvds.settings import AlignmentSettings
 from kvds.teacher import Teacher
 from kvds.teacher_cache import CachedTeacher, write_teacher_cache
+from tests.kv_settings import both_parts
 
 CPU = torch.device("cpu")
 MADE_OF = {"data set": "these"}
@@ -98,7 +98,7 @@ def test_losses_are_those_of_the_teacher_that_runs(
     assert written(tmp_path, teacher, "fp32", method, budget)
     stored = cached(tmp_path)
     shapes = [KVShape.from_config(student.config), teacher.shape]
-    aligner: nn.Module = build_aligner(*shapes, AlignmentSettings(alignment_mode=mode))
+    aligner: nn.Module = build_aligner(*shapes, both_parts(alignment_mode=mode))
     module = DistillationModule(student, aligner)
     batches = loader(method, budget, pack_to)
     for step in range(batches.steps_per_epoch):

@@ -24,8 +24,8 @@ from kvds.kv import KVCapture, KVShape, ObservingRows, Selection, gather_positio
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.models import backbone
-from kvds.settings import AlignmentSettings
 from kvds.teacher import Teacher
+from tests.kv_settings import both_parts
 
 LLAMA_LIKE = {"gemma": GemmaConfig, "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,
               "qwen3": Qwen3Config}  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_layer_that_does_not_run_is_an_error_and_leaves_no_hook() -> None:
 @pytest.mark.parametrize("budget", [4, 11])
 def test_the_loss_of_a_gathered_teacher_is_that_of_the_whole(mode: str, direction: str, budget: int) -> None:
     teacher, student = model_of("qwen2", 3, 1), model_of("qwen2", 2, 2)
-    cfg = AlignmentSettings(alignment_mode=mode, direction=direction)
+    cfg = both_parts(alignment_mode=mode, direction=direction)
     aligner: nn.Module = build_aligner(*(KVShape.from_config(m.config) for m in (student, teacher)), cfg).double()
     selection = select_tokens("right_crop", budget, batch().segment_ids, batch().attention_mask)
     assert isinstance(selection, Selection) and selection.index is not None

@@ -9,7 +9,7 @@ from kvds.align.aligner import KVAligner
 from kvds.align.flat import FlatAligner
 from kvds.align.hidden import HiddenAligner
 from kvds.align.layer_map import default_layer_map
-from kvds.align.loss import AlignmentLoss
+from kvds.align.loss import AlignmentLoss, default_parts
 from kvds.align.relation import RelationAligner
 from kvds.align.several import AlignerGroup, members_of
 from kvds.align.structural import StructuralKVLoss
@@ -49,6 +49,8 @@ def build_aligner(student: KVShape, teacher: KVShape, settings: Any) -> KVAligne
         raise InputError(f"alignment_mode={own.alignment_mode}: expected {' or '.join(ALIGNERS)} to build an aligner")
     if own.layer_map is None:
         own = dataclasses.replace(own, layer_map=default_layer_map(own.alignment_mode))
+    if own.kv_parts == "auto":
+        own = dataclasses.replace(own, kv_parts=default_parts(own.alignment_mode))
     return ALIGNERS[own.alignment_mode](student, teacher, own)
 
 

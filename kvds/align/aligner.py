@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from kvds.align.loss import PART_NAMES, PARTS, AlignmentLoss, average_parts
+from kvds.align.loss import PART_NAMES, AlignmentLoss, average_parts, parts_of
 from kvds.align.part import AlignerPart
 from kvds.config_modes import check_mode
 from kvds.errors import InputError
@@ -29,7 +29,7 @@ class KVAligner(nn.Module):
         settings: Fields of :class:`kvds.settings.AlignmentSettings`, and ``seed`` where there is one.
 
     Attributes:
-        parts: ``"key"`` and ``"value"``, or the one that ``kv_parts`` asks for.
+        parts: ``"key"`` and ``"value"``, or one of them (:func:`kvds.align.loss.parts_of`).
         reads: What it compares of the student, as :func:`kvds.kv.open_capture` takes it.
         teacher_reads: The same of the teacher.
 
@@ -108,7 +108,7 @@ class KVAligner(nn.Module):
     @classmethod
     def part_names(cls, settings: Any) -> tuple[str, ...]:
         """The parts, as the settings ask for them."""
-        return PARTS[settings.kv_parts]
+        return parts_of(settings)
 
     @classmethod
     def seen_shape(cls, shape: KVShape) -> KVShape:

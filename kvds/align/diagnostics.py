@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvds.align.aligner import KVAligner
 from kvds.align.layer_map import default_layer_map
-from kvds.align.loss import PARTS
+from kvds.align.loss import parts_of
 from kvds.align.part import AlignerPart
 from kvds.align.structured import StructuredPart
 from kvds.kv import KVShape, group_slices
@@ -53,7 +53,8 @@ def kv_norm(layers: Sequence[Tensor], mask: Tensor) -> Tensor:
 def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[str, int]:
     """Learned numbers of each alignment for a pair of models, under otherwise the same settings.
 
-    Modes other than that of ``settings`` are counted with their own default layer map.
+    Modes other than that of ``settings`` are counted with their own default layer map; all with its parts, but
+    structural_kv, which needs both.
     """
     source, target = (student, teacher) if settings.direction == "student_to_teacher" else (teacher, student)
     heads_x, heads_y = source.num_key_value_heads, target.num_key_value_heads
@@ -83,7 +84,8 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[
         "structured, share_dim": structured(True),
     }
     counts["relation"] = layers_and_logits("relation", 1)[1]
-    counts = {mode: len(PARTS[settings.kv_parts]) * count for mode, count in counts.items()}
+    parts = len(parts_of(settings))
+    counts = {mode: (2 if mode == "structural_kv" else parts) * count for mode, count in counts.items()}
     if source.hidden_size and target.hidden_size:  # one part, where the shapes say how wide the models are
         layers, logits = layers_and_logits("hidden", 1)
         counts["hidden"] = logits + layers * (source.hidden_size + 1) * target.hidden_size

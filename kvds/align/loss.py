@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,17 @@ from torch import Tensor
 # What an aligner has a part for; the place is that of the part's random start.
 PART_NAMES = ("key", "value", "hidden_state")
 PARTS = {"kv": ("key", "value"), "k": ("key",), "v": ("value",)}
+
+
+def default_parts(alignment_mode: str) -> str:
+    """What ``kv_parts=auto`` means: the values alone under a map, whose keys add work and no more (EVIDENCE.md)."""
+    return "v" if alignment_mode in ("flat", "structured") else "kv"
+
+
+def parts_of(settings: Any) -> tuple[str, ...]:
+    """The parts of :data:`PART_NAMES` that a mode of keys and values compares, as ``kv_parts`` asks for them."""
+    chosen = settings.kv_parts
+    return PARTS[default_parts(settings.alignment_mode) if chosen == "auto" else chosen]
 
 
 class AlignmentLoss(NamedTuple):

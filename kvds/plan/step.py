@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvds.align import build_aligner, what_is_read
-from kvds.align.loss import PARTS
+from kvds.align.loss import PARTS, parts_of
 from kvds.config import RunConfig
 from kvds.config_modes import READS_KEYS
 from kvds.data.batches import TokenBatch
@@ -239,7 +239,8 @@ class StepPlanner:
 
     def _watch(self, batch: BatchShape) -> int:
         """Logging steps keep the KV loss's gradient in fp32 until the whole one arrives."""
-        return self._states_bytes(self.student_shape, batch, 4)
+        whole = self._states_bytes(self.student_shape, batch, 4)
+        return whole if self._hidden else whole * len(parts_of(self.cfg)) // len(PARTS["kv"])
 
     def _kept(self, batch: BatchShape) -> BatchShape:
         return batch if self._keeps_all else replace(batch, tokens=batch.slots)
@@ -258,7 +259,7 @@ class StepPlanner:
         if self.device == "cpu":
             pair = (source, target) if cfg.direction == "student_to_teacher" else (target, source)
             workspace = lean_workspace(*pair, cfg, batch, self.device)
-        return FusedStandIn(PARTS[cfg.kv_parts], workspace)
+        return FusedStandIn(parts_of(cfg), workspace)
 
     def _simulate(
         self, batch: BatchShape, layers: int, checkpointing: bool, kv: bool = True, backward: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvds.align.loss import PARTS
+from kvds.align.loss import parts_of
 from kvds.config import RunConfig
 from kvds.kv import KVShape
 from kvds.plan.rows import RowPlan
@@ -40,7 +40,7 @@ def aligner_flops(cfg: RunConfig, student: KVShape, teacher: KVShape) -> float:
     """FLOPs per compared position, forward and backward."""
     if not cfg.uses_kv:
         return 0.0
-    parts = len(PARTS[cfg.kv_parts])
+    parts = len(parts_of(cfg))
     x, y = (student, teacher) if cfg.direction == "student_to_teacher" else (teacher, student)
     learned = (cfg.layer_map or ("learned" if cfg.alignment_mode == "structured" else "endpoint")) == "learned"
     pairs = y.num_hidden_layers if learned else student.num_hidden_layers
