@@ -207,7 +207,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "datasets: [gsm8k, 3]": ("datasets=", "visible text", "--datasets synthetic"),
     "datasets: {gsm8k: 0.5}": ("datasets=", "a list of texts", "--datasets synthetic"),
     "datasets: []": ("datasets=", "at least one corpus", "--datasets gsm8k"),
-    "kv_parts: [k, v]": ("kv_parts=", "a text", "--kv_parts kv"),
+    "kv_parts: [k, v]": ("kv_parts=", "a text", "--kv_parts auto"),
     "lr: 0.1\nlr: 0.2": ("key 'lr' stands there twice", "expected lines of `key: value`"),
     "- lr": ("holds a list", "expected a mapping"),
     "just words": ("holds a str", "expected a mapping"),

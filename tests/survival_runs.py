@@ -42,7 +42,7 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
         "kv_weight": "auto:1.5", "kv_weight_schedule": "linear", "map_start": "procrustes", "calibration_batches": 1,
         "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3, "lr": 0.01,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "logging_steps": 3, "rank_timeout": 60,
-        "aligner_lr": 0.02, "weight_decay": 0.1,
+        "aligner_lr": 0.02, "weight_decay": 0.1, "kv_parts": "kv",
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
     }  # fmt: skip
     return [token for key, value in values.items() for token in (f"--{key}", str(value))]

@@ -15,9 +15,9 @@ from kvds.checkpoint import load_aligner
 from kvds.cli import main
 
 MODES = {
-    "hidden": {"alignment_mode": "hidden", "gradient_checkpointing": "true"},
-    "relation": {"alignment_mode": "relation", "relation_kind": "cosine", "kv_loss": "l1"},
-    "structural_kv": {"alignment_mode": "structural_kv"},
+    "hidden": {"alignment_mode": "hidden", "kv_parts": "auto", "gradient_checkpointing": "true"},
+    "relation": {"alignment_mode": "relation", "kv_parts": "auto", "relation_kind": "cosine", "kv_loss": "l1"},
+    "structural_kv": {"alignment_mode": "structural_kv", "kv_parts": "auto"},
     "segment": {"align_tokens": "segment", "map_start": "procrustes"},
 }
 

@@ -55,7 +55,7 @@ def test_arms_see_the_same_models_and_rows() -> None:
     [batch] = make_loader(samples, 8).step(0)
     losses = {}
     aligned = ("kvds_structured", "kvds_structured_checkpointing", "kvds_structured_overlap")
-    for name in ("task_only", "plain_task", *aligned):
+    for name in ("task_only", "plain_task", "kvds_structured_values", *aligned):
         own = Workbench(pair, CPU, Clock(CPU), batch_size=8, max_length=128)
         losses[name] = float(ARMS[name](own).step(batch))
         assert all(p.grad is None for p in own.student.parameters())
@@ -65,6 +65,7 @@ def test_arms_see_the_same_models_and_rows() -> None:
     assert losses["kvds_structured"] == pytest.approx(losses["kvds_structured_checkpointing"], rel=1e-6)
     assert losses["kvds_structured"] == losses["kvds_structured_overlap"]
     assert losses["kvds_structured"] > losses["task_only"]
+    assert losses["task_only"] < losses["kvds_structured_values"] != losses["kvds_structured"]
 
 
 def test_a_prepared_step_of_a_teacher_ahead_runs_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,8 @@ def test_profile_of_a_pair_counts_parameters_by_mode(capsys, tmp_path):
     for name, layers in (("student", 2), ("teacher", 3)):
         tiny_config(32, layers).save_pretrained(tmp_path / name)
     argv = ["profile", "--student_name", str(tmp_path / "student"), "--teacher_name", str(tmp_path / "teacher"),
-            "--teacher_config_overrides", "num_hidden_layers=4", "--alignment_mode", "flat"]  # fmt: skip
+            "--teacher_config_overrides", "num_hidden_layers=4", "--alignment_mode", "flat",
+            "--kv_parts", "kv"]  # fmt: skip
     assert main(argv) == 0
     text = capsys.readouterr().out
     # KV width 2 · 4 on both sides; per part: 2 pairs of layers, each a square map and a bias.

@@ -55,7 +55,7 @@ def test_a_step_waits_for_nothing(packed: bool, method: str) -> None:
     budget = None if method == "full" else 0.5
     cfg = RunConfig(
         output_dir="outputs/none", teacher_name="t", student_name="s", kv_method=method, kv_budget=budget,
-        kv_weight=1.0, packing=packed, batch_size=6, impl="reference",
+        kv_weight=1.0, packing=packed, batch_size=6, impl="reference", kv_parts="kv",
     )  # fmt: skip
     loader = BatchLoader(
         rows, batch_size=6, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0, pad_token_id=0,

@@ -132,7 +132,7 @@ def test_a_collapsing_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         "model_name": tmp_path / "model", "student_init": "random", "tokenizer_name": tmp_path / "tokenizer",
         "synthetic_problems": 64, "max_length": 64, "eval_subset_size": 0, "direction": "teacher_to_student",
         "kv_weight": 1000, "lr": 0.05, "batch_size": 8, "max_steps": 25, "logging_steps": 5, "save_steps": 0,
-        "lr_scheduler_type": "constant", "calibration_batches": 1, "seed": 1,
+        "lr_scheduler_type": "constant", "calibration_batches": 1, "seed": 1, "kv_parts": "kv",
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": tmp_path / "run",
     }  # fmt: skip
     log = logging.getLogger("kvds")

@@ -52,7 +52,7 @@ def recipe(models, tmp_path) -> Path:
     file.write_text(
         f"teacher_name: {models / 'teacher'}\nstudent_name: {models / 'student'}\nmap_proj_share_dim: true\n"
         f"tokenizer_name: {models / 'tokenizer'}\ndatasets: [synthetic]\nsynthetic_problems: 50\nmax_length: 64\n"
-        f"deepspeed_config: {REPOSITORY / 'ds_configs/zero3.json'}\nbatch_size: 4\n"
+        f"deepspeed_config: {REPOSITORY / 'ds_configs/zero3.json'}\nbatch_size: 4\nkv_parts: kv\n"
     )
     return file
 

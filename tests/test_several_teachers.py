@@ -139,7 +139,7 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
         "student_name": models / "student", "tokenizer_name": models / "tokenizer", "synthetic_problems": 16,
         "max_length": 64, "eval_subset_size": 4, "max_new_tokens": 2, "report_to": "none", "kv_weight": 0.8,
         "calibration_batches": 1, "batch_size": 2, "max_steps": 4, "save_steps": 2, "lr": 0.01, "logging_steps": 1,
-        "kv_method": "rkv", "kv_budget": 0.5, "teacher_placement": "zero3",
+        "kv_method": "rkv", "kv_budget": 0.5, "teacher_placement": "zero3", "kv_parts": "kv",
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
     }  # fmt: skip
     return [token for key, value in values.items() for token in (f"--{key}", *str(value).split())]

@@ -218,7 +218,7 @@ def flags(models: Path, **changes: Any) -> list[str]:
         "teacher_name": models / "teacher", "student_name": models / "student", "tokenizer_name": models / "tokenizer",
         "synthetic_problems": 24, "max_length": 64, "eval_subset_size": 0, "report_to": "none", "batch_size": 8,
         "kv_weight": 1.0, "max_steps": 3, "logging_steps": 1, "deepspeed_config": "ds_configs/zero3_cpu.json",
-        **changes,
+        "kv_parts": "kv", **changes,
     }  # fmt: skip
     return [token for key, value in values.items() for token in (f"--{key}", str(value))]
 

@@ -57,7 +57,7 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
         "alignment_mode": "structured", "kv_weight": KV_WEIGHT, "calibration_batches": 2, "batch_size": 4, "max_steps":
         STEPS,
         "lr": 0.05, "optimizer": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "logging_steps": 1,
-        "save_steps": 0,
+        "save_steps": 0, "kv_parts": "kv",
         "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": output, **changes,
     }  # fmt: skip
     return [token for key, value in values.items() if value is not None for token in (f"--{key}", str(value))]
@@ -66,6 +66,7 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
 RUNS: dict[str, dict[str, object]] = {
     "structured": {},
     "flat": {"alignment_mode": "flat"},
+    "default_parts": {"kv_parts": "auto"},
     "sharded": {"deepspeed_config": None},  # every parameter sharded, none kept whole: set in the fixture
     "zero2": {"deepspeed_config": None},
     "teacher_zero3": {"teacher_placement": "zero3"},

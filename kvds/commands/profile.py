@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         pair.add_argument(name, metavar="NAME", help=f"folder or hub name of the {side}; only its config.json is read")
         pair.add_argument(changes, metavar="KEY=VALUE,…", default="", help=f"changes of the {side}'s config.json")
     pair.add_argument("--alignment_mode", choices=MODES, default="structured", help="(structured)")
+    parts = "keys and values, or one of them; auto: values alone for flat and structured, else both (auto)"
+    pair.add_argument("--kv_parts", choices=("auto", "kv", "k", "v"), default="auto", help=parts)
     pair.add_argument("--map_proj_share_dim", action="store_true", help="one dimension map for all layers and heads")
     pair.add_argument("--map_proj_init_uniform", action="store_true", help="mixing weights start uniform")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for PNGs and JSON; unset: the run's, else none")
@@ -91,7 +93,8 @@ def _of_pair(arguments: argparse.Namespace) -> Any:
         if name is None:
             raise InputError(f"--{side}_name is missing; expected a folder or a hub name")
         shapes[side] = kv_shape(load_config(name, getattr(arguments, f"{side}_config_overrides"), flag=side))
-    chosen = {key: getattr(arguments, key) for key in ("alignment_mode", "map_proj_share_dim", "map_proj_init_uniform")}
+    names = ("alignment_mode", "kv_parts", "map_proj_share_dim", "map_proj_init_uniform")
+    chosen = {key: getattr(arguments, key) for key in names}
     return build_aligner(shapes["student"], shapes["teacher"], AlignmentSettings(**chosen))
 
 

@@ -198,7 +198,8 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> list[Pat
         report.write_text(
             f"# {title}\n\n{format_table(runs)}\n\n"
             f"Task loss: nats per token of rationale and answer. KV loss: mean standardised residual of the "
-            f"matched keys and values. Real tokens: without padding, over all ranks, median after the first interval. "
+            f"keys and values matched, by default the values alone. Real tokens: without padding, over all ranks, "
+            f"median after the first interval. "
             f"{MISSING}: not recorded.\n\n![Loss curves]({figure.name})\n{_made_by(runs)}",
             encoding="utf-8",
         )
