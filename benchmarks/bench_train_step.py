@@ -52,7 +52,8 @@ from kvds.data.batches import TokenBatch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PHASES = ("teacher", "forward", "align", "backward", "optimizer")
-NO_TEACHER = ("task_only", "task_only_packed", "plain_task", "kvds_structured_cached")
+CACHED = ("kvds_structured_cached", "kvds_structured_values_cached")
+NO_TEACHER = ("task_only", "task_only_packed", "plain_task", *CACHED)
 QUICK_ARMS = ("task_only", "teacher_forward", "kvds_flat", "kvds_structured", "earlier")
 
 
@@ -187,7 +188,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     peaks: dict[str, list[int]] = {name: [] for name in arguments.arms}
     if device.type == "cpu" and not arguments.no_memory:  # before this process has models or threads of its own
         for name in names:
-            if name == "kvds_structured_cached":  # its process would have run the teacher to write the cache
+            if name in CACHED:  # its process would have run the teacher to write the cache
                 continue
             peaks[name].append(memory_of_arm(name, make, batches, shared))
     trl = None

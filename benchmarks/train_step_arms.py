@@ -302,6 +302,12 @@ ARMS: dict[str, Callable[[Workbench], Arm]] = {
     "kvds_structured_packed": lambda bench: kvds_step(bench, weights=KV, **STRUCTURED, packed=True),
     "kvds_structured_overlap": lambda bench: kvds_step(bench, weights=KV, **STRUCTURED, overlap=True),
     "kvds_structured_cached": lambda bench: kvds_step(bench, weights=KV, **STRUCTURED, cached=True),
+    "kvds_structured_values_packed": lambda bench: kvds_step(
+        bench, weights=KV, alignment_mode="structured", packed=True
+    ),
+    "kvds_structured_values_cached": lambda bench: kvds_step(
+        bench, weights=KV, alignment_mode="structured", cached=True
+    ),
     "task_only_packed": lambda bench: kvds_step(bench, weights=LossWeights(), packed=True),
     "kvds_logit_kd": lambda bench: kvds_step(bench, weights=LossWeights(task=0.0, logit_kd=1.0)),
     "plain_task": plain_task,
