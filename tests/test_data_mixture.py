@@ -202,3 +202,11 @@ def test_no_internet_says_how_to_use_a_folder(monkeypatch):
             f"(Couldn't reach the Hub); without internet, expected --data_dir FOLDER with {corpus.files['train']}, "
             "or what `kvds prefetch RECIPE --to DIR` brings where there is some"
         )
+
+
+def test_a_subset_is_the_same_where_the_file_lies_elsewhere(tmp_path):
+    def draw(folder) -> list[str]:
+        folder.mkdir()
+        return [e.prompt for e in load_mixture([own_file(folder, "a.jsonl", 40)], "train", subset_size=10).examples]
+
+    assert draw(tmp_path / "login") == draw(tmp_path / "node")

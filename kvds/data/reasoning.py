@@ -156,7 +156,8 @@ def _weigh(
     for name, rows in parts.items():
         if counts[name] > len(rows):
             log.warning("data: %s has %d of the %d rows asked for; all are taken", name, len(rows), counts[name])
-        order = random.Random(f"{seed} {name}").sample(range(len(rows)), min(counts[name], len(rows)))
+        # A file's name, not its folder: the same rows are taken where it lies somewhere else.
+        order = random.Random(f"{seed} {Path(name).name}").sample(range(len(rows)), min(counts[name], len(rows)))
         chosen[name] = [rows[position] for position in sorted(order)]
     return chosen
 
