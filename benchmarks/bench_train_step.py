@@ -14,7 +14,6 @@ interpreter that ``--trl_python`` names (default: this one), as a process of its
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import importlib.util
 import json
@@ -35,8 +34,10 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.memory_peak import MemoryPeak
+from benchmarks.records import revision, write_csv
 from benchmarks.train_step_arms import ARMS, LR, ONLY_ON_GPU, Arm, Workbench
 from benchmarks.train_step_profile import profile_arms
+from benchmarks.train_step_report import PHASES, csv_row, draw_picture, format_table
 from benchmarks.train_step_workbench import (
     Clock,
     Pair,
@@ -51,7 +52,6 @@ from benchmarks.train_step_workbench import (
 from kvds.data.batches import TokenBatch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PHASES = ("teacher", "forward", "align", "backward", "optimizer")
 CACHED = ("kvds_structured_cached", "kvds_structured_values_cached")
 NO_TEACHER = ("task_only", "task_only_packed", "plain_task", *CACHED)
 QUICK_ARMS = ("task_only", "teacher_forward", "kvds_flat", "kvds_structured", "earlier")
@@ -308,7 +308,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
         "padding_share": round(1 - sum(tokens) / padded, 4),
         "padding_share_packed": round(1 - sum(tokens) / packed, 4), "vocab_size": pair.student.vocab_size,
         "torch": torch.__version__, "transformers": transformers.__version__,
-        "trl": trl.versions["trl"] if trl is not None else "", "git": git_revision(),
+        "trl": trl.versions["trl"] if trl is not None else "", "git": revision(),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
     }  # fmt: skip
     return table, facts
@@ -317,85 +317,6 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
 def quantile(values: list[float], share: float) -> float:
     """The value below which ``share`` of them lie."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def git_revision() -> str:
-    """Revision of the checkout, with a + where files differ from it; ``KVDS_REVISION`` where git is not at hand."""
-    if os.environ.get("KVDS_REVISION"):
-        return os.environ["KVDS_REVISION"]
-    try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "--short=10", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-        )
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=REPOSITORY, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return (revision.stdout.strip() or "unknown") + ("+" if dirty.stdout.strip() else "")
-
-
-def write_csv(path: Path, table: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """One row per arm, the facts of the run in each."""
-    columns = list(dict.fromkeys(key for row in table for key in row if key != "note"))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, "note", *facts], restval="")
-        writer.writeheader()
-        for row in table:
-            rounded = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(rounded | facts)
-
-
-def draw_picture(path: Path, table: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Seconds per phase, stacked, an arm a bar."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in table if "seconds_p50" in row][::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(rows) + 1.6))
-    left = [0.0] * len(rows)
-    # The map's forward lies inside the student's: shown apart, it is taken out of that.
-    parts = {
-        "teacher": [row["seconds_teacher"] for row in rows],
-        "student forward": [max(0.0, row["seconds_forward"] - row["seconds_align"]) for row in rows],
-        "alignment forward": [row["seconds_align"] for row in rows],
-        "backward": [row["seconds_backward"] for row in rows],
-        "optimizer": [row["seconds_optimizer"] for row in rows],
-    }
-    for name, values in parts.items():
-        widths = [1000 * value for value in values]
-        axes.barh([row["arm"] for row in rows], widths, left=left, label=name)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for position, row in enumerate(rows):
-        axes.text(left[position], position, f" {row['tokens_per_second']:,.0f} tok/s", va="center", fontsize=8)
-    axes.set_xlabel(f"ms per step ({facts['clock']}), {facts['pair']}, batch {facts['batch_size']}, {facts['device']}")
-    axes.set_xlim(0, max(left) * 1.18)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def format_table(table: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The table as text."""
-    lines = [", ".join(f"{key} {value}" for key, value in facts.items() if key != "command")]
-    head = ("arm", "ms", "teacher", "fwd", "align", "bwd", "optim", "tok/s", "x (a+b)", "peak MiB", "MFU", "loss")
-    lines.append(("{:<30}" + "{:>9}" * (len(head) - 1)).format(*head))
-    for row in table:
-        if "seconds_p50" not in row:
-            lines.append(f"{row['arm']:<30} {row['note']}")
-            continue
-        cells = [f"{1000 * row['seconds_p50']:.1f}", *(f"{1000 * row[f'seconds_{phase}']:.1f}" for phase in PHASES)]
-        cells.append(f"{row['tokens_per_second']:,.0f}")
-        cells.append(f"{row['ratio_to_floor']:.3f}" if "ratio_to_floor" in row else "")
-        cells.append(f"{row['peak_bytes'] / 2**20:,.0f}" if row.get("peak_bytes") else "")
-        cells.append(f"{100 * row['mfu']:.1f} %" if row.get("mfu") else "")
-        cells.append(f"{row['loss_first_batch']:.4f}" if row.get("loss_first_batch") is not None else "")
-        lines.append(f"{row['arm']:<30}" + "".join(f"{cell:>9}" for cell in cells))
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -410,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     table, facts = measure(arguments)
     place = "cpu" if not torch.cuda.is_available() else facts["device"].replace("NVIDIA ", "").split()[0].lower()
     stem = arguments.output_dir / (arguments.name or f"train_step_{arguments.pair}_{place}")
-    write_csv(stem.with_suffix(".csv"), table, facts)
+    write_csv(stem.with_suffix(".csv"), [csv_row(row) | facts for row in table])
     draw_picture(stem.with_suffix(".png"), table, facts)
     print(f"written: {stem}.csv .png")
     print(format_table(table, facts), flush=True)

@@ -37,13 +37,18 @@ def _version(name: str) -> str:
         return "absent"
 
 
+def revision() -> str:
+    """Of the checkout; ``KVDS_REVISION`` says it for a copy of one."""
+    return os.environ.get("KVDS_REVISION") or git_revision() or "unknown"
+
+
 def provenance(packages: Sequence[str] = ("torch", "triton")) -> dict[str, str]:
-    """Columns that say where and by what a row was measured; ``KVDS_REVISION`` says it for a copy of a checkout."""
+    """Columns that say where and by what a row was measured."""
     return {
         "device": device_name(),
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
-        "git_revision": os.environ.get("KVDS_REVISION") or git_revision() or "unknown",
+        "git_revision": revision(),
         "command": shlex.join(["python", *sys.argv]),
     }
 
