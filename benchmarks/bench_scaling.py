@@ -5,9 +5,11 @@
 Two questions. *Equality*: a Qwen2 pair of few layers in fp32 on one and the same global batch; how far the first losses
 on N GPUs lie from those on one. *Weak scaling*: Qwen2-1.5B into Qwen2-0.5B (random weights, bf16, real GSM8K text), the
 same rows per GPU whatever their number, for each placement of the teacher: real tokens/s, peak memory per GPU, share of
-N times the speed of one GPU with a whole teacher. Runs are one after the other. Writes ``scaling_DEVICE.csv`` and
-``.md`` below ``--output_dir``; on a machine without a GPU ``--gpus`` counts CPU ranks and only the question of equality
-is asked.
+N times the speed of one GPU with a whole teacher. Both models are made once and read by every run, as real ones would
+be. Speeds are medians of the run's second half; ``from_start`` is the mean over all of it, shapes that are met for the
+first time included: further values of ``--pad_to_multiple_of`` are measured on one GPU to say what those cost. Runs are
+one after the other. Writes ``scaling_DEVICE.csv`` and ``.md`` below ``--output_dir``; on a machine without a GPU
+``--gpus`` counts CPU ranks, and the weak scaling is of a small pair.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
+from benchmarks.train_step_workbench import build_model
 from kvds.metrics_file import METRICS_FILE, read_metrics
+from kvds.models import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "num_hidden_layers={layers},hidden_size=256,intermediate_size=512,num_attention_heads=4,num_key_value_heads=2"
@@ -36,6 +40,7 @@ QUESTIONS = ("equality", "weak")
 # What is dealt out to several GPUs is nothing of its own on one.
 NEEDS_SEVERAL = ("zero3", "tensor_parallel")
 SPENT = ("teacher", "forward", "backward", "optimizer")
+INTERVAL = 4
 
 
 def parse() -> argparse.Namespace:
@@ -43,8 +48,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batch_size", type=int, default=32, help="rows per GPU of the weak scaling (32)")
-    parser.add_argument("--steps", type=int, default=24, help="of the weak scaling (24)")
+    parser.add_argument("--steps", type=int, default=32, help=f"of the weak scaling, a multiple of {INTERVAL} (32)")
     parser.add_argument("--placements", nargs="+", default=["replicated", "zero3", "tensor_parallel", "zero3_offload"])
+    parser.add_argument("--pad_to_multiple_of", nargs="+", type=int, default=[64, 1], help="of the weak scaling (64 1)")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--name", help="of the files; unset: scaling_DEVICE")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no further run after so many (9)")
@@ -88,24 +94,69 @@ def equality(gpus: int, data_dir: Path, config: str, log: Path) -> list[float]:
     return [record["loss/total"] for record in train(gpus, flags, log) if "loss/total" in record]
 
 
-def weak(gpus: int, placement: str, arguments: argparse.Namespace, log: Path) -> dict[str, Any]:
+def make_models(data_dir: Path, folder: Path) -> dict[str, Any]:
+    """Teacher and student with random weights on the disk; without a GPU a pair of few small layers."""
+    cuda = torch.cuda.is_available()
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+    flags: dict[str, Any] = {"teacher_init": "pretrained", "student_init": "pretrained"}
+    for seed, (role, name, layers) in enumerate((("teacher", "qwen2-1.5b", 4), ("student", "qwen2-0.5b", 3))):
+        overrides = "" if cuda else SMALL.format(layers=layers)
+        config = load_config(str(data_dir / "models" / name), overrides, flag=role)
+        model = build_model(config, dtype, device, seed)
+        model.save_pretrained(folder / role)
+        flags[f"{role}_name"] = folder / role
+        del model
+    if cuda:
+        torch.cuda.empty_cache()  # what the runs of other processes need
+    return flags
+
+
+def weak(gpus: int, placement: str, multiple: int, flags: dict[str, Any], how: argparse.Namespace, log: Path) -> Any:
     """A row of the table: the real pair, the same rows per GPU."""
-    steps = arguments.steps
-    flags = models(arguments.data_dir) | {
-        "deepspeed_config": "ds_configs/zero3.json", "batch_size": arguments.batch_size, "max_steps": steps,
-        "subset_size": arguments.batch_size * gpus * steps, "max_length": 512, "kv_weight": 1.0,
-        "teacher_placement": placement, "calibration_batches": 1,
+    steps, cuda = how.steps, torch.cuda.is_available()
+    flags = models(how.data_dir) | flags | {
+        "deepspeed_config": "ds_configs/zero3.json" if cuda else "ds_configs/zero3_cpu.json",
+        "batch_size": how.batch_size, "max_steps": steps, "subset_size": how.batch_size * gpus * steps,
+        "max_length": 512, "kv_weight": 1.0, "teacher_placement": placement, "calibration_batches": 1,
+        "pad_to_multiple_of": multiple, "logging_steps": INTERVAL,
     }  # fmt: skip
     if placement == "tensor_parallel":
         flags["teacher_tp_size"] = 2
-    records = [r for r in train(gpus, flags, log) if "perf/tokens_per_second" in r][steps // 3 :]
-    row: dict[str, Any] = {"question": "weak scaling", "gpus": gpus, "placement": placement}
-    row["rows_per_gpu"] = arguments.batch_size
-    row["tokens_per_second"] = statistics.median(r["perf/tokens_per_second"] for r in records)
-    row["peak_gib"] = max(r["perf/peak_memory_bytes"] for r in records) / 2**30
+    records = [r for r in train(gpus, flags, log) if "perf/tokens_per_second" in r]
+    late = records[len(records) // 2 :]
+    row: dict[str, Any] = {
+        "rows_per_gpu": how.batch_size, "steps": steps,
+        "tokens_per_second": statistics.median(r["perf/tokens_per_second"] for r in late),
+        # Intervals hold about equally many tokens.
+        "from_start": statistics.harmonic_mean(r["perf/tokens_per_second"] for r in records),
+        "peak_gib": max(r["perf/peak_memory_bytes"] for r in records) / 2**30,
+    }  # fmt: skip
     for phase in SPENT:
-        row[f"{phase}_ms"] = 1000 * statistics.median(r[f"perf/seconds_{phase}"] for r in records)
+        row[f"{phase}_ms"] = 1000 / INTERVAL * statistics.median(r[f"perf/seconds_{phase}"] for r in late)
     return row
+
+
+def weak_scaling(arguments: argparse.Namespace, attempt: Any, log: Path) -> list[dict[str, Any]]:
+    """The table's rows: every placement on every number of GPUs, then one GPU with other paddings."""
+    first, *others = arguments.pad_to_multiple_of
+    cases = [(placement, gpus, first) for placement in arguments.placements for gpus in arguments.gpus]
+    cases = [(p, gpus, multiple) for p, gpus, multiple in cases if gpus > 1 or p not in NEEDS_SEVERAL]
+    cases[1:1] = [("replicated", min(arguments.gpus), multiple) for multiple in others]
+    rows: list[dict[str, Any]] = []
+    single = None
+    with tempfile.TemporaryDirectory() as folder:
+        flags = make_models(arguments.data_dir, Path(folder))
+        for placement, gpus, multiple in cases:
+            row = {"question": "weak scaling", "gpus": gpus, "placement": placement, "pad_to_multiple_of": multiple}
+            row = attempt(row, lambda g=gpus, p=placement, m=multiple: weak(g, p, m, flags, arguments, log))
+            if "tokens_per_second" in row and multiple == first:
+                if gpus == 1 and placement == "replicated":
+                    single = row["tokens_per_second"]
+                if single is not None:
+                    row["percent_of_linear"] = 100 * row["tokens_per_second"] / (gpus * single)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
 
 
 def main() -> int:
@@ -140,20 +191,8 @@ def main() -> int:
 
         rows.append(attempt(row, compare))
         print(rows[-1], flush=True)
-    single = None
-    for placement in arguments.placements if cuda and "weak" in arguments.questions else ():
-        for gpus in arguments.gpus:
-            if gpus == 1 and placement in NEEDS_SEVERAL:
-                continue
-            row = {"question": "weak scaling", "gpus": gpus, "placement": placement}
-            row = attempt(row, lambda g=gpus, p=placement: weak(g, p, arguments, log))
-            if "tokens_per_second" in row:
-                if gpus == 1 and placement == "replicated":
-                    single = row["tokens_per_second"]
-                if single is not None:
-                    row["percent_of_linear"] = 100 * row["tokens_per_second"] / (gpus * single)
-            rows.append(row)
-            print(row, flush=True)
+    if "weak" in arguments.questions:
+        rows += weak_scaling(arguments, attempt, log)
     facts = provenance(("torch", "deepspeed", "transformers", "triton"))
     write_csv(stem.with_suffix(".csv"), [row | facts for row in rows])
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -144,6 +144,8 @@ class RunConfig(ModelSettings, DataSettings, AlignmentSettings, OptimizationSett
         )
 
     def _check_step(self) -> None:
+        remedy = f"1 (rows as long as the longest of a batch) to max_length={self.max_length}; such as 64"
+        require(1 <= self.pad_to_multiple_of <= self.max_length, "pad_to_multiple_of", self.pad_to_multiple_of, remedy)
         remedy = "--no_packing with --group_by_length: packed rows hold no padding that grouping could save"
         require(not (self.packing and self.group_by_length), "packing", True, remedy)
         # Their meaning rests on whole rows: each holds one sample there.

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from kvds.config import RunConfig
+from kvds.data.batches import RowWidth
 from kvds.data.encoding import EncodedCorpus, EncodedSample
 from kvds.data.example import Example
 from kvds.data.loader import BatchLoader
@@ -75,6 +76,7 @@ def load_run_data(
             shuffle=shuffle,
             pack_to=cfg.max_length if cfg.packing and shuffle else None,
             group_by_length=cfg.group_by_length,
+            width=RowWidth(cfg.pad_to_multiple_of, cfg.max_length),
         )
 
     mixture = _mixture(cfg, "train", cfg.subset_size)

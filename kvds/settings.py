@@ -57,6 +57,10 @@ class DataSettings:
     max_length: int = setting("tokens per row; longer rows are left out and counted", 512)
     packing: bool = setting("samples of a micro-batch share rows of max_length tokens; off: a padded row each", False)
     group_by_length: bool = setting("samples of a step are of like length, so that less is padding", False)
+    pad_to_multiple_of: int = setting(
+        "rows of a batch are as long as a multiple of this, at most max_length: a GPU meets fewer shapes, each of "
+        "which costs up to seconds the first time", 1,
+    )  # fmt: skip
     on_bad_row: str = setting("what a malformed row does", "error", choices=("error", "skip"))
     eval_subset_size: int = setting("held-out rows per corpus; 0: no evaluation", 200)
     max_new_tokens: int = setting("tokens generated per held-out row", 256)

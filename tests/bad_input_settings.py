@@ -115,6 +115,8 @@ FLAGS = {
     "--teacher_cache kvds --align_tokens segment": ("teacher_cache=kvds", "with --align_tokens segment"),
     "--teacher_cache kvds --teacher_kv shuffled": ("teacher_cache=kvds", "with --teacher_kv shuffled", "whole rows"),
     "--teacher_cache kvds --logit_kd_weight 1": ("teacher_cache=kvds", "no --teacher_cache with --logit_kd_weight"),
+    "--pad_to_multiple_of 0": ("pad_to_multiple_of=0", "1 (rows as long as the longest", "such as 64"),
+    "--pad_to_multiple_of 513": ("pad_to_multiple_of=513", "to max_length=512"),
     "--packing --group_by_length": ("packing=true", "--no_packing with --group_by_length"),
     "--packing --kv_method rkv --kv_budget 8": ("packing=true", "--no_packing with --kv_method rkv", "of their own"),
     "--packing --alignment_mode relation": ("packing=true", "--no_packing with --alignment_mode relation"),

@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kvds.data.batches import TokenBatch, collate
+from kvds.config import RunConfig
+from kvds.data.batches import RowWidth, TokenBatch, collate
 from kvds.data.encoding import EncodedSample, Segment, encode_examples, prompt_ids
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
 from kvds.data.loader import BatchLoader
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
+from kvds.run_data import load_run_data
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +252,44 @@ def labels(batch: TokenBatch) -> int:
 def positions(batch: TokenBatch) -> int:
     real = batch.attention_mask.sum(1)[batch.sample_ids >= 0]
     return int((real - 1).sum())
+
+
+class TestRowWidth:
+    @pytest.mark.parametrize(
+        ("multiple", "most", "longest", "width"),
+        [(1, None, 7, 7), (8, None, 7, 8), (8, None, 8, 8), (8, None, 9, 16), (8, 20, 17, 20), (64, 100, 3, 64)],
+    )
+    def test_the_first_multiple_that_holds_the_longest_and_no_more_than_is_needed(self, multiple, most, longest, width):
+        assert RowWidth(multiple, most)(longest) == width
+
+    @pytest.mark.parametrize("pack_to", [None, 12])
+    def test_a_loader_meets_few_shapes_and_counts_the_same(self, pack_to):
+        def batches(width):
+            made = loader(width=width, pack_to=pack_to, position_count=lambda length: length - 1)
+            return [made.step(step)[0] for step in range(made.steps_per_epoch)]
+
+        narrow, wide = batches(RowWidth()), batches(RowWidth(5, 12))
+        widths = {batch.input_ids.shape[1] for batch in wide}
+        assert widths <= {5, 10, 12} and widths != {batch.input_ids.shape[1] for batch in narrow}
+        for a, b in zip(narrow, wide, strict=True):
+            more = b.input_ids.shape[1] - a.input_ids.shape[1]
+            assert torch.equal(torch.nn.functional.pad(a.input_ids, (0, more), value=PAD), b.input_ids)
+            assert torch.equal(torch.nn.functional.pad(a.attention_mask, (0, more)), b.attention_mask)
+            assert torch.equal(torch.nn.functional.pad(a.labels, (0, more), value=-100), b.labels)
+            assert (a.label_normalizer, a.position_normalizer) == (b.label_normalizer, b.position_normalizer)
+            if b.packing is not None:
+                assert b.packing.document_ids.shape == b.input_ids.shape
+                assert b.packing.token_mask.sum() == (b.segment_ids != 0).sum()
+
+    @pytest.mark.parametrize("flags", [{}, {"packing": True}])
+    def test_a_run_asks_for_it_and_stays_within_max_length(self, flags, tokenizer):
+        cfg = RunConfig(
+            model_name="launch/quickstart_teacher", output_dir="unused", datasets=("synthetic",),
+            synthetic_problems=60, batch_size=2, eval_subset_size=8, max_length=41, pad_to_multiple_of=14,
+            data_cache="never", **flags,
+        )  # fmt: skip
+        data = load_run_data(cfg, tokenizer, rank=0, world_size=1)
+        assert data.eval_loader is not None
+        for made in (data.loader, data.eval_loader):
+            widths = {made.step(step)[0].input_ids.shape[1] for step in range(made.steps_per_epoch)}
+            assert widths <= {28, 41} and 41 in widths

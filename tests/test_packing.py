@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from kvds.align import build_aligner
-from kvds.data.batches import TokenBatch, collate, collate_packed
+from kvds.data.batches import AS_LONGEST, RowWidth, TokenBatch, collate, collate_packed
 from kvds.data.encoding import EncodedSample
 from kvds.data.loader import BatchLoader
 from kvds.data.packing import model_inputs, pack_lengths, repacked, unpacked
@@ -50,10 +50,10 @@ def model_of(family: str, layers: int, hidden: int, seed: int, attention: str) -
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
-def both(capacity: int = 20) -> tuple[TokenBatch, TokenBatch]:
+def both(capacity: int = 20, width: RowWidth = AS_LONGEST) -> tuple[TokenBatch, TokenBatch]:
     rows = samples()
     arguments: Any = (rows, [row.example for row in rows], 0, 30.0, 40.0)
-    return collate(*arguments), collate_packed(*arguments, capacity=capacity)
+    return collate(*arguments, width=width), collate_packed(*arguments, capacity=capacity, width=width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -223,6 +223,10 @@ def test_losses_and_gradients_are_those_of_unpacked_training(
     expected = made.run([padded], method, budget)
     same(made.run([packed], method, budget), expected)
     same(made.run([both(capacity=60)[1]], method, budget), expected)  # all in one row
+    wider = both(width=RowWidth(13))
+    assert wider[0].input_ids.shape[1] == 26 and wider[1].input_ids.shape[1] % 13 == 0
+    for batch in wider:  # more padding than the longest row needs
+        same(made.run([batch], method, budget), expected)
     rows = samples()
     halves = [
         collate_packed(part, [row.example for row in part], 0, 30.0, 40.0, capacity=20) for part in (rows[:2], rows[2:])

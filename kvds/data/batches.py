@@ -14,6 +14,27 @@ from kvds.data.packing import Packing, pack_lengths, place_samples
 from kvds.losses import IGNORED_LABEL
 
 
+@dataclass(frozen=True)
+class RowWidth:
+    """How long the rows of a batch are: the first multiple that holds the longest.
+
+    Attributes:
+        multiple: Tokens; 1 = as long as the longest.
+        most: Tokens that no row needs to exceed (max_length); None = no such bound.
+    """
+
+    multiple: int = 1
+    most: int | None = None
+
+    def __call__(self, longest: int) -> int:
+        """The tokens of a row where the longest has ``longest``."""
+        width = -(-longest // self.multiple) * self.multiple
+        return width if self.most is None else max(longest, min(width, self.most))
+
+
+AS_LONGEST = RowWidth()
+
+
 @dataclass
 class TokenBatch:
     """A micro-batch, padded on the right; a row holds one sample, or several where ``packing`` says which.
@@ -78,9 +99,11 @@ def collate(
     pad_token_id: int,
     label_normalizer: float,
     position_normalizer: float,
+    *,
+    width: RowWidth = AS_LONGEST,
 ) -> TokenBatch:
-    """Pad rows to the longest; None makes a row of padding, which counts nowhere."""
-    tokens = max((len(row.input_ids) for row in rows if row is not None), default=1)
+    """Pad rows to the ``width`` of the longest; None makes a row of padding, which counts nowhere."""
+    tokens = width(max((len(row.input_ids) for row in rows if row is not None), default=1))
     shape = (len(rows), tokens)
     input_ids = torch.full(shape, pad_token_id)
     attention_mask, segment_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
@@ -99,10 +122,12 @@ def collate(
         input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer,
         row_samples=row_samples,
     )  # fmt: skip
-    return _with_steps(batch, rows, pad_token_id)
+    return _with_steps(batch, rows, pad_token_id, width)
 
 
-def _with_steps(batch: TokenBatch, rows: Sequence[EncodedSample | None], pad_token_id: int) -> TokenBatch:
+def _with_steps(
+    batch: TokenBatch, rows: Sequence[EncodedSample | None], pad_token_id: int, width: RowWidth
+) -> TokenBatch:
     """The batch with the steps of its rows and with what their teacher reads, where they have either."""
     if not any(row is not None and row.step_ids for row in rows):
         return batch
@@ -113,7 +138,10 @@ def _with_steps(batch: TokenBatch, rows: Sequence[EncodedSample | None], pad_tok
     text = None
     if any(row is not None and row.teacher is not None for row in rows):
         read = [row if row is None or row.teacher is None else row.teacher for row in rows]
-        text = collate(read, batch.sample_ids.tolist(), pad_token_id, batch.label_normalizer, batch.position_normalizer)
+        text = collate(
+            read, batch.sample_ids.tolist(), pad_token_id, batch.label_normalizer, batch.position_normalizer,
+            width=width,
+        )  # fmt: skip
     num_steps = max(1, int(step_ids.max()), 0 if text is None else text.num_steps)
     if text is not None:
         text = replace(text, num_steps=num_steps)
@@ -128,12 +156,13 @@ def collate_packed(
     position_normalizer: float,
     *,
     capacity: int,
+    width: RowWidth = AS_LONGEST,
 ) -> TokenBatch:
     """As :func:`collate`, with samples sharing rows of at most ``capacity`` tokens; None takes no place at all."""
     samples = [row for row in rows if row is not None]
     lengths = [len(row.input_ids) for row in samples]
     dealt = pack_lengths(lengths, capacity)
-    packing, places = place_samples(dealt, lengths)
+    packing, places = place_samples(dealt, lengths, width)
     input_ids = torch.full(packing.document_ids.shape, pad_token_id)
     segment_ids = torch.zeros_like(input_ids)
     first = torch.zeros_like(input_ids, dtype=torch.bool)

@@ -10,7 +10,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from kvds.data.batches import TokenBatch, collate, collate_packed
+from kvds.data.batches import AS_LONGEST, RowWidth, TokenBatch, collate, collate_packed
 from kvds.data.encoding import EncodedSample
 from kvds.data.grouping import group_by_length
 from kvds.data.read_ahead import ReadAhead
@@ -36,6 +36,7 @@ class BatchLoader:
         shuffle: False keeps the order of ``samples``.
         pack_to: Tokens of a row that the samples of a micro-batch share; None = a row each.
         group_by_length: Shuffle so that the samples of a step are of like length.
+        width: How long rows are made for the longest sample of a batch.
 
     Raises:
         InputError: there are no samples.
@@ -55,6 +56,7 @@ class BatchLoader:
         shuffle: bool = True,
         pack_to: int | None = None,
         group_by_length: bool = False,
+        width: RowWidth = AS_LONGEST,
     ) -> None:
         if not samples:
             raise InputError(
@@ -63,7 +65,7 @@ class BatchLoader:
         self._samples, self._batch_size, self._accumulation = samples, batch_size, gradient_accumulation_steps
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle, self._pad = seed, shuffle, pad_token_id
-        self._pack_to, self._group_by_length = pack_to, group_by_length
+        self._pack_to, self._group_by_length, self._width = pack_to, group_by_length, width
         self._labels = [sample.label_count for sample in samples]
         self._positions = [
             sample.step_count if sample.step_ids else position_count(len(sample.input_ids)) for sample in samples
@@ -134,8 +136,10 @@ class BatchLoader:
             mine = ids[begin : begin + self._batch_size]
             rows = [self._samples[i] if i >= 0 else None for i in mine]
             if self._pack_to is None:
-                batches.append(collate(rows, mine, self._pad, labels, positions))
+                batches.append(collate(rows, mine, self._pad, labels, positions, width=self._width))
             else:
-                packed = collate_packed(rows, mine, self._pad, labels, positions, capacity=self._pack_to)
+                packed = collate_packed(
+                    rows, mine, self._pad, labels, positions, capacity=self._pack_to, width=self._width
+                )
                 batches.append(packed)
         return batches

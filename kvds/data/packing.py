@@ -8,7 +8,7 @@ Source: Krell et al., Efficient Sequence Packing without Cross-contamination (20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -111,17 +111,20 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return best[1]
 
 
-def place_samples(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[Packing, list[tuple[int, int]]]:
+def place_samples(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], width: Callable[[int], int] = lambda longest: longest
+) -> tuple[Packing, list[tuple[int, int]]]:
     """The layout of samples dealt out to rows, and each sample's row and first column.
 
     Args:
         rows: For each row its samples in order; at least one row, which may be empty.
         lengths: Tokens of each sample.
+        width: Tokens of the longest row, or sample → those that all are given.
     """
-    tokens = max(1, max(sum(lengths[i] for i in row) for row in rows))
+    tokens = width(max(1, max(sum(lengths[i] for i in row) for row in rows)))
     document_ids = torch.full((len(rows), tokens), -1)
     position_ids = torch.zeros(len(rows), tokens, dtype=torch.int64)
-    longest = max(lengths, default=1)
+    longest = width(max(lengths, default=1))
     token_index = torch.zeros(max(1, len(lengths)), longest, dtype=torch.int64)
     token_mask = torch.zeros(max(1, len(lengths)), longest, dtype=torch.bool)
     places = [(0, 0)] * len(lengths)
