@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ QUESTIONS = ("equality", "weak")
 NEEDS_SEVERAL = ("zero3", "tensor_parallel")
 SPENT = ("teacher", "forward", "backward", "optimizer")
 INTERVAL = 4
+PACKAGES = ("torch", "deepspeed", "transformers", "triton")
 
 
 def parse() -> argparse.Namespace:
@@ -136,13 +138,12 @@ def weak(gpus: int, placement: str, multiple: int, flags: dict[str, Any], how: a
     return row
 
 
-def weak_scaling(arguments: argparse.Namespace, attempt: Any, log: Path) -> list[dict[str, Any]]:
+def weak_scaling(arguments: argparse.Namespace, attempt: Any, log: Path) -> Iterator[dict[str, Any]]:
     """The table's rows: every placement on every number of GPUs, then one GPU with other paddings."""
     first, *others = arguments.pad_to_multiple_of
     cases = [(placement, gpus, first) for placement in arguments.placements for gpus in arguments.gpus]
     cases = [(p, gpus, multiple) for p, gpus, multiple in cases if gpus > 1 or p not in NEEDS_SEVERAL]
     cases[1:1] = [("replicated", min(arguments.gpus), multiple) for multiple in others]
-    rows: list[dict[str, Any]] = []
     single = None
     with tempfile.TemporaryDirectory() as folder:
         flags = make_models(arguments.data_dir, Path(folder))
@@ -154,9 +155,7 @@ def weak_scaling(arguments: argparse.Namespace, attempt: Any, log: Path) -> list
                     single = row["tokens_per_second"]
                 if single is not None:
                     row["percent_of_linear"] = 100 * row["tokens_per_second"] / (gpus * single)
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+            yield row
 
 
 def main() -> int:
@@ -178,6 +177,11 @@ def main() -> int:
         except (subprocess.CalledProcessError, OSError, ValueError, statistics.StatisticsError) as error:
             return row | {"note": f"failed: {error}"[:200]}
 
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        write_csv(stem.with_suffix(".csv"), [row | provenance(PACKAGES) for row in rows])
+
     config = "ds_configs/zero3_fp32.json" if cuda else "ds_configs/zero3_cpu.json"
     alone: list[float] = []
     for gpus in arguments.gpus if "equality" in arguments.questions else ():
@@ -189,12 +193,11 @@ def main() -> int:
             worst = max(abs(a - b) / abs(b) for a, b in zip(losses, alone, strict=True))
             return {"steps": len(losses), "last_loss": losses[-1], "largest_relative_difference": worst}
 
-        rows.append(attempt(row, compare))
-        print(rows[-1], flush=True)
+        keep(attempt(row, compare))
     if "weak" in arguments.questions:
-        rows += weak_scaling(arguments, attempt, log)
-    facts = provenance(("torch", "deepspeed", "transformers", "triton"))
-    write_csv(stem.with_suffix(".csv"), [row | facts for row in rows])
+        for row in weak_scaling(arguments, attempt, log):
+            keep(row)
+    facts = provenance(PACKAGES)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     heading = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command")
     table = markdown_table(rows, columns)

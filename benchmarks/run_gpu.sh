@@ -6,9 +6,10 @@
 #   sanitizer  compute-sanitizer on a small case of every kernel                 4 min
 #   ops        bench_map_projection.py in full                                   9 min
 #   ncu        what bounds the fused kernel, by its hardware counters            2 min
-#   step       bench_train_step.py --pair qwen2, beside the earlier way and TRL  9 min
+#   step       bench_train_step.py --pair qwen2, beside the earlier way; TRL at  9 min
+#              16 rows, as many as leave room for its whole logits
 #   scaling    bench_scaling.py on 1, 2, … GPUs                                  9 min
-#   gsm8k_large  A/B at 60 M → 15 M parameters on GSM8K, spread over all GPUs    9 min
+#   gsm8k_large  A/B at 60 M → 12 M parameters on GSM8K, spread over all GPUs    9 min
 # --data: the folder with gsm8k/, tokenizers/ and models/ (default ../shared/data); --to: where results go (default
 # benchmarks/results); --wheels: a folder of wheels to use beside the machine's own torch (made by launch/wheelhouse.sh).
 # A stage that fails does not stop the next; the exit code says whether any did.
@@ -53,8 +54,12 @@ run_stage() {
       timeout 120 ncu --clock-control none --kernel-name map_projection_kernel --launch-count 2 --set full \
         python benchmarks/smallest_kernels.py --pair qwen2 --tokens 32768 ;;
     step)
-      CUDA_VISIBLE_DEVICES=0 timeout 540 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 32 --rounds 12 --minutes 6 \
-        --data_dir "$data" --output_dir "$to" ;;
+      # shellcheck disable=SC2046
+      CUDA_VISIBLE_DEVICES=0 timeout 400 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 32 --rounds 12 --minutes 5 \
+        --data_dir "$data" --output_dir "$to" --arms $(arms) &&
+        CUDA_VISIBLE_DEVICES=0 timeout 140 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 16 --rounds 8 --minutes 1 \
+          --data_dir "$data" --output_dir "$to" --name "train_step_qwen2_$(name)_batch16" \
+          --arms task_only teacher_forward kvds_structured kvds_structured_values kvds_logit_kd trl_gkd ;;
     scaling)
       # shellcheck disable=SC2086
       timeout 540 python benchmarks/bench_scaling.py --data_dir "$data" --gpus $counts --minutes 7 --output_dir "$to" ;;
@@ -64,6 +69,7 @@ run_stage() {
   esac
 }
 
+arms() { python -c 'from benchmarks.train_step_arms import ARMS; print(*ARMS)'; }
 name() { python -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())'; }
 
 failed=0
