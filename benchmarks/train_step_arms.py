@@ -17,6 +17,7 @@ from benchmarks.train_step_ahead import InputTurns
 from benchmarks.train_step_workbench import Clock, Pair, build_model, held_bytes
 from kvds.align import build_aligner
 from kvds.align.layer_map import endpoint_map
+from kvds.align.loss import parts_of
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import EncodedSample
 from kvds.data.packing import repacked, unpacked
@@ -133,12 +134,13 @@ def _cached(bench: Workbench, teacher: Teacher, cfg: AlignmentSettings) -> Cache
     folder = tempfile.TemporaryDirectory()
     bench.keep.append(folder)
     store = "bf16" if bench.pair.dtype == torch.bfloat16 else "fp32"
+    made_of = {"parts": " ".join(f"{part}s" for part in parts_of(cfg))}
     write_teacher_cache(
         Path(folder.name), teacher, bench.samples,
         lambda rows: select_tokens(cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask),
-        fingerprint={}, store=store, batch_size=8, shard_samples=64, device=bench.device,
+        fingerprint=made_of, store=store, batch_size=8, shard_samples=64, device=bench.device,
     )  # fmt: skip
-    return CachedTeacher(Path(folder.name), dtype=bench.pair.dtype, device=bench.device, fingerprint={})
+    return CachedTeacher(Path(folder.name), dtype=bench.pair.dtype, device=bench.device, fingerprint=made_of)
 
 
 def kvds_step(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from kvds.align.loss import parts_of
+from kvds.cache_shards import PARTS
 from kvds.config import RunConfig
 from kvds.data.encoding import EncodedSample
 from kvds.errors import InputError
@@ -25,7 +27,8 @@ def cache_fingerprint(
     samples: Sequence[EncodedSample],
     dtype: str,
 ) -> dict[str, str]:
-    """Name → text, equal exactly where cached keys and values serve a run.
+    """Name → text; where a cache and a run agree on all, the cache serves the run (``parts``: where it has those asked
+    for).
 
     Args:
         cfg: The run.
@@ -48,16 +51,34 @@ def cache_fingerprint(
         "data set": f"{len(samples)} rows {rows.hexdigest()[:16]}",
         "selection": f"{cfg.kv_method} {cfg.kv_budget} mask_first_token={cfg.mask_first_token}",
         "kv_rope": cfg.kv_rope,
+        "parts": " ".join(f"{part}s" for part in parts_of(cfg)),
     }
 
 
-def check_fingerprint(found: dict[str, str], expected: dict[str, str], folder: Path) -> None:
+def parts_in(fingerprint: Mapping[str, str]) -> list[str]:
+    """Of :data:`kvds.cache_shards.PARTS`, those that a cache holds or a run asks for."""
+    return fingerprint.get("parts", " ".join(PARTS)).split()
+
+
+def check_fingerprint(
+    found: dict[str, str], expected: dict[str, str], folder: Path, *, goes_on: bool = False
+) -> None:  # fmt: skip
     """Compare a cache's fingerprint with a run's.
+
+    Args:
+        found: The cache's.
+        expected: The run's.
+        folder: The cache's, for the message.
+        goes_on: More shards are to be written beside those that are there: parts that are left over are no more welcome
+            than parts that are missing.
 
     Raises:
         InputError: naming what differs, in the cache and in the run.
     """
+    found = {**found, "parts": " ".join(parts_in(found))}
     for name in expected:
+        if name == "parts" and not goes_on and set(parts_in(expected)) <= set(parts_in(found)):
+            continue
         if found.get(name) != expected[name]:
             raise InputError(
                 f"teacher_cache={folder}: its {name} is {found.get(name, 'not recorded')}, the run's {expected[name]}; "

@@ -1,7 +1,7 @@
 """Keys and values of a corpus in safetensors shards: written atomically, checked by hash, read by memory mapping.
 
-A shard holds ``keys`` and ``values`` ``[rows, layers, heads, head_dim]``, the selected positions of its samples one
-after the other, so that a sample is one contiguous stretch of the file. ``int8`` and ``fp8`` are stored as
+A shard holds ``keys``, ``values`` or both, ``[rows, layers, heads, head_dim]``: the selected positions of its samples
+one after the other, so that a sample is one contiguous stretch of the file. ``int8`` and ``fp8`` are stored as
 ``(x − offset) / scale`` with an offset and a scale per channel of each layer and head, since keys carry constants many
 times as large as what they vary by. Each shard stands for a fixed run of samples and is written by one process to
 the end or not at all: who resumes writes what is missing, and several processes need not talk to each other.
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kvds.errors import InputError
 
 MANIFEST = "manifest.json"
 STORES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+PARTS = ("keys", "values")
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
@@ -57,25 +58,24 @@ def _encoded(states: Tensor, store: str) -> tuple[Tensor, dict[str, Tensor]]:
     return coded.to(STORES[store]), {"offset": offset, "scale": scale}
 
 
-def write_shard(folder: Path, number: int, keys: Sequence[Tensor], values: Sequence[Tensor], store: str) -> None:
+def write_shard(folder: Path, number: int, parts: Mapping[str, Sequence[Tensor]], store: str) -> None:
     """Write the samples of one shard.
 
     Args:
         folder: Of the cache.
         number: Of the shard.
-        keys: Per sample ``[positions, layers, heads, head_dim]``.
-        values: The same.
+        parts: ``keys``, ``values`` or both, each per sample ``[positions, layers, heads, head_dim]``.
         store: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"fp8"``.
     """
     tensors = {}
-    for name, samples in (("keys", keys), ("values", values)):
+    for name, samples in parts.items():
         tensors[name], extra = _encoded(torch.cat(list(samples)), store)
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in extra.items()}
     path = shard_path(folder, number)
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
     save_file(tensors, unfinished)
     record = {
-        "counts": [len(sample) for sample in keys],
+        "counts": [len(sample) for sample in next(iter(parts.values()))],
         "sha256": _hash(unfinished),
         "bytes": unfinished.stat().st_size,
     }
@@ -128,15 +128,18 @@ class ShardReader:
     Args:
         folder: Of the cache.
         dtype: Of what :meth:`sample` returns.
+        parts: What is read, of what the shards hold.
         verify: Also compare checksums, which reads the whole cache once.
 
     Raises:
         InputError: no finished cache there, or a shard that is missing, cut short or changed.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, *, verify: bool = True) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, *, parts: Sequence[str] = PARTS, verify: bool = True
+    ) -> None:  # fmt: skip
         self.manifest = read_manifest(folder)
-        self._dtype, self._store = dtype, self.manifest["store"]
+        self._dtype, self._store, self._parts = dtype, self.manifest["store"], tuple(parts)
         self._files: list[Any] = []
         self._scales: list[dict[str, Tensor]] = []
         self._places: list[tuple[int, int, int]] = []
@@ -164,10 +167,10 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._places)
 
-    def sample(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a sample, ``[positions, layers, heads, head_dim]`` each."""
+    def sample(self, number: int) -> dict[str, Tensor]:
+        """The parts of a sample, ``[positions, layers, heads, head_dim]`` each."""
         shard, begin, end = self._places[number]
-        return self._read(shard, "keys", begin, end), self._read(shard, "values", begin, end)
+        return {name: self._read(shard, name, begin, end) for name in self._parts}
 
     def _read(self, shard: int, name: str, begin: int, end: int) -> Tensor:
         stored = self._files[shard].get_slice(name)[begin:end]

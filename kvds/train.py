@@ -7,8 +7,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +15,26 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from kvds.align import AlignerGroup, aligner_config_dict, build_aligner, members_of
+from kvds.align import aligner_config_dict
 from kvds.bad_steps import BadSteps
-from kvds.cache_fingerprint import cache_fingerprint
-from kvds.calibration import calibrate_aligner, calibrate_kv_weight
+from kvds.calibration import calibrate_kv_weight
 from kvds.checkpoint import (
-    ALIGNER_FILE,
     ALIGNER_START_FILE,
-    STUDENT_FOLDER,
-    gather_parameters,
     load_checkpoint,
-    plain_student,
     save_aligner,
     save_architecture,
-    save_student,
 )
 from kvds.checkpoint_origin import fit_to_origin, read_origin
 from kvds.checkpoint_writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
-from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config
-from kvds.distillation import DistillationModule, LossWeights, StepInput
-from kvds.engine import all_reduce_sum, build_engine, check_engine_config, init_distributed
-from kvds.evaluate import evaluate_model
-from kvds.held_out import held_out_kv_loss
+from kvds.deepspeed_config import load_deepspeed_config, student_engine_config
+from kvds.distillation import LossWeights, StepInput
+from kvds.engine import build_engine, check_engine_config, init_distributed
 from kvds.kv_health import KVHealth, held_weight
-from kvds.losses import head_chunk_count
 from kvds.measure import IntervalMeter, PhaseTimer
 from kvds.models import (
-    TORCH_DTYPES,
     check_same_tokenizer,
-    kv_shape,
-    load_model,
     load_tokenizer,
     run_model_config,
 )
@@ -57,10 +43,11 @@ from kvds.provenance import write_provenance
 from kvds.run_data import load_run_data
 from kvds.run_folder import find_checkpoint, open_run_folder
 from kvds.run_guard import guarded
+from kvds.run_models import build_run_models
+from kvds.run_results import RunResults
 from kvds.step_inputs import StepInputs
 from kvds.teacher_ahead import InputFeed, MicroBatch, micro_batches
 from kvds.teacher_cache import CachedTeacher
-from kvds.teachers import build_teachers
 from kvds.token_choice import TokenChoice
 from kvds.tracking import Tracker, collect_versions, git_revision, ui_command
 
@@ -133,61 +120,31 @@ class TrainingRun:
         teachers = cfg.teachers if cfg.uses_teacher else ()
         teacher_configs = [run_model_config(cfg, self.tokenizer, name, flag="teacher") for name in teachers]
         first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        data = load_run_data(
+        self.data = load_run_data(
             cfg, self.tokenizer, rank=self.rank, world_size=self.world_size, first=first_of_node, wait=dist.barrier
         )
-        self.loader, self.eval_examples, self.eval_loader = data.loader, data.eval_examples, data.eval_loader
+        self.loader = self.data.loader
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
-        dtype = TORCH_DTYPES[compute_dtype(raw)]
-
-        # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without
-        # weights.
-        aligner: Any = None
-        if cfg.uses_kv:
-            members = [build_aligner(kv_shape(student_config), kv_shape(config), cfg) for config in teacher_configs]
-            aligner = AlignerGroup(members, cfg.weights_of_teachers) if cfg.teacher_names else members[0]
-            if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
-                for member in members:
-                    member.to(device).try_out(dtype, device)
-        made_of = partial(self._cached_from, dtype=compute_dtype(raw))
-        self.teachers = build_teachers(
-            cfg, teacher_configs, raw, device=device, observe=self.choice.observing, made_of=made_of
-        )
-        self.teacher = self.teachers[0] if self.teachers else None
-        self.inputs = StepInputs(cfg, self.teachers, self.choice, device)
-        student: Any = load_model(
-            cfg.student or "", student_config, init=cfg.student_init, dtype=dtype,
-            attn_implementation=cfg.attn_implementation,
-            seed=cfg.seed, flag="student", engine_config=self.engine_config,
+        models = build_run_models(
+            cfg, raw, student_config=student_config, teacher_configs=teacher_configs, engine_config=self.engine_config,
+            tokenizer=self.tokenizer, loader=self.loader, choice=self.choice, device=device,
         )  # fmt: skip
-        student.config.use_cache = False
-        if not any(hasattr(p, "ds_id") for p in student.parameters()):
-            student.to(device)
-        student.train()
-        if aligner is not None:
-            aligner.to(device)
-            if resume_step is None:
-                for (_, member), teacher in zip(members_of(aligner), self.teachers, strict=True):
-                    match = partial(self.choice.with_teacher, teacher)
-                    calibrate_aligner(member, student, self._calibration_batches(), match, rope=cfg.kv_rope)
-                if self.rank == 0:  # `kvds profile` tells what training made of it
-                    start = self.output_dir / ALIGNER_START_FILE
-                    save_aligner(aligner_config_dict(aligner), aligner.state_dict(), start)
+        self.teacher = models.teachers[0] if models.teachers else None
+        self.inputs = StepInputs(cfg, models.teachers, self.choice, device)
+        aligner = models.aligner
+        if aligner is not None and resume_step is None:
+            models.calibrate(cfg, self.loader, self.choice, device, self.stop.check)
+            if self.rank == 0:  # `kvds profile` tells what training made of it
+                start = self.output_dir / ALIGNER_START_FILE
+                save_aligner(aligner_config_dict(aligner), aligner.state_dict(), start)
         if cfg.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            models.student.gradient_checkpointing_enable({"use_reentrant": False})
         if self.rank == 0:
-            save_architecture(self.output_dir, student.config, self.tokenizer, aligner)
+            save_architecture(self.output_dir, models.student.config, self.tokenizer, aligner)
         self.aligner_config = None if aligner is None else aligner_config_dict(aligner)
-        module = DistillationModule(
-            student,
-            aligner,
-            rope=cfg.kv_rope,
-            head_chunks=head_chunk_count(cfg.batch_size * cfg.max_length, student_config.vocab_size),
-            kd_temperature=cfg.logit_kd_temperature,
-            kd_vocab_size=max(self.tokenizer.get_vocab().values()) + 1,
-            offload_checkpoints=cfg.checkpoint_offload,
-        )
+        module = models.module(cfg, self.tokenizer)
         self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
+        self.results = RunResults(cfg, self.tokenizer, self.data, self.engine, self.inputs, device, self.stop.check)
         self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints)
         self.bad_steps = BadSteps(self.engine, self.output_dir, cfg.max_bad_steps)
         self.meter = IntervalMeter(device)
@@ -210,15 +167,6 @@ class TrainingRun:
         self._start_tracking(run_id, resume_step)
 
     # -- construction ---------------------------------------------------------------------------------------------
-
-    def _cached_from(self, teacher_config: Any, dtype: str) -> dict[str, str]:
-        return cache_fingerprint(self.cfg, self.tokenizer, teacher_config, self.loader.samples, dtype)
-
-    def _calibration_batches(self) -> Iterator[TokenBatch]:
-        for step in range(min(self.cfg.calibration_batches, self.loader.steps_per_epoch)):
-            for batch in self.loader.step(step):
-                self.stop.check()
-                yield batch.to(self.device)
 
     def _initial_kv_weight(self) -> float:
         cfg = self.cfg
@@ -369,7 +317,7 @@ class TrainingRun:
     def _evaluate_on_the_way(self) -> None:
         self._tell_bad_steps()
         self.evaluation_pending = True  # what a stop in the middle of it leaves for the resumed run
-        self._evaluate(self._plain_student())
+        self._evaluate(self.results.plain_student())
         self.evaluation_pending = False
         self.engine.train()
 
@@ -396,22 +344,8 @@ class TrainingRun:
 
     # -- evaluation and export ------------------------------------------------------------------------------------
 
-    def _plain_student(self) -> torch.nn.Module:
-        """The student as a plain model on this rank, for generation: under ZeRO-3 no rank could generate alone."""
-        student = self.engine.module.student
-        return plain_student(student.config, gather_parameters(student, keep=True)).to(self.device)
-
     def _evaluate(self, model: torch.nn.Module) -> dict[str, dict[str, float]]:
-        results = evaluate_model(
-            model, self.tokenizer, self.eval_examples, batch_size=4 * self.cfg.batch_size,
-            max_new_tokens=self.cfg.max_new_tokens,
-            max_length=self.cfg.max_length, rank=self.rank, world_size=self.world_size, all_reduce=all_reduce_sum,
-            progress=self.rank == 0, between_batches=self.stop.check,
-        )  # fmt: skip
-        # A cache holds the training rows alone.
-        if self.cfg.uses_kv and self.eval_loader is not None and self.cfg.teacher_cache is None:
-            inputs = partial(self.inputs, weights=LossWeights(kv=1.0))
-            results["all"] |= held_out_kv_loss(self.engine, self.eval_loader, inputs, between_batches=self.stop.check)
+        results = self.results.evaluate(model)
         if self.tracker is not None:
             self.tracker.log(
                 self.step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()}
@@ -420,14 +354,9 @@ class TrainingRun:
 
     def finish(self, *, draw_report: bool = True) -> None:
         """Export the student and the aligner, evaluate on held-out rows and write ``eval.json``."""
-        model = self._plain_student()
-        aligner = self.engine.module.aligner
-        aligner_state = None if aligner is None else gather_parameters(aligner, keep=self.rank == 0)
-        if self.rank == 0:
-            save_student(model, self.tokenizer, self.output_dir / STUDENT_FOLDER)
-            if aligner_state is not None and self.aligner_config is not None:
-                save_aligner(self.aligner_config, aligner_state, self.output_dir / ALIGNER_FILE)
-        if self.eval_examples:
+        model = self.results.plain_student()
+        self.results.export(model, self.aligner_config, self.output_dir)
+        if self.data.eval_examples:
             results = self._evaluate(model)
             if self.rank == 0:
                 (self.output_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")

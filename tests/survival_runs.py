@@ -89,17 +89,17 @@ BatchLoader.step = hooked
 """
 
 
-def at_call(name: str, action: str) -> str:
-    """Statements for a rank to run first: do ``action`` when the training loop calls ``kvds.train.NAME``."""
+def at_call(module: str, name: str, action: str) -> str:
+    """Statements for a rank to run first: do ``action`` when a run calls ``NAME`` as ``MODULE`` knows it."""
     return f"""
 import os, resource, signal
-import kvds.train
+import {module}
 
-def hooked(*arguments, ask=kvds.train.{name}, **keywords):
+def hooked(*arguments, ask={module}.{name}, **keywords):
     {action}
     return ask(*arguments, **keywords)
 
-kvds.train.{name} = hooked
+{module}.{name} = hooked
 """
 
 

@@ -90,15 +90,16 @@ def flat(states: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("pack_to", [None, 20])
 @pytest.mark.parametrize(("method", "budget"), METHODS)
-@pytest.mark.parametrize("mode", ["flat", "structured"])
+@pytest.mark.parametrize(("mode", "parts"), [("flat", "kv"), ("structured", "kv"), ("structured", "v"), ("flat", "k")])
 def test_losses_are_those_of_the_teacher_that_runs(
-    tmp_path: Path, mode: str, method: str, budget: Any, pack_to: int | None
+    tmp_path: Path, mode: str, parts: str, method: str, budget: Any, pack_to: int | None
 ) -> None:
     teacher, student = Teacher(model_of(3, 24, 1), device=CPU), model_of(2, 16, 2)
-    assert written(tmp_path, teacher, "fp32", method, budget)
-    stored = cached(tmp_path)
+    made_of = MADE_OF | {"parts": {"kv": "keys values", "k": "keys", "v": "values"}[parts]}
+    assert written(tmp_path, teacher, "fp32", method, budget, fingerprint=made_of)
+    stored = CachedTeacher(tmp_path, dtype=torch.float32, device=CPU, fingerprint=made_of)
     shapes = [KVShape.from_config(student.config), teacher.shape]
-    aligner: nn.Module = build_aligner(*shapes, both_parts(alignment_mode=mode))
+    aligner: nn.Module = build_aligner(*shapes, both_parts(alignment_mode=mode, kv_parts=parts))
     module = DistillationModule(student, aligner)
     batches = loader(method, budget, pack_to)
     for step in range(batches.steps_per_epoch):
@@ -146,12 +147,12 @@ def test_what_is_read_is_what_was_written_to_the_precision_stored(tmp_path: Path
     offset = torch.randn(3, 2, 6, generator=generator) * 50
     keys = [torch.randn(n, 3, 2, 6, generator=generator) + offset for n in (4, 0, 7)]
     values = [torch.randn(n, 3, 2, 6, generator=generator) for n in (4, 0, 7)]
-    write_shard(tmp_path, 0, keys, values, store)
+    write_shard(tmp_path, 0, {"keys": keys, "values": values}, store)
     record = json.loads(shard_path(tmp_path, 0).with_suffix(".json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({"store": store, "shards": [record]}))
     reader = ShardReader(tmp_path, torch.float32)
     assert len(reader) == 3
-    for expected, side in ((keys, 0), (values, 1)):
+    for expected, side in ((keys, "keys"), (values, "values")):
         everything = torch.cat(expected)
         half_range = (everything.amax(0) - everything.amin(0)) / 2
         # Floats err with their size, integers with the channel's range; fp8's coded values lie within that range.
@@ -161,7 +162,7 @@ def test_what_is_read_is_what_was_written_to_the_precision_stored(tmp_path: Path
             assert found.shape == sample.shape
             assert bool(((found - sample).abs() <= tolerance * bound * 1.001 + 1e-6 * (tolerance > 0)).all())
     if store == "int8":  # keys of offset 50 are as exact as values of offset 0: bf16 would be off by 0.1
-        assert float((reader.sample(0)[0] - keys[0]).abs().max()) < 0.03
+        assert float((reader.sample(0)["keys"] - keys[0]).abs().max()) < 0.03
 
 
 def test_resuming_and_concurrent_processes_write_the_same_cache(tmp_path: Path) -> None:
@@ -196,6 +197,31 @@ def test_a_damaged_or_foreign_cache_is_refused(tmp_path: Path) -> None:
     path.write_bytes(content[:-1])
     with pytest.raises(InputError, match="missing or cut short"):
         cached(tmp_path)
+
+
+def test_one_part_takes_half_the_room_and_serves_runs_that_match_it_alone(tmp_path: Path) -> None:
+    teacher = Teacher(model_of(2, 16, 1), device=CPU)
+    both, values = ({"parts": parts} | MADE_OF for parts in ("keys values", "values"))
+    assert written(tmp_path / "both", teacher, "fp32", "full", None, fingerprint=both)
+    assert written(tmp_path / "values", teacher, "fp32", "full", None, fingerprint=values)
+    sizes = [
+        sum(ShardReader(tmp_path / name, torch.float32).manifest["shards"][n]["bytes"] for n in range(3))
+        for name in ("both", "values")
+    ]
+    assert 1.7 < sizes[0] / sizes[1] < 2.0  # the files' headers stay
+    [batch] = loader("full", None).step(0)
+    whole, half, less = (
+        CachedTeacher(tmp_path / name, dtype=torch.float32, device=CPU, fingerprint=made_of)(batch).states
+        for name, made_of in (("both", both), ("both", values), ("values", values))
+    )
+    assert whole is not None and half is not None and less is not None
+    assert len(whole.keys) == 2 and half.keys == less.keys == ()
+    for states in (half, less):
+        assert all(map(torch.equal, states.values, whole.values)) and len(states.values) == 2
+    with pytest.raises(InputError, match="its parts is values, the run's keys values"):
+        CachedTeacher(tmp_path / "values", dtype=torch.float32, device=CPU, fingerprint=both)
+    with pytest.raises(InputError, match="its parts is keys values, the run's values"):
+        written(tmp_path / "both", teacher, "fp32", "full", None, fingerprint=values)  # nothing is mixed in one cache
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +265,7 @@ def fingerprint(models: Path, **changes: Any) -> dict[str, str]:
         ({"kv_method": "right_crop", "kv_budget": 4}, "selection"),
         ({"mask_first_token": "false"}, "selection"),
         ({"kv_rope": "post"}, "kv_rope"),
+        ({"kv_parts": "kv"}, "parts"),
         ({"seed": 1}, "data set"),
         ({"synthetic_problems": 23}, "data set"),
         ({"teacher_init": "random"}, "teacher weights"),
@@ -246,8 +273,11 @@ def fingerprint(models: Path, **changes: Any) -> dict[str, str]:
     ],
 )
 def test_a_cache_of_something_else_is_named(models: Path, changes: dict[str, Any], name: str) -> None:
-    made_of = fingerprint(models)
-    check_fingerprint(made_of, fingerprint(models, batch_size=2, lr=0.5, alignment_mode="flat"), Path("c"))
+    made_of = fingerprint(models, kv_parts="auto")
+    changes = {"kv_parts": "auto", **changes}
+    like = {"batch_size": 2, "lr": 0.5, "alignment_mode": "flat", "kv_parts": "v"}
+    check_fingerprint(made_of, fingerprint(models, **like), Path("c"))
+    check_fingerprint(fingerprint(models), made_of, Path("c"))  # a cache of both serves a run of one
     with pytest.raises(InputError, match=f"teacher_cache=c: its {name} is "):
         check_fingerprint(made_of, fingerprint(models, **changes), Path("c"))
 

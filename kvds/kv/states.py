@@ -72,6 +72,8 @@ def _same_in_all_layers(config: Any, name: str) -> Any:
 class KVStates(NamedTuple):
     """Keys and values of one forward, one tensor per layer: ``[batch, num_key_value_heads, tokens, head_dim]`` each.
 
+    A side that nobody asked for may have no layers at all.
+
     A named tuple, since ZeRO-3 finds the tensors that enter and leave a module only in tuples, lists and dicts.
     """
 
