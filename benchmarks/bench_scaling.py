@@ -15,7 +15,9 @@ one after the other. Writes ``scaling_DEVICE.csv`` and ``.md`` below ``--output_
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -61,7 +63,9 @@ def parse() -> argparse.Namespace:
 
 
 def train(gpus: int, flags: dict[str, Any], log: Path) -> list[dict[str, Any]]:
-    """One run on ``gpus`` ranks; its metrics."""
+    """One run on ``gpus`` ranks; its metrics. It is ended once the last step is recorded: writing a checkpoint of the
+    real pair would take as long as the steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         flags = {"output_dir": f"{folder}/run", "report_to": "none", "resume": "never", "save_steps": 0,
                  "eval_subset_size": 0, "logging_steps": 1, "max_grad_norm": 1.0} | flags  # fmt: skip
@@ -71,11 +75,28 @@ def train(gpus: int, flags: dict[str, Any], log: Path) -> list[dict[str, Any]]:
         with log.open("a") as file:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
-            subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "deepspeed.launcher.runner", *command[1:]], cwd=REPOSITORY, env=environment,
-                stdout=file, stderr=subprocess.STDOUT, check=True,
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        return read_metrics(Path(folder) / "run" / METRICS_FILE)
+            try:
+                return _recorded(process, Path(folder) / "run" / METRICS_FILE, int(flags["max_steps"]))
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _recorded(process: subprocess.Popen[bytes], file: Path, steps: int) -> list[dict[str, Any]]:
+    """The metrics of a run, once the last of its ``steps`` is among them."""
+    while True:
+        ended = process.poll()
+        records = read_metrics(file) if file.is_file() else []
+        if any(record["step"] == steps and "perf/tokens_per_second" in record for record in records):
+            return records
+        if ended is not None:
+            raise subprocess.CalledProcessError(ended, process.args)
+        time.sleep(0.5)
 
 
 def models(data_dir: Path) -> dict[str, Any]:
@@ -161,6 +182,7 @@ def weak_scaling(arguments: argparse.Namespace, attempt: Any, log: Path) -> Iter
 def main() -> int:
     """Run all, write, print."""
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs have sessions of their own: leave none behind
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name().split()[1].lower() if cuda else "cpu"
