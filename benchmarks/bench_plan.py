@@ -83,6 +83,8 @@ CASES = [
          batch_size=16),
     Case("the teacher runs ahead", {"teacher_overlap": True, "gradient_checkpointing": True}, rows="long"),
     Case("GPT-2", {}, family="gpt2", student="n_layer=6,n_embd=256,n_head=8", teacher="n_layer=8,n_embd=256,n_head=8"),
+    Case("GPT-2, values alone, flat", {"kv_parts": "v", "alignment_mode": "flat"}, family="gpt2", rows="long",
+         batch_size=8, student="n_layer=4,n_embd=256,n_head=8", teacher="n_layer=12,n_embd=384,n_head=8"),
     Case("Llama, values alone, own map per layer", {"kv_parts": "v"}, family="llama", student=SMALL, rows="long",
          batch_size=8),
     Case("towards the student, frozen", {"direction": "teacher_to_student", "aligner_update": "frozen",

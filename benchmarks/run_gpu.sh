@@ -9,7 +9,7 @@
 #   step       bench_train_step.py --pair qwen2, beside the earlier way; TRL at  9 min
 #              16 rows, as many as leave room for its whole logits
 #   scaling    bench_scaling.py on 1, 2, … GPUs                                  9 min
-#   gsm8k_large  A/B at 60 M → 12 M parameters on GSM8K, spread over all GPUs    9 min
+#   gsm8k_large  A/B at 72 M → 15 M parameters on GSM8K, spread over all GPUs    9 min
 # --data: the folder with gsm8k/, tokenizers/ and models/ (default ../shared/data); --to: where results go (default
 # benchmarks/results); --wheels: a folder of wheels to use beside the machine's own torch (made by launch/wheelhouse.sh).
 # A stage that fails does not stop the next; the exit code says whether any did.

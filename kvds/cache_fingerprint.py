@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from kvds.align.loss import parts_of
-from kvds.cache_shards import PARTS
+from kvds.align.loss import parts_of, state_names
 from kvds.config import RunConfig
 from kvds.data.encoding import EncodedSample
 from kvds.errors import InputError
+from kvds.kv.states import KV_PARTS
 
 # What of a weight file is hashed: enough to tell two trainings apart without reading gigabytes.
 _EDGE = 2**20
@@ -51,13 +51,13 @@ def cache_fingerprint(
         "data set": f"{len(samples)} rows {rows.hexdigest()[:16]}",
         "selection": f"{cfg.kv_method} {cfg.kv_budget} mask_first_token={cfg.mask_first_token}",
         "kv_rope": cfg.kv_rope,
-        "parts": " ".join(f"{part}s" for part in parts_of(cfg)),
+        "parts": " ".join(state_names(parts_of(cfg))),
     }
 
 
 def parts_in(fingerprint: Mapping[str, str]) -> list[str]:
-    """Of :data:`kvds.cache_shards.PARTS`, those that a cache holds or a run asks for."""
-    return fingerprint.get("parts", " ".join(PARTS)).split()
+    """Of :data:`kvds.kv.states.KV_PARTS`, those that a cache holds or a run asks for."""
+    return fingerprint.get("parts", " ".join(KV_PARTS)).split()
 
 
 def check_fingerprint(

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvds.errors import InputError
+from kvds.kv.states import KV_PARTS
 
 MANIFEST = "manifest.json"
 STORES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-PARTS = ("keys", "values")
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
@@ -136,7 +136,7 @@ class ShardReader:
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, *, parts: Sequence[str] = PARTS, verify: bool = True
+        self, folder: Path, dtype: torch.dtype, *, parts: Sequence[str] = KV_PARTS, verify: bool = True
     ) -> None:  # fmt: skip
         self.manifest = read_manifest(folder)
         self._dtype, self._store, self._parts = dtype, self.manifest["store"], tuple(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from kvds.kv import (
 )
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
+from kvds.kv.states import KV_PARTS
 from kvds.models import backbone, kv_shape
 
 
@@ -35,7 +36,8 @@ class TeacherOutput:
 
     Attributes:
         states: Keys and values per layer, ``[B, num_key_value_heads, T, head_dim]`` (``M`` in place of ``T`` where only
-            selected positions were asked for), or hidden states; None where no alignment reads them.
+            selected positions were asked for; no layers of a part that nothing compares), or hidden states; None where
+            no alignment reads them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
         observed: Query rows and keys for the selection of tokens; None where it reads none.
     """
@@ -74,6 +76,8 @@ class Teacher:
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
         wants_states: Capture what ``reads`` names.
         reads: ``"kv"`` or ``"hidden"``, see :func:`kvds.kv.open_capture`.
+        parts: Of keys and values, those that are compared; the others are let go layer by layer, unless a selection
+            looks at keys or the rows are exchanged.
         wants_hidden: Return hidden states for logit distillation.
         observe: From a batch to the tokens whose queries the selection reads, or to None; see
             :func:`kvds.kv.observing_rows`.
@@ -91,6 +95,7 @@ class Teacher:
         rope: str = "pre",
         wants_states: bool = True,
         reads: str = "kv",
+        parts: Sequence[str] = KV_PARTS,
         wants_hidden: bool = False,
         observe: Callable[[TokenBatch], ObservingRows | None] | None = None,
         shuffled: bool = False,
@@ -100,6 +105,7 @@ class Teacher:
         self.config, self._dtype = model.config, next(model.parameters()).dtype
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
         self._reads, self._observe, self._shuffled = reads, observe, shuffled
+        self._parts = tuple(parts)
         module = _TeacherModule(model)
         self._shards = None
         if tensor_parallel > 1:
@@ -135,7 +141,7 @@ class Teacher:
         batch, steps = batch.teacher_text or batch, batch.num_steps
         if self._shards is not None:
             index = None if selection is None or self._shuffled else selection.index
-            own = self._shards.states(batch, index, rope=self._rope)
+            own = self._shards.states(batch, index, rope=self._rope, parts=self._parts)
             return TeacherOutput(self._finished(own, batch, steps), None)
         inputs = model_inputs(batch, self.config, self._dtype)
         ids = inputs.pop("input_ids")
@@ -162,8 +168,9 @@ class Teacher:
     def _capture(self, rows: ObservingRows | None, index: Tensor | None) -> Capture | SelectedCapture:
         if rows is not None:
             return KVCapture(self._backbone, rope=self._rope, query_rows=rows.positions)
-        if index is not None and self._reads == "kv" and not self._shuffled:
-            return SelectedCapture(self._backbone, index, rope=self._rope)
+        some = index is not None or self._parts != KV_PARTS
+        if some and self._reads == "kv" and not self._shuffled:
+            return SelectedCapture(self._backbone, index, rope=self._rope, parts=self._parts)
         return open_capture(self._backbone, self._reads, rope=self._rope)
 
     @torch.no_grad()

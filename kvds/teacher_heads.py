@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
+from kvds.kv.states import KV_PARTS
 
 
 class _Groups:
@@ -92,16 +93,19 @@ class HeadShards:
         backbone.config = own
         self._backbone = backbone
 
-    def states(self, batch: TokenBatch, index: Tensor | None, *, rope: str) -> KVStates:
+    def states(
+        self, batch: TokenBatch, index: Tensor | None, *, rope: str, parts: Sequence[str] = KV_PARTS
+    ) -> KVStates:  # fmt: skip
         """Keys and values of this rank's ``batch`` with the heads of all; every rank of the group calls it.
 
         Args:
             batch: On the device.
             index: ``[B, M]`` positions that alone are kept; None = all.
             rope: ``"pre"`` or ``"post"``.
+            parts: ``keys``, ``values`` or both: what is exchanged.
 
         Returns:
-            Per layer ``[B, num_key_value_heads, M or T, head_dim]``.
+            Per layer ``[B, num_key_value_heads, M or T, head_dim]``; no layers of a part that was not asked for.
         """
         sizes = self._sizes(batch, index)
         mine: KVStates | None = None
@@ -110,7 +114,8 @@ class HeadShards:
             shared = self._from(owner, _columns(batch) if own else None, (columns, rows, tokens))
             chosen = self._from(owner, index if own else None, (rows, positions)) if positions >= 0 else None
             inputs = model_inputs(_batch_of(batch, shared), self._backbone.config, self._dtype)
-            capture = SelectedCapture(self._backbone, chosen, rope=rope, deliver=self._delivery(owner))
+            deliver = self._delivery(owner)
+            capture = SelectedCapture(self._backbone, chosen, rope=rope, parts=parts, deliver=deliver)
             with capture, only_keys_and_values(self._backbone), _torch_collectives():
                 self._backbone(use_cache=False, **inputs)
             if own:

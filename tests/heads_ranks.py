@@ -68,6 +68,20 @@ def main() -> None:
                     if a.shape[2] == batch.attention_mask.shape[1]:  # what padding computes is nobody's business
                         real &= batch.attention_mask.bool()[:, None, :, None]
                     torch.testing.assert_close(a[real], b[real], rtol=1e-5, atol=1e-5, msg=f"{family} {rope} {side}")
+    exchanged: list[int] = []
+    gather = dist.gather
+    dist.gather = lambda heads, *rest, **how: exchanged.append(heads.numel()) or gather(heads, *rest, **how)
+    [batch, _] = batches(rank)
+    sizes = []
+    for parts in (("keys", "values"), ("values",)):
+        exchanged.clear()
+        shared = Teacher(model_of("qwen2"), device=device, tensor_parallel=2, parts=parts)
+        states = shared(batch).states
+        sizes.append(sum(exchanged))
+        layers = shared.shape.num_hidden_layers
+        assert states is not None and len(states.values) == layers
+        assert len(states.keys) == (layers if "keys" in parts else 0)
+    assert 2 * sizes[1] == sizes[0] > 0, sizes  # what nobody compares is not sent
     print(f"rank {rank}: all equal", flush=True)
     leave_distributed()
 

@@ -150,6 +150,40 @@ def test_no_more_than_one_layer_is_alive_beside_what_is_selected() -> None:
     assert alive[-1] == 5  # with every position wanted, the projections' outputs are the states: no copy
 
 
+@pytest.mark.parametrize("budget", [None, 4])
+@pytest.mark.parametrize(("part", "other"), [("keys", "values"), ("values", "keys")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_part_that_nothing_compares_is_let_go(family: str, part: str, other: str, budget: int | None) -> None:
+    model = model_of(family)
+    expected = getattr(full_states(model, "post"), part)
+    outputs: list[weakref.ref[Tensor]] = []
+    if family != "gpt2":  # which projects both at once
+        for layer in backbone(model).layers:
+            projection = layer.self_attn.k_proj if other == "keys" else layer.self_attn.v_proj
+            projection.register_forward_hook(lambda _m, _a, out: outputs.append(weakref.ref(out)))
+    selection = None
+    if budget is not None:
+        selection = select_tokens("right_crop", budget, batch().segment_ids, batch().attention_mask)
+        expected = [gather_positions(layer, selection.index) for layer in expected]
+    states = Teacher(model, device=torch.device("cpu"), rope="post", parts=(part,))(batch(), selection).states
+    assert states is not None and getattr(states, other) == ()
+    assert all(torch.equal(a, b) for a, b in zip(getattr(states, part), expected, strict=True))
+    assert not any(ref() is not None for ref in outputs) and len(outputs) == (0 if family == "gpt2" else 3)
+    for layer in getattr(states, part):  # and nothing that lay beside it is kept with it
+        assert layer.untyped_storage().nbytes() == layer.numel() * layer.element_size()
+
+
+def test_a_selection_that_looks_at_keys_and_exchanged_rows_have_both() -> None:
+    model = model_of("qwen2")
+
+    def observe(of: TokenBatch) -> ObservingRows | None:
+        return observing_rows("snapkv", of.segment_ids, of.attention_mask, observing_tokens=3)
+
+    for how in ({"observe": observe}, {"shuffled": True}):
+        states = Teacher(model, device=torch.device("cpu"), parts=("values",), **how)(batch()).states
+        assert states is not None and len(states.keys) == len(states.values) == 3
+
+
 def test_a_layer_that_does_not_run_is_an_error_and_leaves_no_hook() -> None:
     model = model_of("qwen2")
     index = torch.zeros(3, 1, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,11 @@ def parts_of(settings: Any) -> tuple[str, ...]:
     """The parts of :data:`PART_NAMES` that a mode of keys and values compares, as ``kv_parts`` asks for them."""
     chosen = settings.kv_parts
     return PARTS[default_parts(settings.alignment_mode) if chosen == "auto" else chosen]
+
+
+def state_names(parts: Sequence[str]) -> tuple[str, ...]:
+    """The fields of :class:`kvds.kv.KVStates` (or hidden states) that ``parts`` are of."""
+    return tuple(f"{part}s" for part in parts)
 
 
 class AlignmentLoss(NamedTuple):

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvds.kv.capture import KVCapture
 from kvds.kv.families import FAMILIES
 from kvds.kv.gather import gather_positions
-from kvds.kv.states import KVStates
+from kvds.kv.states import KV_PARTS, KVStates
 
 
 class SelectedCapture:
     """Context manager: after a forward without gradient, ``states`` holds every layer's keys and values at ``index``.
 
     As soon as a layer's attention has run, its keys and values ``[B, H, T, D]`` are gathered to ``[B, H, M, D]`` and
-    freed: at no time are more alive than what is selected and one layer.
+    freed: at no time are more alive than what is selected and one layer. A part that is not asked for is not kept.
 
     Args:
         backbone: As :class:`kvds.kv.KVCapture`'s model.
-        index: ``[B, M]`` int64 positions, ascending and distinct in each row; None = all, as views.
+        index: ``[B, M]`` int64 positions, ascending and distinct in each row; None = all, as views where nothing else
+            lies in the same memory.
         rope: ``"pre"`` or ``"post"``.
+        parts: ``keys``, ``values`` or both.
         deliver: What becomes of a layer's gathered keys, and of its values; nothing is kept where it returns None.
     """
 
@@ -33,26 +36,27 @@ class SelectedCapture:
         index: Tensor | None,
         *,
         rope: str = "pre",
+        parts: Sequence[str] = KV_PARTS,
         deliver: Callable[[Tensor], Tensor | None] = lambda gathered: gathered,
     ) -> None:
         config: Any = backbone.config
         family = FAMILIES[config.model_type]
         self._attentions = [getattr(layer, family.attention) for layer in getattr(backbone, family.layers)]
         self._backbone, self._index, self._rope, self._deliver = backbone, index, rope, deliver
-        self._keys: dict[int, Tensor | None] = {}
-        self._values: dict[int, Tensor | None] = {}
+        self._kept: dict[str, list[Tensor | None]] = {part: [] for part in parts}
         self._stack = ExitStack()
 
     def __enter__(self) -> SelectedCapture:
+        rope = self._rope if "keys" in self._kept else "pre"  # nobody sees whether they are rotated
         for layer, attention in enumerate(self._attentions):
-            capture = KVCapture(self._backbone, rope=self._rope, layers=[layer])
+            capture = KVCapture(self._backbone, rope=rope, layers=[layer])
             own = ExitStack()
             own.enter_context(capture)
 
-            def gather(*_: Any, layer: int = layer, capture: KVCapture = capture, own: ExitStack = own) -> None:
-                [keys], [values] = capture.states.keys, capture.states.values
-                self._keys[layer] = self._deliver(gather_positions(keys, self._index))
-                self._values[layer] = self._deliver(gather_positions(values, self._index))
+            def gather(*_: Any, capture: KVCapture = capture, own: ExitStack = own) -> None:
+                for part, kept in self._kept.items():
+                    [states] = getattr(capture.states, part)
+                    kept.append(self._deliver(_alone(gather_positions(states, self._index))))
                 own.close()
 
             # The closures end with their handles, and with them what the capture still holds of this layer.
@@ -67,15 +71,18 @@ class SelectedCapture:
 
     @property
     def states(self) -> KVStates:
-        """Per layer ``[B, num_key_value_heads, M, head_dim]``.
+        """Per layer ``[B, num_key_value_heads, M, head_dim]``; no layers of a part that was not asked for.
 
         Raises:
             RuntimeError: they were delivered elsewhere.
         """
-        keys, values = (
-            [kept for i in range(len(self._attentions)) if (kept := side[i]) is not None]
-            for side in (self._keys, self._values)
-        )
-        if len(keys) != len(self._attentions):
+        found = {part: tuple(layer for layer in kept if layer is not None) for part, kept in self._kept.items()}
+        if any(len(layers) != len(self._attentions) for layers in found.values()):
             raise RuntimeError("these keys and values have been delivered elsewhere")
-        return KVStates(tuple(keys), tuple(values))
+        return KVStates(found.get("keys", ()), found.get("values", ()))
+
+
+def _alone(states: Tensor) -> Tensor:
+    """``states`` in memory of their own: one projection may hold queries, keys and values, and all would stay."""
+    shared = states.untyped_storage().nbytes() > states.numel() * states.element_size()
+    return states.clone(memory_format=torch.contiguous_format) if shared else states

@@ -69,6 +69,9 @@ def _same_in_all_layers(config: Any, name: str) -> Any:
     return value[0]
 
 
+KV_PARTS = ("keys", "values")
+
+
 class KVStates(NamedTuple):
     """Keys and values of one forward, one tensor per layer: ``[batch, num_key_value_heads, tokens, head_dim]`` each.
 

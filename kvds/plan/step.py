@@ -170,7 +170,8 @@ class StepPlanner:
         self.teacher_shape = None if teacher is None else KVShape.from_config(teacher)
         self._element = torch.empty((), dtype=dtype).element_size()
         self._hidden = what_is_read(cfg.alignment_mode) == "hidden"
-        # Positions that no key decides are chosen before the teacher's forward, which keeps them alone.
+        # Positions that no key decides are chosen before the teacher's forward, which keeps them alone, and of them the
+        # parts that are compared.
         self._keeps_all = self._hidden or cfg.kv_method in READS_KEYS or cfg.teacher_kv == "shuffled"
 
     def plan(self, batch: BatchShape, *, checkpointing: bool) -> StepMemory:
@@ -232,7 +233,8 @@ class StepPlanner:
     def _teacher_output(self, batch: BatchShape) -> int:
         size = 0
         if self.cfg.uses_kv and self.teacher_shape is not None:
-            size += self._states_bytes(self.teacher_shape, self._kept(batch), self._element)
+            whole = self._states_bytes(self.teacher_shape, self._kept(batch), self._element)
+            size += whole if self._keeps_all else whole * len(parts_of(self.cfg)) // len(PARTS["kv"])
         if self.teacher is not None and self.cfg.logit_kd_weight:
             size += batch.rows * batch.tokens * self.teacher.hidden_size * self._element
         return size
