@@ -168,10 +168,13 @@ class Teacher:
     def _capture(self, rows: ObservingRows | None, index: Tensor | None) -> Capture | SelectedCapture:
         if rows is not None:
             return KVCapture(self._backbone, rope=self._rope, query_rows=rows.positions)
-        some = index is not None or self._parts != KV_PARTS
-        if some and self._reads == "kv" and not self._shuffled:
-            return SelectedCapture(self._backbone, index, rope=self._rope, parts=self._parts)
-        return open_capture(self._backbone, self._reads, rope=self._rope)
+        if self._reads != "kv" or self._shuffled:
+            return open_capture(self._backbone, self._reads, rope=self._rope)
+        if index is None:
+            capture = KVCapture(self._backbone, rope=self._rope, parts=self._parts)
+            if self._parts == KV_PARTS or not capture.one_projection:
+                return capture
+        return SelectedCapture(self._backbone, index, rope=self._rope, parts=self._parts)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class Runner:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._stopping = False
-        self._revision = git_revision()
+        self._revision = git_revision() or "unknown"
 
     def __enter__(self) -> Runner:
         return self

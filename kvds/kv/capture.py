@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from kvds.errors import InputError
 from kvds.kv.families import FAMILIES, AttentionLayout
 from kvds.kv.observed import ObservedLayer, Rotation, gather_rows
-from kvds.kv.states import KVShape, KVStates
+from kvds.kv.states import KV_PARTS, KVShape, KVStates
 
 
 class KVCapture:
@@ -28,6 +28,7 @@ class KVCapture:
             uses them.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
         layers: Which layers to capture, in this order; None = all.
+        parts: ``keys``, ``values`` or both; of a part that is left out ``states`` has no layers. Queries need keys.
         query_rows: ``[B, Q]`` int64, the positions whose queries are captured, too, and no others; ``"all"`` = every
             position, without a copy; None = no queries.
 
@@ -51,6 +52,7 @@ class KVCapture:
         rope: str = "pre",
         require_grad: bool = False,
         layers: Sequence[int] | None = None,
+        parts: Sequence[str] = KV_PARTS,
         query_rows: Tensor | Literal["all"] | None = None,
     ) -> None:
         config: Any = model.config
@@ -67,6 +69,8 @@ class KVCapture:
         self._layouts: dict[int, AttentionLayout] = {layer: family.layout(attentions[layer]) for layer in self._layers}
         self._rope, self._require_grad = rope, require_grad
         self._query_rows = query_rows
+        self._wants_keys = "keys" in parts or query_rows is not None
+        self._wants_values = "values" in parts
         self._handles: list[RemovableHandle] = []
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
@@ -82,11 +86,13 @@ class KVCapture:
         # A forward begins at the backbone; a recomputed layer comes without that, and finds its slot taken.
         self._handles.append(self._backbone.register_forward_pre_hook(lambda *_: self._forget()))
         for layer, layout in self._layouts.items():
-            if layout.rotary is not None and (self._rope == "post" or self._query_rows is not None):
+            if layout.rotary is not None and self._wants_keys and self._rotates:
                 hook = self._rotation_hook(layer)
                 self._handles.append(self._attentions[layer].register_forward_pre_hook(hook, with_kwargs=True))
-            self._handles.append(layout.key_module.register_forward_hook(self._output_hook(self._keys, layer)))
-            self._handles.append(layout.value_module.register_forward_hook(self._output_hook(self._values, layer)))
+            if self._wants_keys:
+                self._handles.append(layout.key_module.register_forward_hook(self._output_hook(self._keys, layer)))
+            if self._wants_values:
+                self._handles.append(layout.value_module.register_forward_hook(self._output_hook(self._values, layer)))
             if self._query_rows is not None:
                 self._handles.append(
                     layout.query_module.register_forward_hook(self._query_hook(layer, self._query_rows))
@@ -105,6 +111,11 @@ class KVCapture:
         except BaseException:
             self._forget()
             raise
+
+    @property
+    def one_projection(self) -> bool:
+        """Whether a module gives keys and values both, so that a view of either keeps the other alive."""
+        return any(layout.key_module is layout.value_module for layout in self._layouts.values())
 
     @property
     def states(self) -> KVStates:
@@ -160,15 +171,27 @@ class KVCapture:
 
         return hook
 
+    @property
+    def _rotates(self) -> bool:
+        return self._rope == "post" or self._query_rows is not None
+
     def _collect(self) -> KVStates:
-        if missing := [i for i in self._layers if i not in self._keys or i not in self._values]:
+        wanted = [
+            slots for slots, wants in ((self._keys, self._wants_keys), (self._values, self._wants_values)) if wants
+        ]
+        if missing := [i for i in self._layers if any(i not in slots for slots in wanted)]:
             raise RuntimeError(f"no forward ran through attention layers {missing} inside KVCapture")
-        self.key_outputs = [(self._keys[i], self._layouts[i].key_columns) for i in self._layers]
-        self.value_outputs = [(self._values[i], self._layouts[i].value_columns) for i in self._layers]
-        keys = [self._heads("keys", i, *output) for i, output in zip(self._layers, self.key_outputs, strict=True)]
-        values = [self._heads("values", i, *output) for i, output in zip(self._layers, self.value_outputs, strict=True)]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        if self._wants_keys:
+            self.key_outputs = [(self._keys[i], self._layouts[i].key_columns) for i in self._layers]
+            keys = [self._heads("keys", i, *output) for i, output in zip(self._layers, self.key_outputs, strict=True)]
+        if self._wants_values:
+            self.value_outputs = [(self._values[i], self._layouts[i].value_columns) for i in self._layers]
+            outputs = zip(self._layers, self.value_outputs, strict=True)
+            values = [self._heads("values", i, *output) for i, output in outputs]
         self.key_heads = keys
-        if self._query_rows is not None or self._rope == "post":
+        if self._wants_keys and self._rotates:
             rotations = self._layer_rotations()
             if self._query_rows is not None:
                 self.observed = tuple(map(self._observed, self._layers, keys, rotations))

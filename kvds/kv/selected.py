@@ -47,9 +47,8 @@ class SelectedCapture:
         self._stack = ExitStack()
 
     def __enter__(self) -> SelectedCapture:
-        rope = self._rope if "keys" in self._kept else "pre"  # nobody sees whether they are rotated
         for layer, attention in enumerate(self._attentions):
-            capture = KVCapture(self._backbone, rope=rope, layers=[layer])
+            capture = KVCapture(self._backbone, rope=self._rope, layers=[layer], parts=tuple(self._kept))
             own = ExitStack()
             own.enter_context(capture)
 
