@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,15 @@ from transformers import (
 )
 
 from kvds.align import build_aligner
+from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
+from kvds.deepspeed_config import load_deepspeed_config
 from kvds.kv import KVCapture, KVShape, ObservingRows, Selection, gather_positions, observing_rows, select_tokens
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.models import backbone
 from kvds.teacher import Teacher
+from kvds.teachers import build_teachers
 from tests.kv_settings import both_parts
 
 LLAMA_LIKE = {"gemma": GemmaConfig, "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,
@@ -157,10 +161,12 @@ def test_a_part_that_nothing_compares_is_let_go(family: str, part: str, other: s
     model = model_of(family)
     expected = getattr(full_states(model, "post"), part)
     outputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
     if family != "gpt2":  # which projects both at once
         for layer in backbone(model).layers:
             projection = layer.self_attn.k_proj if other == "keys" else layer.self_attn.v_proj
             projection.register_forward_hook(lambda _m, _a, out: outputs.append(weakref.ref(out)))
+            layer.register_forward_hook(lambda *_: alive.append(sum(ref() is not None for ref in outputs)))
     selection = None
     if budget is not None:
         selection = select_tokens("right_crop", budget, batch().segment_ids, batch().attention_mask)
@@ -168,9 +174,23 @@ def test_a_part_that_nothing_compares_is_let_go(family: str, part: str, other: s
     states = Teacher(model, device=torch.device("cpu"), rope="post", parts=(part,))(batch(), selection).states
     assert states is not None and getattr(states, other) == ()
     assert all(torch.equal(a, b) for a, b in zip(getattr(states, part), expected, strict=True))
-    assert not any(ref() is not None for ref in outputs) and len(outputs) == (0 if family == "gpt2" else 3)
+    assert len(outputs) == (0 if family == "gpt2" else 3) and max(alive, default=0) <= 1
     for layer in getattr(states, part):  # and nothing that lay beside it is kept with it
         assert layer.untyped_storage().nbytes() == layer.numel() * layer.element_size()
+
+
+@pytest.mark.parametrize(("kv_parts", "keys", "values"), [("auto", 0, 3), ("kv", 3, 3), ("k", 3, 0)])
+def test_a_run_asks_its_teacher_for_what_it_compares(tmp_path: Path, kv_parts: str, keys: int, values: int) -> None:
+    model = model_of("qwen2")
+    model.save_pretrained(tmp_path)
+    cfg = RunConfig(model_name=str(tmp_path), output_dir="unused", kv_parts=kv_parts)
+    raw = load_deepspeed_config("ds_configs/zero0_fp32.json")
+    device = torch.device("cpu")
+    [teacher] = build_teachers(
+        cfg, [model.config], raw, device=device, observe=lambda _batch: None, made_of=lambda _config: {}
+    )
+    states = teacher(batch()).states
+    assert states is not None and (len(states.keys), len(states.values)) == (keys, values)
 
 
 def test_a_selection_that_looks_at_keys_and_exchanged_rows_have_both() -> None:
