@@ -17,7 +17,7 @@ from benchmarks.train_step_ahead import InputTurns
 from benchmarks.train_step_workbench import Clock, Pair, build_model, held_bytes
 from kvds.align import build_aligner
 from kvds.align.layer_map import endpoint_map
-from kvds.align.loss import parts_of, state_names
+from kvds.align.loss import state_names
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import EncodedSample
 from kvds.data.packing import repacked, unpacked
@@ -134,7 +134,7 @@ def _cached(bench: Workbench, teacher: Teacher, cfg: AlignmentSettings) -> Cache
     folder = tempfile.TemporaryDirectory()
     bench.keep.append(folder)
     store = "bf16" if bench.pair.dtype == torch.bfloat16 else "fp32"
-    made_of = {"parts": " ".join(state_names(parts_of(cfg)))}
+    made_of = {"parts": " ".join(state_names(cfg))}
     write_teacher_cache(
         Path(folder.name), teacher, bench.samples,
         lambda rows: select_tokens(cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask),
@@ -168,7 +168,7 @@ def kvds_step(
     if uses_teacher:
         teacher = Teacher(
             bench.teacher, device=bench.device, wants_states=uses_kv, wants_hidden=weights.logit_kd > 0,
-            parts=state_names(parts_of(cfg)),
+            parts=state_names(cfg),
         )  # fmt: skip
     if cached and teacher is not None:
         teacher = _cached(bench, teacher, cfg)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from kvds.align.loss import parts_of, state_names
+from kvds.align.loss import state_names
 from kvds.config import RunConfig
 from kvds.data.encoding import EncodedSample
 from kvds.errors import InputError
@@ -51,7 +51,7 @@ def cache_fingerprint(
         "data set": f"{len(samples)} rows {rows.hexdigest()[:16]}",
         "selection": f"{cfg.kv_method} {cfg.kv_budget} mask_first_token={cfg.mask_first_token}",
         "kv_rope": cfg.kv_rope,
-        "parts": " ".join(state_names(parts_of(cfg))),
+        "parts": " ".join(state_names(cfg)),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from kvds.align import what_is_read
-from kvds.align.loss import parts_of, state_names
+from kvds.align.loss import state_names
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
 from kvds.deepspeed_config import compute_dtype, teacher_engine_config
@@ -67,7 +67,7 @@ def build_teachers(
             Teacher(
                 model, device=device, engine_config=placed, rope=cfg.kv_rope,
                 wants_states=cfg.uses_kv, reads=what_is_read(cfg.alignment_mode), wants_hidden=cfg.logit_kd_weight > 0,
-                parts=state_names(parts_of(cfg)),
+                parts=state_names(cfg),
                 observe=observe, shuffled=cfg.teacher_kv == "shuffled",
                 tensor_parallel=cfg.teacher_tp_size if shared else 1,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,9 @@ def parts_of(settings: Any) -> tuple[str, ...]:
     return PARTS[default_parts(settings.alignment_mode) if chosen == "auto" else chosen]
 
 
-def state_names(parts: Sequence[str]) -> tuple[str, ...]:
-    """The fields of :class:`kvds.kv.KVStates` (or hidden states) that ``parts`` are of."""
-    return tuple(f"{part}s" for part in parts)
+def state_names(settings: Any) -> tuple[str, ...]:
+    """The fields of :class:`kvds.kv.KVStates` that :func:`parts_of` the settings are taken from."""
+    return tuple(f"{part}s" for part in parts_of(settings))
 
 
 class AlignmentLoss(NamedTuple):

@@ -57,7 +57,7 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     import torch
     from tqdm import tqdm
 
-    from kvds.align.loss import parts_of, state_names
+    from kvds.align.loss import state_names
     from kvds.cache_fingerprint import cache_fingerprint
     from kvds.deepspeed_config import compute_dtype, load_deepspeed_config
     from kvds.kv import select_tokens
@@ -88,7 +88,7 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     with tqdm(total=len(samples), desc=f"cache {arguments.output.name}", unit="row", disable=rank != 0) as bar:
         finished = write_teacher_cache(
             arguments.output,
-            Teacher(model, device=device, rope=cfg.kv_rope, parts=state_names(parts_of(cfg))),
+            Teacher(model, device=device, rope=cfg.kv_rope, parts=state_names(cfg)),
             samples,
             lambda batch: select_tokens(
                 cfg.kv_method, cfg.kv_budget, batch.segment_ids, batch.attention_mask,

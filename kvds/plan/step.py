@@ -234,7 +234,7 @@ class StepPlanner:
         size = 0
         if self.cfg.uses_kv and self.teacher_shape is not None:
             whole = self._states_bytes(self.teacher_shape, self._kept(batch), self._element)
-            size += whole if self._keeps_all else whole * len(parts_of(self.cfg)) // len(PARTS["kv"])
+            size += whole if self._keeps_all else self._compared(whole)
         if self.teacher is not None and self.cfg.logit_kd_weight:
             size += batch.rows * batch.tokens * self.teacher.hidden_size * self._element
         return size
@@ -242,7 +242,11 @@ class StepPlanner:
     def _watch(self, batch: BatchShape) -> int:
         """Logging steps keep the KV loss's gradient in fp32 until the whole one arrives."""
         whole = self._states_bytes(self.student_shape, batch, 4)
-        return whole if self._hidden else whole * len(parts_of(self.cfg)) // len(PARTS["kv"])
+        return whole if self._hidden else self._compared(whole)
+
+    def _compared(self, whole: int) -> int:
+        """Of bytes of keys and values those of the parts that the KV loss compares."""
+        return whole * len(parts_of(self.cfg)) // len(PARTS["kv"])
 
     def _kept(self, batch: BatchShape) -> BatchShape:
         return batch if self._keeps_all else replace(batch, tokens=batch.slots)
