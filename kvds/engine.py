@@ -23,6 +23,7 @@ from kvds.config_values import one_line
 from kvds.deepspeed_config import compute_dtype
 from kvds.distillation import DistillationModule
 from kvds.errors import InputError
+from kvds.layer_gathering import gather_whole_layers
 from kvds.models import TORCH_DTYPES
 from kvds.rank_environment import adopt_slurm_ranks, free_port
 
@@ -134,6 +135,7 @@ def build_engine(
             clip_on_the_device(optimizer, engine_config["gradient_clipping"])
             engine_config = {**engine_config, "gradient_clipping": 0.0}
         leave_out_bad_steps(optimizer)
+    gather_whole_layers(module.student, engine_config)
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
     return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config)[0]

@@ -27,6 +27,7 @@ from kvds.kv import (
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.kv.states import KV_PARTS
+from kvds.layer_gathering import gather_whole_layers
 from kvds.models import backbone, kv_shape
 
 
@@ -117,6 +118,7 @@ class Teacher:
         else:
             import deepspeed  # a replicated teacher runs where DeepSpeed is not installed
 
+            gather_whole_layers(model, engine_config)
             self._forward = deepspeed.initialize(model=module, config=engine_config)[0]
             self._forward.eval()
         self._backbone = backbone(model)

@@ -1,14 +1,18 @@
 """Runs several configurations one after the other on the ranks of one launch: ``deepspeed tests/ranked_runs.py
 RUNS.json``.
 
-``RUNS.json`` maps a run's name to its flags. One launch for many runs keeps the suite short.
+``RUNS.json`` maps a run's name to its flags. One launch for many runs keeps the suite short. ``fetched.json`` beside it
+says for each run which classes of modules ZeRO-3 gathered weights for.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from kvds.config_input import parse_run_config
 from kvds.engine import leave_distributed
@@ -16,6 +20,16 @@ from kvds.train import train
 
 if __name__ == "__main__":
     [runs] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    for flags in json.loads(Path(runs).read_text()).values():
+    fetch, fetched = PartitionedParameterCoordinator.fetch_sub_module, {}
+
+    def noted(self, module, *arguments, **keywords):
+        fetched[name].add(type(module).__name__)
+        return fetch(self, module, *arguments, **keywords)
+
+    PartitionedParameterCoordinator.fetch_sub_module = noted
+    for name, flags in json.loads(Path(runs).read_text()).items():
+        fetched[name] = set()
         train(parse_run_config(flags))
+    if os.environ["RANK"] == "0":
+        Path(runs).with_name("fetched.json").write_text(json.dumps({k: sorted(v) for k, v in fetched.items()}))
     leave_distributed()

@@ -68,6 +68,8 @@ RUNS: dict[str, dict[str, object]] = {
     "flat": {"alignment_mode": "flat"},
     "default_parts": {"kv_parts": "auto"},
     "sharded": {"deepspeed_config": None},  # every parameter sharded, none kept whole: set in the fixture
+    "kv_only": {"deepspeed_config": None, "task_weight": 0},  # sharded, too: nothing passes the last layer's output
+    "sharded_checkpointing": {"deepspeed_config": None, "gradient_checkpointing": "true"},
     "zero2": {"deepspeed_config": None},
     "teacher_zero3": {"teacher_placement": "zero3"},
     "teacher_offload": {"teacher_placement": "zero3_offload"},
@@ -111,7 +113,8 @@ def distributed(models, tmp_path_factory) -> Path:
     sharded, zero2 = json.loads(json.dumps(raw)), json.loads(json.dumps(raw))
     sharded["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1}
     zero2["zero_optimization"] = {"stage": 2}
-    (folder / "sharded.json").write_text(json.dumps(sharded))
+    for name in ("sharded", "kv_only", "sharded_checkpointing"):
+        (folder / f"{name}.json").write_text(json.dumps(sharded))
     (folder / "zero2.json").write_text(json.dumps(zero2))
     runs = {}
     for name, changes in RUNS.items():
@@ -238,7 +241,8 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         capture, logits = captured(student, batch)
         student_states = pooled(capture, batch)
         record = {}
-        loss = task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+        task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+        loss = cfg.task_weight * task
         record["loss/task"] = task.item()
         with torch.no_grad():
             teacher_states, teacher_logits = states(teacher, batch)
@@ -314,6 +318,16 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
         assert relative_error(load_aligner(distributed / name / "map_aligner.pt"), aligner) < 1e-5
     if name == "auto_weight":
         assert len(set(logged(distributed / name, "kv/weight"))) == STEPS
+
+
+@pytest.mark.multiprocess
+def test_layers_are_gathered_whole(distributed):
+    fetched = json.loads((distributed / "fetched.json").read_text())
+    within = {"Qwen2Attention", "Qwen2MLP"}
+    for name in ("sharded", "kv_only", "sharded_checkpointing", "task_only"):
+        assert "Qwen2DecoderLayer" in fetched[name] and not within & set(fetched[name]), name
+    assert within <= set(fetched["teacher_zero3"])  # of its last layer, which runs no further than keys and values
+    assert fetched["zero2"] == []
 
 
 @pytest.mark.multiprocess
