@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batch_size", type=int, default=32, help="rows per GPU of the weak scaling (32)")
     parser.add_argument("--steps", type=int, default=32, help=f"of the weak scaling, a multiple of {INTERVAL} (32)")
+    parser.add_argument("--deepspeed_config", help="of the weak scaling (ds_configs/zero3.json or zero3_cpu.json)")
     parser.add_argument("--placements", nargs="+", default=["replicated", "zero3", "tensor_parallel", "zero3_offload"])
     parser.add_argument("--pad_to_multiple_of", nargs="+", type=int, default=[64, 1], help="of the weak scaling (64 1)")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
@@ -138,7 +139,7 @@ def weak(gpus: int, placement: str, multiple: int, flags: dict[str, Any], how: a
     """A row of the table: the real pair, the same rows per GPU."""
     steps, cuda = how.steps, torch.cuda.is_available()
     flags = models(how.data_dir) | flags | {
-        "deepspeed_config": "ds_configs/zero3.json" if cuda else "ds_configs/zero3_cpu.json",
+        "deepspeed_config": how.deepspeed_config or f"ds_configs/{'zero3' if cuda else 'zero3_cpu'}.json",
         "batch_size": how.batch_size, "max_steps": steps, "subset_size": how.batch_size * gpus * steps,
         "max_length": 512, "kv_weight": 1.0, "teacher_placement": placement, "calibration_batches": 1,
         "pad_to_multiple_of": multiple, "logging_steps": INTERVAL,
@@ -196,7 +197,9 @@ def main() -> int:
             return row | {"note": "not started: out of time"}
         try:
             return row | make()
-        except (subprocess.CalledProcessError, OSError, ValueError, statistics.StatisticsError) as error:
+        except subprocess.CalledProcessError as error:  # its own text is the whole command, which the log has
+            return row | {"note": f"failed: exit code {error.returncode}, see {log.name}"}
+        except (OSError, ValueError, statistics.StatisticsError) as error:
             return row | {"note": f"failed: {error}"[:200]}
 
     def keep(row: dict[str, Any]) -> None:
