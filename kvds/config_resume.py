@@ -13,7 +13,7 @@ from kvds.errors import InputError
 _FREE_ON_RESUME = {
     "output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens", 
     "report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement",
-    "teacher_tp_size", "teacher_overlap",
+    "teacher_tp_size", "teacher_overlap", "pad_to_multiple_of",
     "model_name", "teacher_name", "student_name", "tokenizer_name", "impl",
     "teacher_cache", "data_cache",
     "dry_run",

@@ -94,7 +94,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
     cfg = RunConfig(model_name="gpt2", output_dir="x", lr=1e-4, datasets=("gsm8k",))
     cfg.save(tmp_path / "config.yaml")
     check_resumable(cfg, tmp_path / "config.yaml")
-    other = dataclasses.replace(cfg, output_dir="y", logging_steps=1, save_steps=0)
+    other = dataclasses.replace(cfg, output_dir="y", logging_steps=1, save_steps=0, pad_to_multiple_of=64)
     check_resumable(other, tmp_path / "config.yaml")
     for changes, words in (({"lr": 1e-3}, "--lr 0.001.*0.0001"), ({"datasets": ("svamp",)}, "svamp.*gsm8k")):
         with pytest.raises(InputError, match=words):
