@@ -8,6 +8,7 @@
 #   ncu        what bounds the fused kernel, by its hardware counters            2 min
 #   step       bench_train_step.py --pair qwen2, beside the earlier way; TRL at  9 min
 #              16 rows, as many as leave room for its whole logits
+#   layers     bench_layer_gathering.py: what ZeRO's stages cost the host        5 min
 #   scaling    bench_scaling.py on 1, 2, … GPUs                                  9 min
 #   gsm8k_large  A/B at 72 M → 15 M parameters on GSM8K, spread over all GPUs    9 min
 # --data: the folder with gsm8k/, tokenizers/ and models/ (default ../shared/data); --to: where results go (default
@@ -22,11 +23,11 @@ while [ $# -gt 0 ]; do
     --data) data=$2 && shift 2 ;;
     --to) to=$2 && shift 2 ;;
     --wheels) wheels=$2 && shift 2 ;;
-    tests | sanitizer | ops | ncu | step | scaling | gsm8k_large) stages+=("$1") && shift ;;
-    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -20 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
+    tests | sanitizer | ops | ncu | step | layers | scaling | gsm8k_large) stages+=("$1") && shift ;;
+    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -21 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -20 ${BASH_SOURCE[0]})" >&2; exit 2; }
+[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -21 ${BASH_SOURCE[0]})" >&2; exit 2; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "run_gpu: torch sees no GPU" >&2; exit 2; }
 mkdir -p "$to"
 
@@ -60,6 +61,7 @@ run_stage() {
         CUDA_VISIBLE_DEVICES=0 timeout 140 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 16 --rounds 8 --minutes 1 \
           --data_dir "$data" --output_dir "$to" --name "train_step_qwen2_$(name)_batch16" \
           --arms task_only teacher_forward kvds_structured kvds_structured_values kvds_logit_kd trl_gkd ;;
+    layers) timeout 300 python benchmarks/bench_layer_gathering.py --turns 1 --output "$to/layer_gathering_$(name).csv" ;;
     scaling)
       # shellcheck disable=SC2086
       timeout 540 python benchmarks/bench_scaling.py --data_dir "$data" --gpus $counts --minutes 7 --output_dir "$to" ;;
