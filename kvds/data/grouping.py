@@ -1,7 +1,8 @@
-"""An order of samples in which those of one step are of like length."""
+"""Which samples meet: those of like length in a step, and within a step in a micro-batch."""
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Sequence
 
@@ -31,3 +32,36 @@ def group_by_length(order: Sequence[int], lengths: Sequence[int], step_size: int
     last = [steps.pop()] if steps and len(steps[-1]) < step_size else []
     draw.shuffle(steps)
     return [i for step in steps + last for i in step]
+
+
+def deal_by_length(ids: Sequence[int], lengths: Sequence[int], size: int, *, packed: bool) -> list[int]:
+    """Deal the samples of one step out to its micro-batches, so that little is padding and no rank waits long.
+
+    A loss is a sum over the step's tokens, divided once: which samples share a micro-batch changes it by rounding
+    alone, and neither which samples make a step nor what one weighs.
+
+    Args:
+        ids: Of the step, as many as ``size`` times the micro-batches of all ranks; -1 fills up.
+        lengths: Tokens of each sample, by its number.
+        size: Samples of a micro-batch.
+        packed: Samples share rows, so that what counts is the sum of a micro-batch's tokens: the longest sample left
+            goes to the micro-batch that has the fewest. Otherwise it is the longest of them: the longest samples make
+            the first micro-batches, the shortest the last, and those of ranks that compute at the same time are of like
+            length.
+
+    Returns:
+        The same ids; ``size`` after ``size`` make a micro-batch.
+    """
+    longest_first = sorted(ids, key=lambda i: lengths[i] if i >= 0 else -1, reverse=True)
+    if not packed:
+        return longest_first
+    batches: list[list[int]] = [[] for _ in range(len(ids) // size)]
+    open_batches = [(0, number) for number in range(len(batches))]
+    for i in longest_first:
+        tokens, number = open_batches[0]
+        batches[number].append(i)
+        if len(batches[number]) == size:
+            heapq.heappop(open_batches)
+        else:
+            heapq.heapreplace(open_batches, (tokens + (lengths[i] if i >= 0 else 0), number))
+    return [i for batch in batches for i in batch]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvds.data.batches import AS_LONGEST, RowWidth, TokenBatch, collate, collate_packed
 from kvds.data.encoding import EncodedSample
-from kvds.data.grouping import group_by_length
+from kvds.data.grouping import deal_by_length, group_by_length
 from kvds.data.read_ahead import ReadAhead
 from kvds.errors import InputError
 
@@ -21,8 +21,8 @@ class BatchLoader:
     """This rank's micro-batches of each optimizer step.
 
     A global step takes the next ``batch_size · gradient_accumulation_steps · world_size`` samples of its epoch's order
-    and deals them out. The last step of an epoch is filled with rows of padding, so that all ranks run equally many
-    forwards.
+    and deals them out by their length (:func:`kvds.data.grouping.deal_by_length`). The last step of an epoch is filled
+    with rows of padding, so that all ranks run equally many forwards.
 
     Args:
         samples: All encoded rows.
@@ -66,6 +66,7 @@ class BatchLoader:
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle, self._pad = seed, shuffle, pad_token_id
         self._pack_to, self._group_by_length, self._width = pack_to, group_by_length, width
+        self._lengths = [len(sample.input_ids) for sample in samples]
         self._labels = [sample.label_count for sample in samples]
         self._positions = [
             sample.step_count if sample.step_ids else position_count(len(sample.input_ids)) for sample in samples
@@ -92,13 +93,12 @@ class BatchLoader:
                 draw = random.Random(self._seed * 1_000_003 + epoch)
                 draw.shuffle(order)
                 if self._group_by_length:
-                    lengths = [len(sample.input_ids) for sample in self._samples]
-                    order = group_by_length(order, lengths, self._global_batch, draw)
+                    order = group_by_length(order, self._lengths, self._global_batch, draw)
             self._order = (epoch, order)
         return order
 
     def sample_ids(self, step: int) -> list[int]:
-        """The samples of global step ``step``, over all ranks, in order; -1 fills up the last of an epoch."""
+        """The samples of global step ``step``, over all ranks; -1 fills up the last of an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         ids = self._epoch_order(epoch)[position * self._global_batch : (position + 1) * self._global_batch]
         return ids + [-1] * (self._global_batch - len(ids))
@@ -130,6 +130,8 @@ class BatchLoader:
         # At least one token, so that a step of rows without any divides by no zero.
         labels = max(1, sum(self._labels[i] for i in real)) / shares
         positions = max(1, sum(self._positions[i] for i in real)) / shares
+        if self._shuffle and shares > 1:
+            ids = deal_by_length(ids, self._lengths, self._batch_size, packed=self._pack_to is not None)
         batches = []
         for micro in range(self._accumulation):
             begin = (micro * self._world_size + self._rank) * self._batch_size

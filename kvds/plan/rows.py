@@ -19,7 +19,8 @@ class RowPlan:
         largest: The largest micro-batch of a rank.
         row_labelled: The most labelled tokens of one row.
         steps: Optimizer steps of an epoch; None where nobody knows.
-        padded_tokens: Tokens that all ranks compute in an epoch, padding included; None likewise.
+        padded_tokens: Tokens that the rank of the longest rows computes in an epoch, padding included, times the ranks,
+            which wait for it; None likewise.
         labelled_tokens: Those that the head runs on; None likewise.
         note: Where the numbers come from.
     """
