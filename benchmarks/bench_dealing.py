@@ -28,11 +28,11 @@ CASES = ((8, 8, 1), (16, 8, 1), (8, 2, 1), (8, 2, 2), (8, 4, 8), (16, 1, 8), (32
 MAX_LENGTH = 512
 HEADING = """# Samples of a step, dealt out by length
 
-Tokens computed per real one, counted over an epoch of GSM8K (7473 rows) under Qwen2's tokenizer: the samples of a step dealt out to
-its micro-batches as they are drawn, and by length as a run does; over all ranks, and on the slowest rank of each round
-of micro-batches, for which the others wait. The same samples make a step either way, so losses and gradients differ by
-rounding alone. Padded rows on several ranks without accumulation gain nothing: one rank has the longest row anyway. Made by
-`{command}` at revision {git_revision}.
+Tokens computed per real one, counted over an epoch of GSM8K (7473 rows) under Qwen2's tokenizer: the samples of a step
+dealt out to its micro-batches as they are drawn, and by length as a run does; over all ranks, and on the slowest rank
+of each round of micro-batches, for which the others wait. The same samples make a step either way, so losses and
+gradients differ by rounding alone. Padded rows on several ranks without accumulation gain nothing: one rank has the
+longest row anyway. Made by `{command}` at revision {git_revision}.
 """
 
 
