@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -45,7 +46,22 @@ def init_distributed() -> torch.device:
         # Alone there is nobody to meet: a port, which another run may take in the meantime, is not needed.
         dist.init_process_group(accelerator.communication_backend_name(), store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    if accelerator.device_name() == "cpu":
+        _unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name off this rank's share of the memory through which the CPU ranks of a node talk.
+
+    DeepSpeed never does (``ops/csrc/cpu/comm/shm.cpp``, 0.19.8), so that each rank of each launch leaves 66 MiB of the
+    node's memory in ``/dev/shm``, until that is full. Ranks that have it open keep it, and it goes with the last of
+    them, also when they are killed.
+    """
+    dist.barrier()  # every rank has opened those of the others
+    where = (os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), dist.get_rank())
+    name = "deepspeed_allreduce_buffer_{}_{}_{}_{}".format(os.getuid(), *where)
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def leave_distributed() -> None:

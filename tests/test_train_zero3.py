@@ -130,7 +130,8 @@ def distributed(models, tmp_path_factory) -> Path:
         "tests/ranked_runs.py",
         str(folder / "runs.json"),
     ]
-    command[command.index("--master_port") + 1] = str(20000 + os.getpid() % 20000)
+    port = 20000 + os.getpid() % 20000
+    command[command.index("--master_port") + 1] = str(port)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["HF_DATASETS_CACHE"] = str(folder / "datasets")
     environment["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "0.2"
@@ -138,6 +139,7 @@ def distributed(models, tmp_path_factory) -> Path:
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     (folder / "log.txt").write_text(done.stderr)
+    (folder / "shared.txt").write_text("\n".join(map(str, Path("/dev/shm").glob(f"*_{port}_*"))))
     return folder
 
 
@@ -181,6 +183,11 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
         assert relative_error(load_aligner(distributed / name / "map_aligner.pt"), aligner) < 1e-5
     if name == "auto_weight":
         assert len(set(logged(distributed / name, "kv/weight"))) == STEPS
+
+
+@pytest.mark.multiprocess
+def test_no_shared_memory_stays_behind(distributed):
+    assert (distributed / "shared.txt").read_text() == ""
 
 
 @pytest.mark.multiprocess
