@@ -1,6 +1,6 @@
 """What the host spends on ZeRO: a step of a student of many small layers, task loss alone, on one rank.
 
-    python benchmarks/bench_layer_gathering.py             # a CPU, about three minutes
+    python benchmarks/bench_layer_gathering.py             # a CPU, about five minutes
 
 Arms: stage 0, stage 2, stage 3 that gathers each projection and norm by itself (``parts``), and stage 3 that gathers
 decoder layers whole (``layers``, what a run does). Each with and without recomputing activations. On a CPU the layers
