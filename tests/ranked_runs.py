@@ -2,12 +2,13 @@
 RUNS.json``.
 
 ``RUNS.json`` maps a run's name to its flags. One launch for many runs keeps the suite short. ``fetched.json`` beside it
-says for each run which classes of modules ZeRO-3 gathered weights for.
+says for each run how often ZeRO-3 gathered weights for modules of which class.
 """
 
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,13 +24,13 @@ if __name__ == "__main__":
     fetch, fetched = PartitionedParameterCoordinator.fetch_sub_module, {}
 
     def noted(self, module, *arguments, **keywords):
-        fetched[name].add(type(module).__name__)
+        fetched[name][type(module).__name__] += 1
         return fetch(self, module, *arguments, **keywords)
 
     PartitionedParameterCoordinator.fetch_sub_module = noted
     for name, flags in json.loads(Path(runs).read_text()).items():
-        fetched[name] = set()
+        fetched[name] = Counter()
         train(parse_run_config(flags))
     if os.environ["RANK"] == "0":
-        Path(runs).with_name("fetched.json").write_text(json.dumps({k: sorted(v) for k, v in fetched.items()}))
+        Path(runs).with_name("fetched.json").write_text(json.dumps(fetched))
     leave_distributed()

@@ -196,8 +196,10 @@ def test_layers_are_gathered_whole(distributed):
     within = {"Qwen2Attention", "Qwen2MLP"}
     for name in ("sharded", "kv_only", "sharded_checkpointing", "task_only"):
         assert "Qwen2DecoderLayer" in fetched[name] and not within & set(fetched[name]), name
-    assert within <= set(fetched["teacher_zero3"])  # of its last layer, which runs no further than keys and values
-    assert fetched["zero2"] == []
+    # Of a teacher the last of four layers alone is in parts: it runs no further than keys and values.
+    teacher = fetched["teacher_zero3"]
+    assert {teacher[name] for name in within} == {teacher["_TeacherModule"]} and teacher["_TeacherModule"] >= STEPS
+    assert fetched["zero2"] == {}
 
 
 @pytest.mark.multiprocess
