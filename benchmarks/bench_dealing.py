@@ -24,7 +24,7 @@ from kvds.data.packing import pack_lengths, place_samples
 from kvds.models import load_tokenizer
 from kvds.run_data import load_run_data
 
-CASES = ((8, 8, 1), (16, 8, 1), (8, 2, 1), (8, 2, 2), (8, 4, 8), (16, 1, 8), (32, 1, 4))
+CASES = ((8, 8, 1), (16, 8, 1), (8, 2, 1), (8, 2, 2), (8, 4, 8), (16, 1, 8), (32, 1, 1), (32, 1, 2), (32, 1, 4))
 MAX_LENGTH = 512
 HEADING = """# Samples of a step, dealt out by length
 

@@ -59,8 +59,8 @@ def _unlink_shared_buffer() -> None:
     them, also when they are killed.
     """
     dist.barrier()  # every rank has opened those of the others
-    where = (os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), dist.get_rank())
-    name = "deepspeed_allreduce_buffer_{}_{}_{}_{}".format(os.getuid(), *where)
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
     Path("/dev/shm", name).unlink(missing_ok=True)
 
 

@@ -62,7 +62,7 @@ RUNS: dict[str, dict[str, object]] = {
     "flat": {"alignment_mode": "flat"},
     "default_parts": {"kv_parts": "auto"},
     "sharded": {"deepspeed_config": None},  # every parameter sharded, none kept whole: set in the fixture
-    "kv_only": {"deepspeed_config": None, "task_weight": 0},  # sharded, too: nothing passes the last layer's output
+    "kv_only": {"deepspeed_config": None, "task_weight": 0},  # sharded, too; a gradient of zero passes the last layer
     "sharded_checkpointing": {"deepspeed_config": None, "gradient_checkpointing": "true"},
     "zero2": {"deepspeed_config": None},
     "teacher_zero3": {"teacher_placement": "zero3"},
