@@ -201,6 +201,7 @@ class DistillationModule(nn.Module):
             vocab_size=self._kd_vocab_size,
             scale=1 / batch.label_normalizer,
         )
+        # At a weight of 0, too: ZeRO-3 gathers the last layer for its backward pass once its output has a gradient.
         loss = task if weights.task == 1.0 else weights.task * task
         metrics["loss/task"] = task.detach()
         if kv is not None and weights.kv:

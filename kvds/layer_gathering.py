@@ -20,6 +20,9 @@ def gather_whole_layers(model: nn.Module, engine_config: Mapping[str, Any]) -> i
     spends longer with that than with the layer itself (``benchmarks/bench_layer_gathering.py``). Losses and gradients
     are the same.
 
+    DeepSpeed notices that a whole layer's backward pass begins by the gradient of its output. A student's last layer
+    always gets one, be it zero: the task loss is part of the loss at a weight of 0, too.
+
     The last layer of a frozen model stays in parts, since a teacher runs no more of it than its projections of keys
     and values (:func:`kvds.kv.last_layer.only_keys_and_values`). So does a model some of whose weights train and some
     do not: of a layer whose input has no gradient DeepSpeed reduces the gradients before they are there.
