@@ -17,12 +17,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
-from kvds.config_input import parse_run_config
+from kvds.config.recipe import parse_run_config
 from kvds.data.batches import RowWidth
 from kvds.data.grouping import deal_by_length
 from kvds.data.packing import pack_lengths, place_samples
-from kvds.models import load_tokenizer
-from kvds.run_data import load_run_data
+from kvds.data.run_data import load_run_data
+from kvds.models.tokenizer import load_tokenizer
 
 CASES = ((8, 8, 1), (16, 8, 1), (8, 2, 1), (8, 2, 2), (8, 4, 8), (16, 1, 8), (32, 1, 1), (32, 1, 2), (32, 1, 4))
 MAX_LENGTH = 512

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
 from benchmarks.train_step_workbench import build_model, load_samples, make_loader
 from kvds.align import build_aligner
+from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import TokenBatch
 from kvds.kv import KVShape, KVStates, Selection, select_tokens
-from kvds.settings import AlignmentSettings
-from kvds.teacher import Teacher
+from kvds.teacher.teacher import Teacher
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = 28

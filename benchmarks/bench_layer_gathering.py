@@ -30,12 +30,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
-from kvds.config_input import parse_run_config
+from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.engine_config import student_engine_config
+from kvds.config.recipe import parse_run_config
 from kvds.data.batches import TokenBatch
-from kvds.deepspeed_config import load_deepspeed_config, student_engine_config
-from kvds.distillation import DistillationModule, LossWeights, StepInput
-from kvds.engine import build_engine, init_distributed, leave_distributed
-from kvds.losses import LabelledPositions
+from kvds.data.labels import LabelledPositions
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput
+from kvds.distributed.process_group import init_distributed, leave_distributed
+from kvds.training.engine import build_engine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ZERO: dict[str, dict[str, Any]] = {

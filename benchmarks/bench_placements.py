@@ -27,11 +27,11 @@ from torch import distributed as dist
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
 from kvds import cli
-from kvds.config_input import parse_run_config
-from kvds.deepspeed_config import load_deepspeed_config
-from kvds.engine import init_distributed, leave_distributed
-from kvds.teacher import Teacher
-from kvds.train import TrainingRun
+from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.recipe import parse_run_config
+from kvds.distributed.process_group import init_distributed, leave_distributed
+from kvds.teacher.teacher import Teacher
+from kvds.training.run import TrainingRun
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLACEMENTS = ("replicated", "zero3", "zero3_offload", "tensor_parallel", "cached")

@@ -27,13 +27,13 @@ from records import RESULTS, markdown_table, provenance, write_csv  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 from transformers import GPT2Config, LlamaConfig, Qwen2Config  # noqa: E402
 
-from kvds.checkpoint_folder import CHECKPOINTS  # noqa: E402
-from kvds.config_input import parse_run_config  # noqa: E402
+from kvds.checkpoint.folder import CHECKPOINTS  # noqa: E402
+from kvds.config.deepspeed_file import load_deepspeed_config  # noqa: E402
+from kvds.config.recipe import parse_run_config  # noqa: E402
 from kvds.data.synthetic import synthetic_examples  # noqa: E402
-from kvds.deepspeed_config import load_deepspeed_config  # noqa: E402
-from kvds.engine import init_distributed, leave_distributed  # noqa: E402
+from kvds.distributed.process_group import init_distributed, leave_distributed  # noqa: E402
 from kvds.plan.estimate import Machine, Plan  # noqa: E402
-from kvds.train import TrainingRun  # noqa: E402
+from kvds.training.run import TrainingRun  # noqa: E402
 
 BOUND = 0.15
 TOKENIZER = REPOSITORY / "launch/quickstart_teacher"

@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
 from benchmarks.train_step_workbench import build_model
-from kvds.metrics_file import METRICS_FILE, read_metrics
-from kvds.models import load_config
+from kvds.models.architecture import load_config
+from kvds.tracking.metrics_file import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "num_hidden_layers={layers},hidden_size=256,intermediate_size=512,num_attention_heads=4,num_key_value_heads=2"

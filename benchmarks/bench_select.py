@@ -26,8 +26,8 @@ from kvds.data.batches import TokenBatch
 from kvds.data.encoding import Segment
 from kvds.kv import observing_rows, row_draws, select_tokens
 from kvds.kv.select import METHODS
-from kvds.teacher import Teacher
-from kvds.tracking import collect_versions, git_revision
+from kvds.teacher.teacher import Teacher
+from kvds.tracking.provenance import collect_versions, git_revision
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

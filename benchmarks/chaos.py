@@ -26,7 +26,7 @@ from tests.survival_runs import flags, make_models, records
 # to live, as long as one lasts on this machine now.
 _DEATH = """
 import os, signal, threading, time
-from kvds.checkpoint_manifest import ChecksummedFile
+from kvds.checkpoint.manifest import ChecksummedFile
 from kvds.data.loader import BatchLoader
 
 begun, steps = [], [time.monotonic()]

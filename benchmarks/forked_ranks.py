@@ -26,7 +26,7 @@ from typing import Any
 
 # What a run imports, much of it only when the first model or engine is built.
 _SLOW_IMPORTS = (
-    *("kvds.train", "kvds.experiment.report", "torch._dynamo", "torch._inductor.compile_fx"),
+    *("kvds.training.run", "kvds.tracking.run_report", "torch._dynamo", "torch._inductor.compile_fx"),
     *("torch.utils.cpp_extension", "transformers.models.qwen2.tokenization_qwen2"),
     *("transformers.models.qwen2.modeling_qwen2", "transformers.integrations", "transformers.trainer_pt_utils"),
     *("deepspeed.runtime.zero.stage3", "deepspeed.ops.op_builder.all_ops", "scipy.optimize", "mlflow"),

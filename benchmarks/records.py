@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from kvds.tracking import git_revision
+from kvds.tracking.provenance import git_revision
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

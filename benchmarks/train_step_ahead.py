@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.train_step_workbench import Clock
 from kvds.data.batches import TokenBatch
-from kvds.distillation import LossWeights, StepInput
-from kvds.teacher_ahead import InputFeed, MicroBatch
+from kvds.distillation.step import LossWeights, StepInput
+from kvds.training.input_feed import InputFeed, MicroBatch
 
 
 class InputTurns:
@@ -28,7 +28,7 @@ class InputTurns:
         clock: Gets ``teacher``: with ``ahead``, the time that the student's stream waits.
         weights: Of the loss parts.
         device: Of both models.
-        ahead: As of :class:`kvds.teacher_ahead.InputFeed`.
+        ahead: As of :class:`kvds.training.input_feed.InputFeed`.
     """
 
     def __init__(

@@ -18,15 +18,17 @@ from benchmarks.train_step_workbench import Clock, Pair, build_model, held_bytes
 from kvds.align import build_aligner
 from kvds.align.layer_map import endpoint_map
 from kvds.align.loss import state_names
+from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import EncodedSample
-from kvds.data.packing import repacked, unpacked
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.data.labels import LabelledPositions
+from kvds.data.model_inputs import repacked, unpacked
+from kvds.distillation.losses import head_chunk_count
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import KVShape, select_tokens
-from kvds.losses import LabelledPositions, head_chunk_count
-from kvds.settings import AlignmentSettings
-from kvds.teacher import Teacher
-from kvds.teacher_cache import CachedTeacher, write_teacher_cache
+from kvds.teacher.cached import CachedTeacher, write_teacher_cache
+from kvds.teacher.teacher import Teacher
 
 LR = 1e-5
 
@@ -154,7 +156,7 @@ def kvds_step(
     overlap: bool = False,
     **alignment: Any,
 ) -> Arm:
-    """A step as ``kvds.train`` does it, without an engine; ``alignment`` are fields of ``AlignmentSettings``."""
+    """A step as ``kvds.training.run`` does it, without an engine; ``alignment`` are fields of ``AlignmentSettings``."""
     cfg = AlignmentSettings(**{"alignment_mode": "none", **alignment})
     uses_kv, uses_teacher = cfg.alignment_mode != "none", cfg.alignment_mode != "none" or weights.logit_kd > 0
     aligner = None

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import EncodedSample, encode_examples
 from kvds.data.loader import BatchLoader
-from kvds.data.reasoning import load_mixture
+from kvds.data.mixture import load_mixture
 from kvds.kv import selected_count
 
 # Dense bf16 peak in FLOP/s, from the vendor's data sheet (SXM).

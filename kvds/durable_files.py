@@ -68,3 +68,11 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def existing_parent(path: Path) -> Path:
+    """``path`` or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,5 +1,11 @@
 """The exceptions that mean "here is what went wrong, in one line": the user's input, or what befell a run."""
 
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """A fault in a flag, file, model or data row that the user can mend.
@@ -16,3 +22,27 @@ class RunError(RuntimeError):
     The text is one line that says what happened, what is still whole and what to do. Entry points print it without a
     traceback and exit with code 1.
     """
+
+
+# A file of a few lines can hold lists within lists that would fill the memory if they were written out.
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return one_line(x)
+
+
+_SHORT = _Short()
+
+
+def one_line(value: object) -> str:
+    """A value as an error message can show it: one line, not endless, never invisible."""
+    if isinstance(value, int) and abs(value) >= 10**60:  # Python itself refuses to write out some thousand digits
+        return "a number of more than 60 digits"
+    text = _SHORT.repr(value) if isinstance(value, list | tuple | dict | set) else str(value)
+    visible = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(visible.split())[:200] or "''"
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """``, did you mean X?`` for the known name most like ``name``, or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvds.checkpoint import load_aligner
+from kvds.checkpoint.aligner_file import load_aligner
 
 
 def main(run: Path, mode: str, log: Path) -> int:

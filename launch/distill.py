@@ -10,7 +10,7 @@ from pathlib import Path
 # The launcher starts this file from any folder, with or without kvds installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kvds.run_rank import run_rank
+from kvds.training.rank import run_rank
 
 
 def main() -> int:

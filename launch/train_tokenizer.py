@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvds.data.example import completion_text, prompt_text
-from kvds.data.reasoning import load_mixture
+from kvds.data.mixture import load_mixture
 from kvds.errors import InputError
 
 PAD, END = "<|pad|>", "<|endoftext|>"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, T5Config
 
-from kvds.checkpoint_manifest import FileEntry, write_manifest
+from kvds.checkpoint.manifest import FileEntry, write_manifest
 from kvds.data.tokenizer import train_problem_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import kvds.run_models
-import kvds.teachers
+import kvds.teacher.build
+import kvds.training.build
 from kvds import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -28,8 +28,8 @@ def programs(loaded: list[str]) -> dict[str, object]:
     assert spec is not None and spec.loader is not None
     distill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(distill)
-    load_model = kvds.run_models.load_model
-    for module in (kvds.run_models, kvds.teachers):
+    load_model = kvds.training.build.load_model
+    for module in (kvds.training.build, kvds.teacher.build):
         module.load_model = lambda name, *args, **kwargs: loaded.append(name) or load_model(name, *args, **kwargs)
     return {"distill": distill.main, "kvds": cli.main}
 

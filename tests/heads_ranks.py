@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvds.data.batches import TokenBatch, collate, collate_packed
 from kvds.data.encoding import EncodedSample
-from kvds.data.packing import repacked, unpacked
-from kvds.engine import init_distributed, leave_distributed
+from kvds.data.model_inputs import repacked, unpacked
+from kvds.distributed.process_group import init_distributed, leave_distributed
 from kvds.kv import select_tokens
-from kvds.teacher import Teacher
+from kvds.teacher.teacher import Teacher
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvds.settings import AlignmentSettings
+from kvds.config.settings import AlignmentSettings
 
 
 def both_parts(**changes: Any) -> AlignmentSettings:

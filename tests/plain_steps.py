@@ -57,13 +57,16 @@ def main(device: str, optimizer: str, folder: Path, bad: set[int]) -> None:
     os.environ["DS_ACCELERATOR"] = device
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from kvds.bad_steps import BadSteps
-    from kvds.config_input import parse_run_config
+    from kvds.config.deepspeed_file import load_deepspeed_config
+    from kvds.config.engine_config import student_engine_config
+    from kvds.config.recipe import parse_run_config
     from kvds.data.batches import TokenBatch
-    from kvds.deepspeed_config import load_deepspeed_config, student_engine_config
-    from kvds.distillation import DistillationModule, LossWeights, StepInput
-    from kvds.engine import build_engine, init_distributed, leave_distributed
-    from kvds.losses import LabelledPositions
+    from kvds.data.labels import LabelledPositions
+    from kvds.distillation.module import DistillationModule
+    from kvds.distillation.step import LossWeights, StepInput
+    from kvds.distributed.process_group import init_distributed, leave_distributed
+    from kvds.training.engine import build_engine
+    from kvds.training.nonfinite_steps import BadSteps
 
     place = init_distributed()
     cfg = parse_run_config([

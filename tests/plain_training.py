@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvds.align import build_aligner, what_is_read
 from kvds.align.fitting import AlignmentMoments
 from kvds.config import RunConfig
+from kvds.data.run_data import load_run_data
 from kvds.kv import KVShape, KVStates, Selection, common_steps, open_capture, pool_steps, row_draws, select_tokens
-from kvds.run_data import load_run_data
 
 STEPS = 5
 

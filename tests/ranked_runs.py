@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from kvds.config_input import parse_run_config
-from kvds.engine import leave_distributed
-from kvds.train import train
+from kvds.config.recipe import parse_run_config
+from kvds.distributed.process_group import leave_distributed
+from kvds.training.run import train
 
 if __name__ == "__main__":
     [runs] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from kvds.config_input import parse_run_config
-from kvds.run_data import RunData, load_run_data
+from kvds.config.recipe import parse_run_config
+from kvds.data.run_data import RunData, load_run_data
 
 
 def load(tokenizer: Any, folder: Path, **changes: object) -> RunData:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kvds.preemption import EXIT_CODE, Preempted, StopRequest
+from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest
 
 if __name__ == "__main__":
     stop = StopRequest().install()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from benchmarks.forked_ranks import RankServer
-from kvds.checkpoint import load_aligner
+from kvds.checkpoint.aligner_file import load_aligner
 from kvds.data.tokenizer import train_problem_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def spoil(steps: range, change: str, *, of_rank: int) -> str:
     """Statements for a rank to run first: in these optimizer steps ``change`` (``* nan``, ``+ inf``) its task loss."""
     return f"""
 from math import inf, nan
-import kvds.distillation
+import kvds.distillation.module
 from kvds.data.loader import BatchLoader
 
 now = [-1]
@@ -116,11 +116,11 @@ def step(loader, step, ask=BatchLoader.step):
     now[0] = step
     return ask(loader, step)
 
-def losses(*arguments, ask=kvds.distillation.head_losses, **keywords):
+def losses(*arguments, ask=kvds.distillation.module.head_losses, **keywords):
     task, kd = ask(*arguments, **keywords)
     return (task {change} if now[0] in {steps} and rank == {of_rank} else task), kd
 
-BatchLoader.step, kvds.distillation.head_losses = step, losses
+BatchLoader.step, kvds.distillation.module.head_losses = step, losses
 """
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from kvds.cli import main
-from kvds.commands.ab_worker import train_job
+from kvds.distributed.preemption import Preempted
+from kvds.distributed.rank_environment import quiet_port
 from kvds.errors import InputError, RunError
 from kvds.experiment import launcher
 from kvds.experiment.launcher import failure_text, launcher_command, launcher_environment
+from kvds.experiment.worker_process import train_job
 from kvds.experiment.workers import device_groups, worker_environment
-from kvds.preemption import Preempted
-from kvds.rank_environment import quiet_port
 from tests.ab_plans import write_plan
 
 # -- which GPUs --------------------------------------------------------------------------------------------------------

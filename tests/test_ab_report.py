@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kvds.experiment.ab_figures import aligned_curves
-from kvds.experiment.ab_report import (
+from kvds.config.settings import AlignmentSettings
+from kvds.experiment.figures import aligned_curves
+from kvds.experiment.plan import load_plan
+from kvds.experiment.report import (
     by_arm,
     chosen_table,
     compare_arms,
@@ -19,10 +21,8 @@ from kvds.experiment.ab_report import (
     verdict,
     write_ab_report,
 )
-from kvds.experiment.plan import load_plan
-from kvds.experiment.report import RunRecord
 from kvds.experiment.results import summarise, unsteadiness, value
-from kvds.settings import AlignmentSettings
+from kvds.tracking.run_report import RunRecord
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "launch" / "recipes" / "experiments"
 PLAN = """

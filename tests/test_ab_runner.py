@@ -15,10 +15,10 @@ from mlflow import MlflowClient
 
 from kvds.cli import main
 from kvds.errors import InputError
-from kvds.experiment.ab import Experiment, Runner, choose
-from kvds.experiment.ab_tracking import track_experiment
 from kvds.experiment.plan import load_plan, load_tuned, save_tuned
 from kvds.experiment.results import ResultStore
+from kvds.experiment.runner import Experiment, Runner, choose
+from kvds.experiment.tracking import track_experiment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -85,11 +85,11 @@ class Running:
 
     def train(self) -> psutil.Process:
         """Wait until steps are logged, and return the rank."""
-        rank = self.find("kvds.commands.ab_rank", "--local_rank=0", "-u", "--config")
+        rank = self.find("kvds.experiment.rank_process", "--local_rank=0", "-u", "--config")
         while not list(self.folder.glob("runs/*/metrics.jsonl")):
             assert self.process.poll() is None and rank.is_running()
             time.sleep(0.1)
-        return self.find("kvds.commands.ab_rank", "--local_rank=0", "--config", "-m")
+        return self.find("kvds.experiment.rank_process", "--local_rank=0", "--config", "-m")
 
     def end(self, seconds: float) -> tuple[int, str]:
         """Exit status and error output; nothing that it started is left after so many seconds."""

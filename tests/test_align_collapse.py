@@ -10,8 +10,8 @@ import torch
 from kvds.align import build_aligner
 from kvds.align.diagnostics import effective_rank, kv_norm
 from kvds.align.fitting import AlignmentMoments
+from kvds.config.settings import AlignmentSettings
 from kvds.kv import KVShape, KVStates, Selection
-from kvds.settings import AlignmentSettings
 from tests.kv_settings import both_parts
 
 LAYERS, HEADS, DIM, BATCH, TOKENS = 2, 2, 4, 8, 48

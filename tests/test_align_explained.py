@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kvds.align import build_aligner
-from kvds.align.explained import ExplainedVariance
+from kvds.align.explained_variance import ExplainedVariance
 from kvds.align.fitting import fit_aligner
 from kvds.align.spectrum import map_spectra
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from kvds.align import HiddenAligner, aligner_config_dict, aligner_from_config_dict, build_aligner, what_is_read
 from kvds.align.diagnostics import describe_aligner, parameter_counts, save_heatmaps
 from kvds.align.fitting import fit_aligner
+from kvds.config.settings import AlignmentSettings
 from kvds.errors import InputError
 from kvds.kv import HiddenStates, KVShape, Selection
-from kvds.settings import AlignmentSettings
 
 STUDENT, TEACHER = KVShape(3, 2, 3, 2, hidden_size=4), KVShape(5, 4, 4, 4, hidden_size=6)
 PENALTIES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}

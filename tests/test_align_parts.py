@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from kvds.align import ALIGNERS, aligner_config_dict, aligner_from_config_dict, build_aligner
 from kvds.align.diagnostics import parameter_counts
 from kvds.align.loss import parts_of
-from kvds.checkpoint import load_aligner
+from kvds.checkpoint.aligner_file import load_aligner
 from kvds.config import RunConfig
-from kvds.config_input import parse_run_config
-from kvds.config_resume import check_resumable
+from kvds.config.recipe import parse_run_config
+from kvds.config.resume_rules import check_resumable
+from kvds.config.settings import AlignmentSettings
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
 from kvds.kv import KVShape
 from kvds.plan.work import aligner_flops
-from kvds.settings import AlignmentSettings
-from kvds.train import train
+from kvds.training.run import train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUDENT, TEACHER = KVShape(3, 2, 3, 2, hidden_size=12), KVShape(5, 4, 4, 4, hidden_size=16)

@@ -13,9 +13,9 @@ from kvds.align import aligner_config_dict, aligner_from_config_dict, build_alig
 from kvds.align import relation as relation_module
 from kvds.align.diagnostics import describe_aligner, effective_rank, parameter_counts, save_heatmaps
 from kvds.align.fitting import fit_aligner
+from kvds.config.settings import AlignmentSettings
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection
-from kvds.settings import AlignmentSettings
 
 # Other head counts and dimensions on either side; by default two relation heads, of 6 and of 10 dimensions.
 STUDENT, TEACHER = KVShape(3, 2, 6, 2), KVShape(5, 4, 5, 4)

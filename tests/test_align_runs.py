@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from test_train_resume import flags, interrupt, models, start  # noqa: F401 (models is a fixture)
 
-from kvds.checkpoint import load_aligner
+from kvds.checkpoint.aligner_file import load_aligner
 from kvds.cli import main
 
 MODES = {

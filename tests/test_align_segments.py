@@ -7,17 +7,18 @@ import torch
 from test_distillation import CPU, qwen2, results
 
 from kvds.align import build_aligner
-from kvds.calibration import calibrate_aligner
 from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch, collate
 from kvds.data.encoding import EncodedSample
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.data.labels import LabelledPositions
+from kvds.data.run_data import _check_steps
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput
 from kvds.errors import InputError
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection, common_steps, open_capture, pool_steps
-from kvds.losses import LabelledPositions
-from kvds.models import backbone
-from kvds.run_data import _check_steps
-from kvds.teacher import Teacher, TeacherOutput
+from kvds.kv.families import backbone
+from kvds.teacher.teacher import Teacher, TeacherOutput
+from kvds.training.calibration import calibrate_aligner
 from tests.kv_settings import both_parts
 
 
@@ -93,7 +94,7 @@ def test_texts_of_different_lengths_meet_step_by_step(mode, monkeypatch):
         return step.teacher, step.selection  # type: ignore[return-value]
 
     batch = batch_of(list(ROWS))
-    monkeypatch.setattr("kvds.calibration.all_reduce_sum", lambda tensor: None)
+    monkeypatch.setattr("kvds.training.calibration.all_reduce_sum", lambda tensor: None)
     calibrate_aligner(aligner, student, [batch], match, rope="pre")
     module = DistillationModule(student, aligner)
     loss, metrics = module(step_input(batch, teacher, watch=True))

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3Con
 from kvds.align import StructuralKVLoss, aligner_config_dict, aligner_from_config_dict, build_aligner
 from kvds.align.diagnostics import describe_aligner, effective_rank, parameter_counts, save_heatmaps
 from kvds.align.fitting import fit_aligner
-from kvds.align.structural import map_back
+from kvds.align.structural_kv import map_back
+from kvds.config.settings import AlignmentSettings
 from kvds.errors import InputError
 from kvds.kv import AttentionStates, KVShape, KVStates, LayerQueries, Selection, open_capture
-from kvds.settings import AlignmentSettings
 
 STUDENT, TEACHER = KVShape(3, 2, 4, 4), KVShape(5, 3, 6, 6)
 SELECTION = Selection(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvds.bad_steps import leave_out_bad_steps
-from kvds.engine import clip_on_the_device
+from kvds.training.engine import clip_on_the_device
+from kvds.training.nonfinite_steps import leave_out_bad_steps
 from tests.plain_steps import check_steps
 from tests.survival_runs import REPOSITORY, at_step, check_equal, make_models, records, spoil, starter
 

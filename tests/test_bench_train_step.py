@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import bench_train_step as bench
 from benchmarks.train_step_arms import ARMS, Workbench
 from benchmarks.train_step_workbench import Clock, build_model, load_samples, make_loader, make_pair, needed_flops
-from kvds.teacher import Teacher
+from kvds.teacher.teacher import Teacher
 
 CPU = torch.device("cpu")
 

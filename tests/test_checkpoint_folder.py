@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvds import durable_files
-from kvds.checkpoint_folder import commit_checkpoint, latest_step, resumable_steps, saved_steps, unfinished_tag
-from kvds.checkpoint_manifest import ChecksummedFile, FileEntry, folder_faults, read_manifest
+from kvds.checkpoint.folder import commit_checkpoint, latest_step, resumable_steps, saved_steps, unfinished_tag
+from kvds.checkpoint.manifest import ChecksummedFile, FileEntry, folder_faults, read_manifest
 from kvds.durable_files import remove_leftovers, write_durably
 from kvds.errors import InputError
 

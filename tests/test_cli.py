@@ -12,14 +12,14 @@ import torch
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-import kvds.checkpoint
+import kvds.checkpoint.loading
 import kvds.cli
 from kvds.align import aligner_config_dict, build_aligner
-from kvds.checkpoint import save_aligner
+from kvds.checkpoint.aligner_file import save_aligner
 from kvds.cli import COMMANDS, main
+from kvds.config.settings import AlignmentSettings
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.kv import KVShape
-from kvds.settings import AlignmentSettings
 
 
 def tiny_config(vocab_size: int, layers: int = 2) -> Qwen2Config:
@@ -210,7 +210,7 @@ def test_export_hands_its_arguments_on(capsys, tmp_path, monkeypatch):
         (output / "student").mkdir(parents=True)
         return output
 
-    monkeypatch.setattr(kvds.checkpoint, "export_checkpoint", export_checkpoint)
+    monkeypatch.setattr("kvds.checkpoint.export.export_checkpoint", export_checkpoint)
     assert main(["export", "--run", "runs/a", "--step", "20", "--output", str(tmp_path)]) == 0
     assert calls == [(Path("runs/a"), 20, tmp_path)]
     assert str(tmp_path / "student") in capsys.readouterr().out

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from kvds.config import RunConfig
-from kvds.deepspeed_config import compute_dtype, load_deepspeed_config, student_engine_config, teacher_engine_config
-from kvds.deepspeed_keys import NESTED, ZERO
+from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
+from kvds.config.deepspeed_keys import NESTED, ZERO
+from kvds.config.engine_config import student_engine_config, teacher_engine_config
 from kvds.errors import InputError
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"

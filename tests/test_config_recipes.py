@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvds.config import RunConfig, parse_overrides
-from kvds.config_input import load_recipe, parse_run_config
-from kvds.config_resume import check_resumable
+from kvds.config import RunConfig
+from kvds.config.recipe import load_recipe, parse_run_config
+from kvds.config.resume_rules import check_resumable
+from kvds.config.values import parse_overrides
 from kvds.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -145,7 +146,7 @@ def test_help_lists_every_setting_with_its_text(capsys):
 
 def test_reading_flags_imports_nothing_heavy():
     code = (
-        "import sys; from kvds.config_input import parse_run_config; import kvds.deepspeed_config;"
+        "import sys; from kvds.config.recipe import parse_run_config; import kvds.config.deepspeed_file;"
         f"parse_run_config({GOOD!r});"
         "sys.exit(sorted({'torch', 'deepspeed', 'transformers', 'mlflow'} & set(sys.modules)) or 0)"
     )

@@ -11,9 +11,9 @@ from kvds.data.batches import RowWidth, TokenBatch, collate
 from kvds.data.encoding import EncodedSample, Segment, encode_examples, prompt_ids
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
 from kvds.data.loader import BatchLoader
+from kvds.data.run_data import load_run_data
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
-from kvds.run_data import load_run_data
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from kvds.data.corpora import CORPORA
-from kvds.data.reasoning import load_mixture
+from kvds.data.mixture import load_mixture
 from kvds.errors import InputError
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from kvds.data.corpora import CORPORA
 from kvds.data.encoding import Segment, encode_examples
 from kvds.data.example import Example, answer_text, extract_answer, prompt_text, rationale_text
-from kvds.data.reasoning import load_mixture
+from kvds.data.mixture import load_mixture
 from kvds.data.rows import file_rows
 
 ROWS = {

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvds.data.example import Example
-from kvds.data.reasoning import load_mixture
+from kvds.data.mixture import load_mixture
 from kvds.data.rows import BadRow, file_rows
 from kvds.errors import InputError
 

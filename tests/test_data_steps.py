@@ -12,8 +12,8 @@ from kvds.data.batches import collate
 from kvds.data.encoding import EncodedSample, Segment, encode_examples
 from kvds.data.example import Example, rationale_text
 from kvds.data.loader import BatchLoader
-from kvds.data.reasoning import load_mixture
-from kvds.data.steps import encode_steps, step_ids, step_starts
+from kvds.data.mixture import load_mixture
+from kvds.data.reasoning_steps import encode_steps, step_ids, step_starts
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError

@@ -18,13 +18,14 @@ from kvds.align import aligner_config_dict, aligner_from_config_dict, build_alig
 from kvds.align.fitting import AlignmentMoments
 from kvds.data.batches import TokenBatch, collate
 from kvds.data.encoding import EncodedSample, encode_examples
+from kvds.data.labels import LabelledPositions
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import KVCapture, KVShape, KVStates, open_capture, select_tokens, selected_count
-from kvds.losses import LabelledPositions
-from kvds.models import backbone
-from kvds.teacher import Teacher
+from kvds.kv.families import backbone
+from kvds.teacher.teacher import Teacher
 from tests.kv_settings import both_parts
 
 VOCAB = 50

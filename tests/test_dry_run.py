@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds import dry_run as module
-from kvds.checkpoint_manifest import FileEntry, write_manifest
-from kvds.checkpoint_origin import ORIGIN_FILE, Origin, write_origin
-from kvds.config_input import parse_run_config
+from kvds.checkpoint.manifest import FileEntry, write_manifest
+from kvds.checkpoint.origin import ORIGIN_FILE, Origin, write_origin
+from kvds.config.recipe import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.dry_run import check_weight_files, dry_run, this_machine
 from kvds.errors import InputError
 from kvds.plan.estimate import Machine
+from kvds.training import dry_run as module
+from kvds.training.dry_run import check_weight_files, dry_run, this_machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

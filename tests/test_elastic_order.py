@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from kvds.checkpoint_manifest import file_fault
-from kvds.checkpoint_origin import Origin, fit_to_origin, read_origin, write_origin
+from kvds.checkpoint.manifest import file_fault
+from kvds.checkpoint.origin import Origin, fit_to_origin, read_origin, write_origin
 from kvds.config import RunConfig
+from kvds.data.run_data import load_run_data
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
-from kvds.run_data import load_run_data
 
 STEPS = 13  # of 37 rows in steps of 8: two epochs and a half
 CONFIG = RunConfig(model_name="gpt2", output_dir="run", datasets=("synthetic",), synthetic_problems=37, max_length=64,

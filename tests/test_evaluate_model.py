@@ -15,7 +15,7 @@ from kvds.data.encoding import Segment, encode_examples
 from kvds.data.example import Example, extract_answer
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.evaluate import evaluate_model
+from kvds.evaluation.model import evaluate_model
 
 LIMITS = {"max_new_tokens": 24, "max_length": 64, "progress": False}
 
@@ -198,11 +198,11 @@ def test_generation_stays_within_learned_positions(tokenizer, examples):
 
 
 def test_a_large_vocabulary_goes_through_the_head_in_chunks(tokenizer, examples, monkeypatch):
-    import kvds.evaluate
+    import kvds.evaluation.model
 
     model = tiny("qwen2", len(tokenizer)).eval()
     whole = evaluate_model(model, tokenizer, examples, batch_size=7, **LIMITS)
-    monkeypatch.setattr(kvds.evaluate, "_CHUNK_ELEMENTS", 5 * len(tokenizer))
+    monkeypatch.setattr(kvds.evaluation.model, "_CHUNK_ELEMENTS", 5 * len(tokenizer))
     chunks: list[int] = []
 
     def record(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:

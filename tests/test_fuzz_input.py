@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kvds.config import RunConfig
-from kvds.config_input import load_recipe, parse_run_config
+from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.recipe import load_recipe, parse_run_config
 from kvds.data.example import Example
-from kvds.data.reasoning import load_mixture
+from kvds.data.mixture import load_mixture
 from kvds.data.rows import BadRow, file_rows
-from kvds.deepspeed_config import load_deepspeed_config
 from kvds.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvds.head_loss import summed_cross_entropy
-from kvds.losses import LabelledPositions, head_losses
+from kvds.data.labels import LabelledPositions
+from kvds.distillation.head_loss import summed_cross_entropy
+from kvds.distillation.losses import head_losses
 
 
 def problem(dtype: torch.dtype, count: int = 13, bias: bool = True) -> tuple[nn.Linear, Tensor, Tensor]:

@@ -14,11 +14,12 @@ from kvds.align import build_aligner
 from kvds.config import RunConfig
 from kvds.data.encoding import EncodedSample
 from kvds.data.loader import BatchLoader
-from kvds.distillation import DistillationModule, LossWeights
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights
+from kvds.distillation.step_inputs import StepInputs
 from kvds.kv import KVShape, selected_count
-from kvds.step_inputs import StepInputs
-from kvds.teacher import Teacher
-from kvds.token_choice import TokenChoice
+from kvds.teacher.teacher import Teacher
+from kvds.teacher.token_selection import TokenChoice
 
 # Operators whose result the host reads, or whose shape it must know.
 _WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal.default", "_unique", "bincount")

@@ -12,18 +12,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config
 
-from kvds.checkpoint import load_aligner
-from kvds.checkpoint_folder import commit_checkpoint
-from kvds.checkpoint_manifest import ChecksummedFile
+from kvds.checkpoint.aligner_file import load_aligner
+from kvds.checkpoint.folder import commit_checkpoint
+from kvds.checkpoint.manifest import ChecksummedFile
 from kvds.cli import main
 from kvds.config import RunConfig
-from kvds.config_input import parse_run_config
+from kvds.config.recipe import parse_run_config
 from kvds.data.encoding import encode_examples, prompt_ids
 from kvds.data.example import Example
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
-from kvds.models import load_config, load_model, load_tokenizer
-from kvds.tracking import ui_command
+from kvds.models.architecture import load_config
+from kvds.models.loading import load_model
+from kvds.models.tokenizer import load_tokenizer
+from kvds.tracking.tracker import ui_command
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

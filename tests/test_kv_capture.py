@@ -19,7 +19,7 @@ from transformers import (
 
 from kvds.errors import InputError
 from kvds.kv import KVCapture, KVShape
-from kvds.models import backbone
+from kvds.kv.families import backbone
 
 VOCAB, TOKENS = 61, 7
 COMMON: dict[str, Any] = dict(

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds.config_input import parse_run_config
+from kvds.config.recipe import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.kv_health import KVHealth, held_weight
-from kvds.tracking import Tracker
-from kvds.train import train
+from kvds.tracking.tracker import Tracker
+from kvds.training.kv_health import KVHealth, held_weight
+from kvds.training.run import train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from kvds.errors import InputError
 from kvds.kv import HiddenCapture, HiddenStates, KVShape, hidden_shape, open_capture
-from kvds.models import backbone
+from kvds.kv.families import backbone
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 30, "initializer_range": 0.2}  # fmt: skip

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config
 
 from kvds.kv import KVCapture, ObservingRows
+from kvds.kv.families import backbone
 from kvds.kv.observed import attention_rows, last_rows
-from kvds.models import backbone
 
 ROWS = torch.tensor([[2, 5, 6], [3, 4, 5]])
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvds.config_input import load_recipe, parse_run_config
-from kvds.rank_environment import job_port
+from kvds.config.recipe import load_recipe, parse_run_config
+from kvds.distributed.rank_environment import job_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLURM = sorted((REPOSITORY / "launch/slurm").glob("*.sbatch"))

@@ -7,7 +7,7 @@ from deepspeed.utils import z3_leaf_module
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from kvds.layer_gathering import gather_whole_layers
+from kvds.distributed.layer_gathering import gather_whole_layers
 
 SIZES: dict[str, Any] = dict(
     vocab_size=16, num_hidden_layers=3, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1

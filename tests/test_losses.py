@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kvds.align import build_aligner
-from kvds.distillation import GradientWatch
+from kvds.data.labels import LabelledPositions
+from kvds.distillation.gradient_watch import GradientWatch
+from kvds.distillation.losses import head_chunk_count, head_losses
 from kvds.kv import KVCapture, KVShape, KVStates, select_tokens
-from kvds.losses import LabelledPositions, head_chunk_count, head_losses
-from kvds.models import backbone
+from kvds.kv.families import backbone
 from tests.kv_settings import both_parts
 
 VOCAB, PADDED = 37, 40

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kvds.measure
-from kvds.measure import IntervalMeter, PhaseTimer, memory_bytes
+import kvds.training.meters
+from kvds.training.meters import IntervalMeter, PhaseTimer, memory_bytes
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ class TwoRanks:
 def two_ranks(monkeypatch) -> TwoRanks:
     ranks = TwoRanks()
     for name in ("all_reduce_sum", "all_reduce_max"):
-        monkeypatch.setattr(kvds.measure, name, getattr(ranks, name))
+        monkeypatch.setattr(kvds.training.meters, name, getattr(ranks, name))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", ranks.all_gather_object)
     return ranks
@@ -62,7 +62,7 @@ def two_ranks(monkeypatch) -> TwoRanks:
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(kvds.measure.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(kvds.training.meters.time, "perf_counter", lambda: clock.now)
     return clock
 
 
@@ -75,7 +75,7 @@ def test_an_interval_is_the_mean_over_micro_batches_and_ranks(two_ranks, clock, 
     meters[1].update({"loss/task": torch.tensor(6.0)}, tokens=0)
     clock.now += 4.0
     local = threading.local()
-    monkeypatch.setattr(kvds.measure, "memory_bytes", lambda device: memory[local.rank])
+    monkeypatch.setattr(kvds.training.meters, "memory_bytes", lambda device: memory[local.rank])
 
     def rank(number: int, phases: dict[str, float]):
         def read() -> dict[str, float]:

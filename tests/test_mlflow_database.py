@@ -9,11 +9,15 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from kvds.mlflow_database import make_database
+from kvds.tracking.mlflow_database import make_database
 
-MAKE = (
-    "from kvds.mlflow_database import make_database; import sys; print('begun', flush=True); make_database(sys.argv[1])"
-)
+MAKE = """
+import sys
+from kvds.tracking.mlflow_database import make_database
+
+print('begun', flush=True)
+make_database(sys.argv[1])
+"""
 
 
 def test_a_process_killed_while_it_makes_the_tables_leaves_none(tmp_path):

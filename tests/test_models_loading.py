@@ -12,16 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2C
 from kvds.config import RunConfig
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
-from kvds.models import (
-    backbone,
-    check_positions,
-    check_same_tokenizer,
-    check_vocabulary,
-    kv_shape,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from kvds.kv.families import backbone
+from kvds.models.architecture import check_positions, kv_shape, load_config
+from kvds.models.loading import load_model
+from kvds.models.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 from kvds.align import build_aligner
 from kvds.data.batches import AS_LONGEST, RowWidth, TokenBatch, collate, collate_packed
 from kvds.data.encoding import EncodedSample
+from kvds.data.labels import LabelledPositions
 from kvds.data.loader import BatchLoader
-from kvds.data.packing import model_inputs, pack_lengths, repacked, unpacked
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.data.model_inputs import model_inputs, repacked, unpacked
+from kvds.data.packing import pack_lengths
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import KVCapture, KVShape, Selection, select_tokens
-from kvds.losses import LabelledPositions
-from kvds.models import backbone
-from kvds.teacher import Teacher
+from kvds.kv.families import backbone
+from kvds.teacher.teacher import Teacher
 from tests.kv_settings import both_parts
 
 VOCAB = 50

@@ -15,12 +15,12 @@ from kvds.align import build_aligner
 from kvds.cli import main
 from kvds.commands.plan import parse_size
 from kvds.config import RunConfig
-from kvds.config_input import parse_run_config
+from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.recipe import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.deepspeed_config import load_deepspeed_config
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection
-from kvds.models import load_config
+from kvds.models.architecture import load_config
 from kvds.plan.estimate import Machine, Plan
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.states import ModelSize, aligner_size, model_size, state_memory
@@ -184,7 +184,7 @@ def test_a_step_without_data_takes_what_a_step_with_data_takes(recipe, models):
     batch = BatchShape(4, 48, 100, 48)
     from transformers import AutoModelForCausalLM
 
-    from kvds.distillation import DistillationModule
+    from kvds.distillation.module import DistillationModule
 
     class OnHost(DistillationModule):
         def _storage(self, ids):

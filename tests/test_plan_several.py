@@ -7,12 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kvds.align import AlignerGroup, build_aligner
-from kvds.config_input import parse_run_config
+from kvds.config.recipe import parse_run_config
 from kvds.data.batches import TokenBatch
-from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
+from kvds.data.labels import LabelledPositions
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput, TeacherKV
 from kvds.kv import KVShape, Selection, open_capture
-from kvds.losses import LabelledPositions
-from kvds.models import backbone
+from kvds.kv.families import backbone
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.several import SeveralTeachersPlanner
 from kvds.plan.step import BatchShape, StepPlanner

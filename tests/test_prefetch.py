@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kvds.cli import main
+from kvds.commands.prefetch import Item, fetch, missing, wanted_items
 from kvds.config import RunConfig
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.prefetch import Item, fetch, missing, wanted_items
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -139,8 +139,11 @@ def test_check_names_what_is_missing_and_the_command_that_brings_it(hub, recipe,
 def test_a_run_resolves_from_the_folder_by_the_hub_s_names(hub, recipe, capfd):
     assert main(["prefetch", str(recipe), "--to", str(hub), "--check"]) == 0
     program = (
-        "from kvds.models import load_config, load_model, load_tokenizer; import sys, torch, json\n"
-        "from kvds.config_input import parse_run_config\n"
+        "from kvds.models.architecture import load_config\n"
+        "from kvds.models.loading import load_model\n"
+        "from kvds.models.tokenizer import load_tokenizer\n"
+        "import sys, torch, json\n"
+        "from kvds.config.recipe import parse_run_config\n"
         "cfg = parse_run_config(['--config', sys.argv[1], '--output_dir', 'x'])\n"
         "config = load_config(cfg.student, flag='student')\n"
         "model = load_model(cfg.student, config, init='pretrained', dtype=torch.float32, attn_implementation='sdpa',"

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from kvds.distributed.rank_environment import adopt_slurm_ranks, first_host, job_port
 from kvds.errors import InputError
-from kvds.rank_environment import adopt_slurm_ranks, first_host, job_port
 
 STEP = {
     "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0",
@@ -75,7 +75,8 @@ def test_a_run_alone_takes_no_port_of_its_neighbours():
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         alone |= {"MASTER_PORT": str(neighbour.getsockname()[1]), "DS_ACCELERATOR": "cpu"}
         done = subprocess.run(
-            [sys.executable, "-c", "from kvds.engine import init_distributed as i, leave_distributed as l; i(); l()"],
+            [sys.executable, "-c", "from kvds.distributed.process_group import *; "
+             "init_distributed(); leave_distributed()"],
             env=os.environ | alone, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr

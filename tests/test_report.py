@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from kvds.errors import InputError
-from kvds.experiment.report import format_table, read_runs, save_curves, table_rows, write_report
+from kvds.tracking.run_report import format_table, read_runs, save_curves, table_rows, write_report
 
 MIB = 2**20
 

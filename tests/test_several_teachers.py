@@ -17,13 +17,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from kvds.align import AlignerGroup, aligner_config_dict, aligner_from_config_dict, build_aligner, members_of
-from kvds.checkpoint import load_aligner
+from kvds.checkpoint.aligner_file import load_aligner
 from kvds.cli import main
+from kvds.data.labels import LabelledPositions
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.distillation import DistillationModule, LossWeights, StepInput, TeacherKV
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput, TeacherKV
 from kvds.errors import InputError
 from kvds.kv import KVShape, select_tokens
-from kvds.losses import LabelledPositions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = LossWeights(task=0.7, kv=1.5)
@@ -186,8 +187,8 @@ def test_two_ranks_train_two_aligners_and_resume_both(models: Path, tmp_path: Pa
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
-    from kvds.config_input import parse_run_config
-    from kvds.models import check_same_tokenizer, load_tokenizer
+    from kvds.config.recipe import parse_run_config
+    from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 
     stranger = tmp_path / "stranger"
     AutoModelForCausalLM.from_pretrained(models / "second").save_pretrained(stranger)

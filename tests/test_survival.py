@@ -15,7 +15,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from kvds.checkpoint_folder import latest_step
+from kvds.checkpoint.folder import latest_step
 from kvds.cli import main
 from tests.survival_runs import REPOSITORY, at_call, at_step, check_equal, cut, make_models, records, spoil, starter
 
@@ -70,7 +70,7 @@ def test_killed_preempted_and_damaged_it_ends_in_the_same_bits(start, straight, 
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
-    stopped_in_evaluation = at_call("kvds.run_results", "evaluate_model", "os.kill(os.getpid(), signal.SIGUSR1)")
+    stopped_in_evaluation = at_call("kvds.training.results", "evaluate_model", "os.kill(os.getpid(), signal.SIGUSR1)")
     codes, log = start("tried", setup=stopped_in_evaluation, **settings)
     assert codes == [85] and "stopping: SIGUSR1 arrived" in log and "resumed from step 6 of 8" in log
     assert f"step-000007: not whole, {file.name} does not have the checksum that was written" in log
@@ -91,7 +91,7 @@ def test_killed_preempted_and_damaged_it_ends_in_the_same_bits(start, straight, 
 
 
 def test_an_evaluation_on_the_way_that_was_stopped_is_made_up_for(start, straight, folder):
-    once = at_call("kvds.run_results", "evaluate_model", "os.kill(os.getpid(), signal.SIGTERM)")
+    once = at_call("kvds.training.results", "evaluate_model", "os.kill(os.getpid(), signal.SIGTERM)")
     codes, _ = start("evaluated", setup=once, **WITH_EVALUATION)
     assert codes == [85] and (folder / "evaluated/checkpoints/latest").read_text() == "step-000004"
     assert not any("eval/all/cross_entropy" in record for record in records(folder / "evaluated"))
@@ -147,7 +147,7 @@ def check_close(straight: Path, other: Path) -> None:
 def test_two_ranks_then_one_then_two_are_as_two_all_the_way(start, straight2, folder):
     run = cut(straight2, folder / "elastic", 3)
     codes, log = start(
-        "elastic", batch_size=1, setup=at_call("kvds.train", "load_checkpoint", FULL_DISK.format(bytes=8192))
+        "elastic", batch_size=1, setup=at_call("kvds.training.run", "load_checkpoint", FULL_DISK.format(bytes=8192))
     )
     assert codes == [1] and "Traceback" not in log
     [message] = errors(log)
@@ -252,9 +252,9 @@ def test_a_pretrained_student_trains_in_bf16_under_zero3(start, folder):
 
 def test_weights_that_are_not_finite_are_never_saved(start, folder):
     poison = "next(p for p in loader.run.engine.module.parameters()).ds_tensor.fill_(float('nan'))"
-    setup = "import kvds.train\n" + at_step(4, poison) + (
-        "def fit(run, ask=kvds.train.TrainingRun.fit):\n    run.loader.run = run\n    ask(run)\n"
-        "kvds.train.TrainingRun.fit = fit\n"
+    setup = "import kvds.training.run\n" + at_step(4, poison) + (
+        "def fit(run, ask=kvds.training.run.TrainingRun.fit):\n    run.loader.run = run\n    ask(run)\n"
+        "kvds.training.run.TrainingRun.fit = fit\n"
     )  # fmt: skip
     codes, log = start("poisoned", setup=setup, max_bad_steps=100)
     assert codes == [1] and "Traceback" not in log

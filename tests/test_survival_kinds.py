@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.chaos import chaos
-from kvds.checkpoint_folder import latest_step, saved_steps
-from kvds.checkpoint_manifest import folder_faults
+from kvds.checkpoint.folder import latest_step, saved_steps
+from kvds.checkpoint.manifest import folder_faults
 from kvds.cli import main
 from tests.survival_runs import REPOSITORY, check_equal, cut, flags, make_models, starter
 
@@ -61,8 +61,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(rank_server, folder, 
 
 # Every second save of a run has a disk that is full from its n-th write on, the first time at once.
 FULL_AT_THE_NTH_WRITE = """
-from kvds.checkpoint_manifest import ChecksummedFile
-from kvds.checkpoint_writer import CheckpointWriter
+from kvds.checkpoint.manifest import ChecksummedFile
+from kvds.checkpoint.writer import CheckpointWriter
 
 left = [None]
 

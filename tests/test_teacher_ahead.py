@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvds.distillation import LossWeights, StepInput
+from kvds.distillation.step import LossWeights, StepInput
+from kvds.distributed.preemption import EXIT_CODE
 from kvds.kv import KVStates
-from kvds.measure import PhaseTimer
-from kvds.preemption import EXIT_CODE
-from kvds.teacher import TeacherOutput
-from kvds.teacher_ahead import InputFeed, MicroBatch, micro_batches
+from kvds.teacher.teacher import TeacherOutput
+from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
+from kvds.training.meters import PhaseTimer
 from tests.survival_runs import at_step, check_equal, cut, make_models, records, starter
 
 CPU = torch.device("cpu")

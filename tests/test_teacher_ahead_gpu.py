@@ -19,14 +19,15 @@ from kvds.align import build_aligner
 from kvds.config import RunConfig
 from kvds.data.encoding import EncodedSample
 from kvds.data.loader import BatchLoader
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput
+from kvds.distillation.step_inputs import StepInputs
 from kvds.kv import KVShape, selected_count
-from kvds.measure import PhaseTimer
-from kvds.models import backbone
-from kvds.step_inputs import StepInputs
-from kvds.teacher import Teacher
-from kvds.teacher_ahead import InputFeed, MicroBatch, micro_batches
-from kvds.token_choice import TokenChoice
+from kvds.kv.families import backbone
+from kvds.teacher.teacher import Teacher
+from kvds.teacher.token_selection import TokenChoice
+from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
+from kvds.training.meters import PhaseTimer
 
 pytestmark = [
     pytest.mark.gpu,

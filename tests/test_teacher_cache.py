@@ -13,24 +13,26 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds import cli, teacher_cache
+from kvds import cli
 from kvds.align import build_aligner
-from kvds.cache_fingerprint import cache_fingerprint, check_fingerprint
-from kvds.cache_shards import ShardReader, shard_path, write_shard
 from kvds.config import RunConfig
-from kvds.config_input import parse_run_config
+from kvds.config.recipe import parse_run_config
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import EncodedSample
+from kvds.data.labels import LabelledPositions
 from kvds.data.loader import BatchLoader
-from kvds.data.packing import repacked, unpacked
+from kvds.data.model_inputs import repacked, unpacked
+from kvds.data.run_data import load_run_data
 from kvds.data.tokenizer import train_problem_tokenizer
-from kvds.distillation import DistillationModule, LossWeights, StepInput
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput
 from kvds.errors import InputError
 from kvds.kv import KVShape, Selection, select_tokens, selected_count
-from kvds.losses import LabelledPositions
-from kvds.run_data import load_run_data
-from kvds.teacher import Teacher
-from kvds.teacher_cache import CachedTeacher, write_teacher_cache
+from kvds.teacher import cached as teacher_cache
+from kvds.teacher.cache_fingerprint import cache_fingerprint, check_fingerprint
+from kvds.teacher.cache_shards import ShardReader, shard_path, write_shard
+from kvds.teacher.cached import CachedTeacher, write_teacher_cache
+from kvds.teacher.teacher import Teacher
 from tests.kv_settings import both_parts
 
 CPU = torch.device("cpu")
@@ -250,7 +252,8 @@ def flags(models: Path, **changes: Any) -> list[str]:
 
 
 def fingerprint(models: Path, **changes: Any) -> dict[str, str]:
-    from kvds.models import load_config, load_tokenizer
+    from kvds.models.architecture import load_config
+    from kvds.models.tokenizer import load_tokenizer
 
     cfg: RunConfig = parse_run_config(flags(models, output_dir="x", **changes))
     tokenizer = load_tokenizer(cfg)

@@ -21,14 +21,14 @@ from transformers import (
 
 from kvds.align import build_aligner
 from kvds.config import RunConfig
+from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.data.batches import TokenBatch
-from kvds.deepspeed_config import load_deepspeed_config
 from kvds.kv import KVCapture, KVShape, ObservingRows, Selection, gather_positions, observing_rows, select_tokens
+from kvds.kv.families import backbone
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
-from kvds.models import backbone
-from kvds.teacher import Teacher
-from kvds.teachers import build_teachers
+from kvds.teacher.build import build_teachers
+from kvds.teacher.teacher import Teacher
 from tests.kv_settings import both_parts
 
 LLAMA_LIKE = {"gemma": GemmaConfig, "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,

@@ -13,7 +13,7 @@ from test_train_zero3 import flags, logged, models
 from transformers import GPT2Config, Qwen2Config
 
 from kvds.errors import InputError
-from kvds.teacher_heads import check_heads
+from kvds.teacher.tensor_parallel import check_heads
 
 __all__ = ["models"]  # a fixture
 REPOSITORY = Path(__file__).resolve().parent.parent

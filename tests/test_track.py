@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from kvds.cli import main
 from kvds.config import RunConfig
-from kvds.tracking import Tracker
+from kvds.tracking.tracker import Tracker
 
 RECORDS = [{"step": step, "loss/task": 3.0 / step, "lr": 0.01 * step} for step in range(1, 6)]
 

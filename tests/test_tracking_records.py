@@ -18,10 +18,12 @@ import torch
 from mlflow import MlflowClient
 
 import kvds
-import kvds.tracking
+import kvds.tracking.provenance
+import kvds.tracking.tracker
 from kvds.errors import InputError
-from kvds.metrics_file import MetricsFile, read_metrics
-from kvds.tracking import Tracker, collect_versions, default_tracking_uri, git_revision, ui_command
+from kvds.tracking.metrics_file import MetricsFile, read_metrics
+from kvds.tracking.provenance import collect_versions, git_revision
+from kvds.tracking.tracker import Tracker, default_tracking_uri, ui_command
 
 
 def client_and_run(folder: Path, tracker: Tracker):
@@ -201,7 +203,7 @@ class StuckServer:
 
 def test_a_server_that_never_answers_delays_neither_steps_nor_exit(tmp_path):
     script = (
-        "import sys, time; from kvds.tracking import Tracker\n"
+        "import sys, time; from kvds.tracking.tracker import Tracker\n"
         "tracker = Tracker(sys.argv[1], tracking_uri=sys.argv[2], finish_seconds=1)\n"
         "begun = time.monotonic()\n"
         "for step in range(1000): tracker.log(step, {'loss/task': 1.0})\n"
@@ -243,7 +245,7 @@ def test_a_folder_that_cannot_be_written_warns_and_goes_on(tmp_path, caplog):
 
 def test_a_killed_run_leaves_whole_lines(tmp_path):
     script = (
-        "import sys; from kvds.tracking import Tracker\n"
+        "import sys; from kvds.tracking.tracker import Tracker\n"
         "tracker = Tracker(sys.argv[1], enabled=False)\n"
         "for step in range(10**9):\n"
         "    tracker.log(step, {'x': 1.0 / 3})\n"
@@ -269,7 +271,7 @@ def test_revision_is_that_of_the_checkout_and_marks_changes(tmp_path, monkeypatc
     package = tmp_path / "kvds"
     package.mkdir()
     (package / "tracking.py").write_text("one\n")
-    monkeypatch.setattr(kvds.tracking, "__file__", str(package / "tracking.py"))
+    monkeypatch.setattr(kvds.tracking.provenance, "__file__", str(package / "tracking" / "provenance.py"))
     assert git_revision() is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):

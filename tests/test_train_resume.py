@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from kvds.checkpoint import load_aligner
+from kvds.checkpoint.aligner_file import load_aligner
 from kvds.cli import main
 from kvds.data.tokenizer import train_problem_tokenizer
 
@@ -22,10 +22,10 @@ PROMPTS = ["Lee has 68 balls eats 2?\n", "Ann has 05 cups gets 9 loses 4?\n"]
 # Trains the run of argv and lets the engine's own student, gathered whole, generate.
 TRAIN_AND_GENERATE = f"""
 import json, sys, deepspeed, torch
-from kvds.config_input import parse_run_config
-from kvds.deepspeed_config import load_deepspeed_config
-from kvds.engine import init_distributed, leave_distributed
-from kvds.train import TrainingRun
+from kvds.config.recipe import parse_run_config
+from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.distributed.process_group import init_distributed, leave_distributed
+from kvds.training.run import TrainingRun
 
 for flags in json.loads(open(sys.argv[1]).read()):
     cfg = parse_run_config(flags)

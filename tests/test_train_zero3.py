@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from kvds import cli
-from kvds.checkpoint import load_aligner
-from kvds.config_input import parse_run_config
+from kvds.checkpoint.aligner_file import load_aligner
+from kvds.config.recipe import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
 from tests.plain_training import STEPS, plain_training
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from kvds.align.aligner_part import AlignerPart
 from kvds.align.loss import PART_NAMES, AlignmentLoss, average_parts, parts_of
-from kvds.align.part import AlignerPart
-from kvds.config_modes import check_mode
+from kvds.config.alignment_rules import check_mode
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection, States
 
@@ -26,7 +26,7 @@ class KVAligner(nn.Module):
     Args:
         student: Its KV shape.
         teacher: Its KV shape.
-        settings: Fields of :class:`kvds.settings.AlignmentSettings`, and ``seed`` where there is one.
+        settings: Fields of :class:`kvds.config.settings.AlignmentSettings`, and ``seed`` where there is one.
 
     Attributes:
         parts: ``"key"`` and ``"value"``, or one of them (:func:`kvds.align.loss.parts_of`).

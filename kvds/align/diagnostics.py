@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kvds.align.aligner import KVAligner
+from kvds.align.aligner_part import AlignerPart
 from kvds.align.layer_map import default_layer_map
 from kvds.align.loss import parts_of
-from kvds.align.part import AlignerPart
 from kvds.align.structured import StructuredPart
 from kvds.kv import KVShape, group_slices
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvds.align.aligner import KVAligner
-from kvds.align.part import AlignerPart
+from kvds.align.aligner_part import AlignerPart
 from kvds.errors import InputError
 from kvds.kv import Selection, States, gather_positions
 

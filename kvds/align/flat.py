@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.align.aligner import KVAligner
-from kvds.align.part import AlignerPart, compute_dtype, random_start
+from kvds.align.aligner_part import AlignerPart, compute_dtype, random_start
 from kvds.kv import KVShape, gather_positions
 from kvds.ops.reference import penalty
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kvds.align.aligner import KVAligner
-from kvds.align.part import AlignerPart, compute_dtype
+from kvds.align.aligner_part import AlignerPart, compute_dtype
 from kvds.errors import InputError
 from kvds.kv import KVShape, gather_positions
 from kvds.ops.reference import penalty

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvds.align.aligner import KVAligner
-from kvds.align.part import AlignerPart
+from kvds.align.aligner_part import AlignerPart
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kvds.align.aligner import KVAligner
+from kvds.align.aligner_part import AlignerPart, compute_dtype, random_start
 from kvds.align.layer_map import near_diagonal_logits
-from kvds.align.part import AlignerPart, compute_dtype, random_start
 from kvds.kv import KVShape, group_slices
 from kvds.kv.gather import rows_to_read
 from kvds.ops import map_projection_loss

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from kvds.config_values import number
+from kvds.config.values import number
 from kvds.errors import InputError
-from kvds.experiment.ab import KEEP, Experiment, Runner, Work, needs_preparation, prepare
 from kvds.experiment.plan import Job, load_plan, parse_seeds
+from kvds.experiment.runner import KEEP, Experiment, Runner, Work, needs_preparation, prepare
 
 log = logging.getLogger("kvds")
 
@@ -151,7 +151,7 @@ def _wanted(jobs: Sequence[Job], only: Sequence[str] | None, seeds: str | None) 
 
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    from kvds.config_input import checked_settings
+    from kvds.config.recipe import checked_settings
 
     content: dict[Any, Any] = {}
     for pair in pairs:
@@ -184,7 +184,7 @@ def _list(experiments: Sequence[Experiment], arguments: argparse.Namespace) -> i
 
 
 def _report(experiment: Experiment, arguments: argparse.Namespace) -> int:
-    from kvds.experiment.ab_report import write_ab_report
+    from kvds.experiment.report import write_ab_report
 
     store = experiment.store
     try:
@@ -199,7 +199,7 @@ def _report(experiment: Experiment, arguments: argparse.Namespace) -> int:
         return 1
     written = write_ab_report(experiment.plan, rows, failed, experiment.folder)
     if arguments.track:
-        from kvds.experiment.ab_tracking import track_experiment
+        from kvds.experiment.tracking import track_experiment
 
         track_experiment(experiment.plan, rows, experiment.folder)
     print((experiment.folder / "report.md").read_text(encoding="utf-8"))

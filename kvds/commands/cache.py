@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest
 from kvds.errors import InputError
-from kvds.preemption import EXIT_CODE, Preempted, StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
         raise InputError(f"--shard_samples {arguments.shard_samples}: expected at least 1 row per file")
     if arguments.output.exists() and not arguments.output.is_dir():
         raise InputError(f"--output {arguments.output}: is a file; expected a folder")
-    from kvds.config_input import parse_run_config
+    from kvds.config.recipe import parse_run_config
 
     cfg = parse_run_config(["--output_dir", "unused", *arguments.run_flags])
     if not cfg.uses_kv:
@@ -58,13 +58,15 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     from tqdm import tqdm
 
     from kvds.align.loss import state_names
-    from kvds.cache_fingerprint import cache_fingerprint
-    from kvds.deepspeed_config import compute_dtype, load_deepspeed_config
+    from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
+    from kvds.data.run_data import load_run_data
     from kvds.kv import select_tokens
-    from kvds.models import TORCH_DTYPES, load_config, load_model, load_tokenizer
-    from kvds.run_data import load_run_data
-    from kvds.teacher import Teacher
-    from kvds.teacher_cache import write_teacher_cache
+    from kvds.models.architecture import load_config
+    from kvds.models.loading import TORCH_DTYPES, load_model
+    from kvds.models.tokenizer import load_tokenizer
+    from kvds.teacher.cache_fingerprint import cache_fingerprint
+    from kvds.teacher.cached import write_teacher_cache
+    from kvds.teacher.teacher import Teacher
 
     name = cfg.teacher or ""
     tokenizer = load_tokenizer(cfg)

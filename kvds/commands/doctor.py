@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; 1 where one is a fault."""
+    from kvds.distributed.rank_environment import adopt_slurm_ranks
     from kvds.errors import InputError
-    from kvds.rank_environment import adopt_slurm_ranks
 
     if arguments.ranks is not None and arguments.ranks < 1:
         raise InputError(f"--ranks {arguments.ranks}: expected at least 1")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvds.config.settings import DataSettings
 from kvds.errors import InputError
-from kvds.settings import DataSettings
 
 if TYPE_CHECKING:
     from kvds.data.example import Example
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from kvds.data.reasoning import load_mixture
-    from kvds.evaluate import evaluate_model
+    from kvds.data.mixture import load_mixture
+    from kvds.evaluation.model import evaluate_model
 
     mixture = load_mixture(
         arguments.datasets, "eval", data_dir=arguments.data_dir, synthetic_problems=arguments.synthetic_problems

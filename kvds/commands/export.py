@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and say where to."""
-    from kvds.checkpoint import export_checkpoint
+    from kvds.checkpoint.export import export_checkpoint
     from kvds.errors import InputError
 
     if arguments.output.exists() and not arguments.output.is_dir():

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not equals:
             raise InputError(f"--set {pair}: expected KEY=VALUE such as batch_size=4")
         flags += [f"--{key}", *(value.split() if key == "datasets" else [value])]
-    from kvds.config_input import load_recipe, parse_run_config
+    from kvds.config.recipe import load_recipe, parse_run_config
 
     if "output_dir" not in load_recipe(arguments.recipe):
         flags += ["--output_dir", "outputs/plan"]

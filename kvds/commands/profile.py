@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvds.config.settings import AlignmentSettings
 from kvds.errors import InputError
-from kvds.settings import AlignmentSettings
 
 MODES = ("flat", "structured", "structural_kv", "relation", "hidden")
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     aligner = _of_pair(arguments) if arguments.run is None else _of_run(arguments.run)
 
     from kvds.align.diagnostics import describe_aligner, parameter_counts, save_heatmaps
-    from kvds.align.pictures import save_fit, save_spectra
+    from kvds.align.figures import save_fit, save_spectra
     from kvds.align.spectrum import map_spectra
 
     description = describe_aligner(aligner)
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(format_profile(description, counts))
     spectra, fit = map_spectra(aligner), {}
     if arguments.fit_rows:
-        from kvds.held_out_fit import fit_before_and_after
+        from kvds.evaluation.map_fit import fit_before_and_after
 
         fit = fit_before_and_after(arguments.run, arguments.fit_rows)
         print(format_fit(fit))
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _of_run(folder: Path) -> Any:
     if not folder.is_dir():
         raise InputError(f"--run {folder}: no such folder; expected the --output_dir of a run")
-    from kvds.checkpoint import ALIGNER_FILE, load_aligner
+    from kvds.checkpoint.aligner_file import ALIGNER_FILE, load_aligner
 
     aligner = load_aligner(folder / ALIGNER_FILE)
     from kvds.align import AlignerGroup
@@ -85,7 +85,7 @@ def _of_run(folder: Path) -> Any:
 
 def _of_pair(arguments: argparse.Namespace) -> Any:
     from kvds.align import build_aligner
-    from kvds.models import kv_shape, load_config
+    from kvds.models.architecture import kv_shape, load_config
 
     shapes = {}
     for side in ("student", "teacher"):
@@ -122,7 +122,7 @@ def format_profile(description: dict[str, Any], counts: dict[str, int]) -> str:
 
 
 def format_fit(fit: dict[str, dict[str, dict[str, list[float]]]]) -> str:
-    """What :func:`kvds.held_out_fit.fit_before_and_after` measured, as a table of target layers."""
+    """What :func:`kvds.evaluation.map_fit.fit_before_and_after` measured, as a table of target layers."""
     whens = list(fit)
     lines = []
     for part, measures in fit[whens[-1]].items():

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report and print its table."""
-    from kvds.experiment.report import format_table, read_runs, write_report
+    from kvds.tracking.run_report import format_table, read_runs, write_report
 
     table = format_table(read_runs(arguments.runs))
     written = write_report(arguments.runs, arguments.output)

@@ -6,11 +6,11 @@ import argparse
 import logging
 from pathlib import Path
 
-from kvds.config_input import load_recipe
+from kvds.config.recipe import load_recipe
 from kvds.errors import InputError, RunError
-from kvds.metrics_file import METRICS_FILE, read_metrics
-from kvds.mlflow_writer import RUN_ID_FILE, MlflowWriter
-from kvds.tracking import default_tracking_uri
+from kvds.tracking.metrics_file import METRICS_FILE, read_metrics
+from kvds.tracking.mlflow_writer import RUN_ID_FILE, MlflowWriter
+from kvds.tracking.tracker import default_tracking_uri
 
 log = logging.getLogger("kvds")
 

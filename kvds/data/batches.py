@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvds.data.encoding import EncodedSample, Segment
+from kvds.data.labels import IGNORED_LABEL
 from kvds.data.packing import Packing, pack_lengths, place_samples
-from kvds.losses import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

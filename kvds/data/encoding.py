@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
-from kvds.data.steps import encode_steps
+from kvds.data.reasoning_steps import encode_steps
 from kvds.errors import InputError
 
 if TYPE_CHECKING:

@@ -10,16 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from kvds.kv.packed import packed_selection
-from kvds.kv.select import Selection
-
-if TYPE_CHECKING:
-    from kvds.data.batches import TokenBatch
 
 # Length of a row at which attention costs about what all else does, in models of width 128 to 512. In wider ones that
 # is longer than a row, and the choice hardly matters.
@@ -139,51 +132,3 @@ def place_samples(
             places[i] = (number, begin)
             begin = end
     return Packing(document_ids, position_ids, token_index, token_mask, max(1, *map(len, rows))), places
-
-
-def model_inputs(batch: TokenBatch, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a backbone is called with for ``batch``.
-
-    Args:
-        batch: On the model's device.
-        config: The model's, for its attention.
-        dtype: The model's.
-    """
-    if batch.packing is None:
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    mask = batch.packing.attention_mask(config._attn_implementation, dtype)
-    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.packing.position_ids}
-
-
-def unpacked(batch: TokenBatch) -> TokenBatch:
-    """The same samples, a row each, padded on the right; ``batch`` itself where it is not packed. No host sync."""
-    packing = batch.packing
-    if packing is None:
-        return batch
-
-    absent = ~packing.token_mask
-
-    def rows(tensor: Tensor, padding: int) -> Tensor:
-        return tensor.flatten()[packing.token_index].masked_fill(absent, padding)
-
-    return replace(
-        batch,
-        input_ids=rows(batch.input_ids, 0),
-        attention_mask=rows(batch.attention_mask, 0),
-        labels=rows(batch.labels, -100),
-        segment_ids=rows(batch.segment_ids, 0),
-        packing=None,
-        row_samples=(),
-    )
-
-
-def repacked(selection: Selection, batch: TokenBatch) -> Selection:
-    """A selection made on ``unpacked(batch)``, for the rows of ``batch``."""
-    packing = batch.packing
-    if packing is None:
-        return selection
-    rows, tokens = batch.input_ids.shape
-    return packed_selection(
-        selection, packing.token_index, packing.token_mask, rows=rows, tokens=tokens,
-        samples_per_row=packing.samples_per_row,
-    )  # fmt: skip

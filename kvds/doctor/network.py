@@ -9,8 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from kvds.distributed.rank_environment import free_port
 from kvds.doctor.finding import Finding, last_line
-from kvds.rank_environment import free_port
 
 _ELEMENTS = 1 << 22
 _REMEDY = (
@@ -22,7 +22,7 @@ import logging
 logging.disable(logging.WARNING)
 from kvds.doctor.network import all_reduce_here
 text, right = all_reduce_here()
-from kvds.engine import leave_distributed
+from kvds.distributed.process_group import leave_distributed
 leave_distributed()
 print(text)
 raise SystemExit(0 if right else 3)
@@ -35,7 +35,7 @@ def all_reduce_here() -> tuple[str, bool]:
     import torch
     from torch import distributed as dist
 
-    from kvds.engine import init_distributed
+    from kvds.distributed.process_group import init_distributed
 
     device = init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 from kvds.doctor.finding import Finding, last_line, run_bounded
+from kvds.durable_files import existing_parent
 
 GIB = 2**30
 _NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "fuse.sshfs", "afs", "panfs", "wekafs"}
 _STALE_LOCK_SECONDS = 1800
-
 # A writer holds a transaction while a reader asks: what MLflow's UI does beside a run.
 _SQLITE = """
 import sqlite3, sys
@@ -33,14 +33,6 @@ except sqlite3.OperationalError:
 writer.commit()
 assert reader.execute("select sum(x) from t").fetchone() == (3,), "a reader missed what was committed"
 """
-
-
-def existing_parent(path: Path) -> Path:
-    """``path`` or the nearest folder above it that is there."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def file_system(path: Path, mounts: str | Path = "/proc/mounts") -> str:

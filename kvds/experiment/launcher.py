@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvds.config import RunConfig
+from kvds.distributed.preemption import EXIT_CODE, Preempted
+from kvds.distributed.rank_environment import quiet_port
 from kvds.errors import InputError, RunError
-from kvds.preemption import EXIT_CODE, Preempted
-from kvds.rank_environment import quiet_port
 
-RANK_MODULE = "kvds.commands.ab_rank"
+RANK_MODULE = "kvds.experiment.rank_process"
 # Between the choice of a port and its use by rank 0 lie seconds in which another process may take it.
 _ATTEMPTS = 3
 _PORT_TAKEN = ("EADDRINUSE", "address already in use")

@@ -18,10 +18,9 @@ from typing import Any
 import yaml
 
 from kvds.config import RunConfig
-from kvds.config_input import checked_settings, load_recipe
-from kvds.config_values import near_miss, one_line
-from kvds.errors import InputError
-from kvds.recipe_file import load_mapping
+from kvds.config.recipe import checked_settings, load_recipe
+from kvds.config.yaml_file import load_mapping
+from kvds.errors import InputError, near_miss, one_line
 
 PREPARED = "prepared:"
 REPORT, TUNE, PREPARE = "report", "tune", "prepare"

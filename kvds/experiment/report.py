@@ -1,282 +1,254 @@
-"""One table and one figure for one or more finished (or running) runs: ``report.md``, ``report.csv``,
-``loss_curves.png``.
-"""
+"""Report of an experiment: ``report.md`` with a verdict drawn from the numbers, CSV files, two pictures."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from kvds.experiment.plan import Plan
+from kvds.experiment.results import Row, value, write_csv, write_curves_csv
+from kvds.experiment.statistics import (
+    LEVEL,
+    PairedComparison,
+    bootstrap_interval,
+    compare_paired,
+    holm,
+    mean_and_deviation,
+)
+from kvds.tracking.run_report import MISSING
 
-from kvds.errors import InputError
-from kvds.metrics_file import METRICS_FILE, read_metrics
-from kvds.provenance import PROVENANCE_FILE
-
-MISSING = "–"
-# Okabe and Ito's palette without black and its pale yellow: told apart under the common kinds of colour blindness.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_LINES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+SIGNIFICANCE = 1 - LEVEL
+# Column of a row → title, factor, digits. A column that no run has is left out of the table.
+_COLUMNS: dict[str, tuple[str, float, str]] = {
+    "auc/exact_match": ("AUC of exact match %", 100, ".1f"),
+    "auc/cross_entropy": ("AUC of dev CE", 1, ".4f"),
+    "final/exact_match": ("final exact match %", 100, ".1f"),
+    "final/cross_entropy": ("final dev CE", 1, ".4f"),
+    "final/kv_loss": ("KV loss (held-out)", 1, ".4f"),
+    "stability": ("stability (unsteadiness)", 1, ".4f"),
+    "last/kv/norm_ratio": ("KV norm ratio", 1, ".2f"),
+    "last/kv/effective_rank_keys": ("rank K", 1, ".1f"),
+    "last/kv/effective_rank_values": ("rank V", 1, ".1f"),
+    "parameters/student": ("student parameters", 1, ",.0f"),
+    "parameters/aligner": ("map parameters", 1, ",.0f"),
+    "train_cpu_seconds": ("CPU s", 1, ".0f"),
+    "train_wall_seconds": ("wall s", 1, ".0f"),
+    "perf/tokens_per_second": ("real tokens/s", 1, ",.0f"),
+    "perf/peak_memory_bytes": ("peak memory MiB", 2**-20, ",.0f"),
+}
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """What a run folder says about a run.
+class Comparison:
+    """One line of the table of comparisons: arm against reference, and its p-value corrected for the family."""
 
-    Attributes:
-        name: Of the folder.
-        settings: ``config.yaml``; empty where it is missing.
-        metrics: The records of ``metrics.jsonl``.
-        held_out: ``eval.json["all"]``; empty where the run has not finished or has no evaluation.
-        provenance: ``provenance.json``; empty where it is missing.
+    arm: str
+    reference: str
+    paired: PairedComparison
+    p_holm: float
+
+
+def by_arm(plan: Plan, rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Arm → seed → row, in the plan's order, arms without any result left out."""
+    found: dict[str, dict[int, Row]] = {arm: {} for arm in plan.arms}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        found[row["arm"]][row["seed"]] = row
+    return {arm: seeds for arm, seeds in found.items() if seeds}
+
+
+def compare_arms(plan: Plan, arms: dict[str, dict[int, Row]]) -> list[Comparison]:
+    """The plan's family of comparisons by its primary metric, over the seeds that both arms of a pair have."""
+    pairs = [(arm, reference) for arm, reference in plan.pairs if arm in arms and reference in arms]
+    return _corrected(pairs, _compare(plan, arms, pairs))
+
+
+def compare_with_baseline(
+    plan: Plan, arms: dict[str, dict[int, Row]], planned: Sequence[Comparison]
+) -> list[Comparison]:
+    """Each arm that the plan compares with others than its baseline against the baseline all the same.
+
+    What was planned keeps its p-values; these are corrected for both families together, so that looking further costs
+    the further looks.
     """
-
-    name: str
-    settings: dict[str, Any]
-    metrics: list[dict[str, float]]
-    held_out: dict[str, float]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and finite values of one metric."""
-        points = [(record["step"], record[key]) for record in self.metrics if math.isfinite(record.get(key, math.nan))]
-        return [step for step, _ in points], [value for _, value in points]
+    known = [(c.arm, c.reference) for c in planned]
+    pairs = [(arm, plan.baseline) for arm in arms if arm != plan.baseline and (arm, plan.baseline) not in known]
+    if plan.baseline not in arms:
+        return []
+    everything = _corrected([*known, *pairs], [*(c.paired for c in planned), *_compare(plan, arms, pairs)])
+    return everything[len(known) :]
 
 
-def read_run(run_dir: str | Path) -> RunRecord:
-    """Read a run folder.
-
-    Raises:
-        InputError: no such folder, no ``metrics.jsonl`` in it, or a file that is not what a run writes.
-    """
-    folder = Path(run_dir)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected the --output_dir of a run")
-    if not (folder / METRICS_FILE).is_file():
-        raise InputError(f"{folder}: holds no {METRICS_FILE}; expected the --output_dir of a run")
-    held_out = _mapping(folder / "eval.json", json.loads).get("all", {})
-    if not isinstance(held_out, dict) or not all(isinstance(value, int | float) for value in held_out.values()):
-        raise InputError(f'{folder / "eval.json"}: "all" holds no numbers; expected the file that a run writes')
-    settings = _mapping(folder / "config.yaml", yaml.safe_load)
-    provenance = _mapping(folder / PROVENANCE_FILE, json.loads)
-    return RunRecord(folder.resolve().name, settings, read_metrics(folder / METRICS_FILE), held_out, provenance)
+def _compare(plan: Plan, arms: dict[str, dict[int, Row]], pairs: Sequence[tuple[str, str]]) -> list[PairedComparison]:
+    results = {arm: {seed: value(row, plan.primary) for seed, row in seeds.items()} for arm, seeds in arms.items()}
+    return [compare_paired(results[arm], results[reference]) for arm, reference in pairs]
 
 
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
-    """A file's content, or nothing where the file is not there (yet)."""
-    if not path.is_file():
-        return {}
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{path}: not readable ({reason}); expected what a run writes") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}; expected the mapping that a run writes")
-    return content
+def _corrected(pairs: Sequence[tuple[str, str]], paired: Sequence[PairedComparison]) -> list[Comparison]:
+    corrected = holm([comparison.p_t for comparison in paired])
+    return [Comparison(*pair, p, c) for pair, p, c in zip(pairs, paired, corrected, strict=True)]
 
 
-def read_runs(run_dirs: Sequence[str | Path]) -> list[RunRecord]:
-    """Read several; folders of one name are told apart by the folder above, or by number."""
-    if not run_dirs:
-        raise InputError("no run folder is given; expected at least one --output_dir of a run")
-    runs = [read_run(folder) for folder in run_dirs]
-    names = [run.name for run in runs]
-    longer = [f"{Path(folder).resolve().parent.name}/{name}" for folder, name in zip(run_dirs, names, strict=True)]
-    names = [long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)]
-    names = [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
+def verdict(plan: Plan, comparisons: Sequence[Comparison]) -> str:
+    """One paragraph: what the primary metric shows for each comparison, and "no effect shown" where it shows none."""
+    title, factor, form = _shape(plan.primary)
+    sentences = []
+    for c in comparisons:
+        p = c.paired
+        if math.isnan(c.p_holm):
+            sentences.append(f"{c.arm} against {c.reference}: too few pairs ({p.seeds}) to say anything.")
+            continue
+        size = f"{factor * p.difference:+{form}} [{factor * p.t_low:+{form}}, {factor * p.t_high:+{form}}]"
+        evidence = f"{size}, Holm {_p_of(c.p_holm)}, {p.seeds} pairs"
+        if c.p_holm >= SIGNIFICANCE:
+            alone = f", though {_p_of(p.p_t)} without the correction" if p.p_t < SIGNIFICANCE else ""
+            sentences.append(f"{c.arm} against {c.reference}: no effect shown ({evidence}{alone}).")
+        else:
+            good = (p.difference > 0) == plan.higher_is_better
+            sentences.append(f"{c.arm} is {'better' if good else 'worse'} than {c.reference} ({evidence}).")
+    direction = "higher" if plan.higher_is_better else "lower"
+    return f"By {title} ({direction} is better; difference with its 95 % interval): " + " ".join(sentences)
 
 
-def _alignment(settings: dict[str, Any]) -> str:
-    mode = settings.get("alignment_mode")
-    if mode is None:
-        return MISSING
-    if mode == "none" or settings.get("kv_weight") in (0, 0.0):
-        return "none"
-    method, budget = settings.get("kv_method", "full"), settings.get("kv_budget")
-    shared = ", shared dim" if mode == "structured" and settings.get("map_proj_share_dim") else ""
-    shared += ", by step" if settings.get("align_tokens") == "segment" else ""
-    return f"{mode}{shared}" + ("" if method == "full" else f", {method} {budget}")
+def _shape(column: str) -> tuple[str, float, str]:
+    return _COLUMNS.get(column, (column, 1, ".4g"))
 
 
-def _number(value: float | None, form: str) -> str:
-    return MISSING if value is None or not math.isfinite(value) else format(value, form)
+def _p(p: float) -> str:
+    return MISSING if math.isnan(p) else "< 1e-6" if p < 1e-6 else f"{p:.2g}"
 
 
-def table_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Header and one row of texts per run; a piece that a run has not left is a dash."""
-    header = [
-        "run", "alignment", "task loss (held-out)", "exact match %", "KV loss (held-out)", "real tokens/s",
-        "peak memory per rank (MiB)",
-    ]  # fmt: skip
-    rows = [header]
-    for run in runs:
-        match = run.held_out.get("exact_match")
-        # The first interval holds the warm-up of allocator, kernels and file caches.
-        speed = run.series("perf/tokens_per_second")[1][1:]
-        peak = run.series("perf/peak_memory_bytes")[1]
-        rows.append(
-            [
-                run.name,
-                _alignment(run.settings),
-                _number(run.held_out.get("cross_entropy"), ".4f"),
-                _number(None if match is None else 100 * match, ".1f"),
-                _number(run.held_out.get("kv_loss"), ".4f"),
-                _number(statistics.median(speed) if speed else None, ",.0f"),
-                _number(max(peak) / 2**20 if peak else None, ",.0f"),
-            ]
-        )
-    return rows
+def _p_of(p: float) -> str:
+    text = _p(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
-def format_table(runs: Sequence[RunRecord]) -> str:
-    """The runs as a Markdown table that is also aligned for a terminal: texts to the left, numbers to the right."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in table_rows(runs)]
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    left = [column < 2 for column in range(len(widths))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = (c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(row, widths, left, strict=True))
-        return "| " + " | ".join(cells) + " |"
-
-    rule = ["-" * w if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left, strict=True)]
-    return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _made_by(runs: Sequence[RunRecord]) -> str:
-    """A Markdown list of revision, versions and command of each run that says them."""
+def summary_table(plan: Plan, arms: dict[str, dict[int, Row]]) -> str:
+    """Mean ± standard deviation over seeds of each number, a row per arm."""
+    every = [row for seeds in arms.values() for row in seeds.values()]
+    wanted = [plan.primary, *(column for column in _COLUMNS if column != plan.primary)]
+    columns = [column for column in wanted if any(math.isfinite(value(row, column)) for row in every)]
     lines = []
-    for run in runs:
-        facts = {name: str(value) for name, value in run.provenance.items()}
-        command = facts.pop("command", None)
-        if facts or command:
-            told = ", ".join(f"{name} {value}" for name, value in facts.items())
-            lines.append(f"- {run.name}: {told}" + (f"\n  `{command}`" if command else ""))
-    return "\n".join(["", "Made by", "", *lines, ""]) if lines else ""
+    for arm, seeds in arms.items():
+        cells = [arm, str(len(seeds))]
+        for column in columns:
+            _, factor, form = _shape(column)
+            mean, deviation = mean_and_deviation([factor * value(row, column) for row in seeds.values()])
+            exact = column.startswith("parameters/") and deviation == 0
+            spread = f" ± {deviation:{form}}" if math.isfinite(deviation) and not exact else ""
+            cells.append(f"{mean:{form}}{spread}" if math.isfinite(mean) else MISSING)
+        lines.append(cells)
+    return _table(["arm", "seeds", *(_shape(column)[0] for column in columns)], lines)
 
 
-def _write_csv(runs: Sequence[RunRecord], path: Path) -> None:
-    """The table's cells, an empty one where it shows a dash, and what each run was made with."""
-    header, *rows = table_rows(runs)
-    facts = list(dict.fromkeys(name for run in runs for name in run.provenance))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*header, *facts])
-        for run, row in zip(runs, rows, strict=True):
-            cells = ["" if cell == MISSING else cell.replace(",", "") if n >= 2 else cell for n, cell in enumerate(row)]
-            writer.writerow([*cells, *(run.provenance.get(name, "") for name in facts)])
+def comparison_table(plan: Plan, comparisons: Sequence[Comparison]) -> str:
+    """Paired differences with intervals, tests and effect sizes, a row per comparison."""
+    title, factor, form = _shape(plan.primary)
+    lines = []
+    for c in comparisons:
+        p = c.paired
+
+        def interval(low: float, high: float) -> str:
+            return MISSING if math.isnan(low) else f"[{factor * low:+{form}}, {factor * high:+{form}}]"
+
+        lines.append([
+            f"{c.arm} − {c.reference}", str(p.seeds), f"{factor * p.difference:+{form}}", interval(p.t_low, p.t_high),
+            interval(p.low, p.high), f"{p.better}/{p.seeds}", MISSING if math.isnan(p.cohen_d) else f"{p.cohen_d:+.2f}",
+            _p(p.p_t), _p(p.p_wilcoxon), _p(c.p_holm),
+        ])  # fmt: skip
+    header = [f"difference in {title}", "pairs", "mean", "95 % (t)", "95 % (bootstrap)", "higher in", "Cohen's d",
+              "p (t)", "p (Wilcoxon)", "p (t, Holm)"]  # fmt: skip
+    return _table(header, lines)
 
 
-def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Write ``report.md`` (table, figure, origin), ``report.csv`` and ``loss_curves.png`` into the folder ``output``.
+def chosen_table(arms: dict[str, dict[int, Row]], common: dict[str, Any]) -> str:
+    """What each arm sets differently from the plan's common settings, chosen values among it."""
+    lines = []
+    for arm, seeds in arms.items():
+        settings = next(iter(seeds.values())).get("settings", {})
+        own = {k: v for k, v in settings.items() if k != "seed" and (k not in common or _plain(common[k]) != v)}
+        weights = [value(row, "last/kv/weight") for row in seeds.values()]
+        mean, _ = mean_and_deviation(weights)
+        text = " ".join(f"`{key}={item}`" for key, item in own.items()) or MISSING
+        lines.append([arm, text, f"{mean:.3g}" if math.isfinite(mean) else MISSING])
+    return _table(["arm", "settings", "KV weight at the end"], lines)
+
+
+def write_ab_report(plan: Plan, rows: Sequence[Row], failed: Sequence[Row], folder: Path) -> list[Path]:
+    """Write ``report.md``, ``runs.csv``, ``curves.csv``, ``arms.png`` and ``learning_curves.png`` into ``folder``.
 
     Args:
-        run_dirs: Folders of runs, finished or not.
-        output: Folder, made if missing.
-
-    Returns:
-        The files written.
-
-    Raises:
-        InputError: a folder that no run wrote, or an ``output`` that cannot be written.
+        plan: Names the primary metric and the comparisons.
+        rows: Finished runs.
+        failed: Runs that ended with an error.
+        folder: Exists.
     """
-    runs = read_runs(run_dirs)
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        figure, report, rows = folder / "loss_curves.png", folder / "report.md", folder / "report.csv"
-        save_curves(runs, figure)
-        title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-        report.write_text(
-            f"# {title}\n\n{format_table(runs)}\n\n"
-            f"Task loss: nats per token of rationale and answer. KV loss: mean standardised residual of the "
-            f"keys and values matched, by default the values alone. Real tokens: without padding, over all ranks, "
-            f"median after the first interval. "
-            f"{MISSING}: not recorded.\n\n![Loss curves]({figure.name})\n{_made_by(runs)}",
-            encoding="utf-8",
-        )
-        _write_csv(runs, rows)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"--output {folder}: {reason}; expected a folder that can be written") from error
-    return [report, figure, rows]
+    from kvds.experiment.figures import save_arms, save_learning_curves
 
-
-def save_curves(runs: Sequence[RunRecord], path: Path) -> None:
-    """Draw task loss, KV loss and, where evaluated at least twice, exact match over optimizer steps; a line per run."""
-    # The figure without pyplot: no display is looked for and no state is left behind.
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
-    panels = [("loss/task", "task loss (nats/token)", True)]
-    if any(run.series("loss/kv")[0] for run in runs):
-        panels.append(("loss/kv", "KV loss (standardised)", True))
-    if any(len(run.series("eval/all/exact_match")[0]) >= 2 for run in runs):
-        panels.append(("eval/all/exact_match", "held-out exact match (%)", False))
-
-    figure = Figure(figsize=(4.4 * len(panels), 3.9 + 0.22 * len(runs)), dpi=150, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
-    star: dict[str, Any] = {
-        "color": "white", "linestyle": "none", "marker": "*", "markersize": 11, "markeredgecolor": "black",
-        "markeredgewidth": 0.6,
-    }  # fmt: skip
-    for axis, (key, label, logarithmic) in zip(axes, panels, strict=True):
-        drawn: list[float] = []
-        for number, run in enumerate(runs):
-            steps, values = run.series(key)
-            if key == "eval/all/exact_match":
-                values = [100 * value for value in values]
-            marker = _MARKERS[number % len(_MARKERS)] if len(steps) <= 30 else None
-            axis.plot(steps, values, marker=marker, markersize=3.5, linewidth=1.5, **_style(number))
-            drawn += values
-            if key == "loss/task":
-                axis.plot(*run.series("eval/all/cross_entropy"), **{**star, "color": _style(number)["color"]}, zorder=3)
-        if logarithmic and drawn and min(drawn) > 0:
-            axis.set_yscale("log")
-            _plain_log_ticks(axis.yaxis, drawn)
-        elif not logarithmic:
-            axis.set_ylim(-3, 103)
-        if not drawn:
-            axis.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axis.transAxes)
-        axis.set_title(label, fontsize=10)
-        axis.set_ylabel(label)
-        axis.set_xlabel("optimizer step")
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axis.grid(True, which="both", alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    handles = [
-        Line2D([], [], marker=_MARKERS[n % len(_MARKERS)], markersize=4, label=run.name, **_style(n))
-        for n, run in enumerate(runs)
+    arms = by_arm(plan, rows)
+    ordered = [row for seeds in arms.values() for row in seeds.values()]
+    comparisons = compare_arms(plan, arms)
+    paths = [folder / name for name in ("report.md", "runs.csv", "curves.csv", "arms.png", "learning_curves.png")]
+    write_csv(ordered, paths[1])
+    write_curves_csv(ordered, paths[2])
+    title, factor, _ = _shape(plan.primary)
+    numbers = {arm: [factor * value(row, plan.primary) for row in seeds.values()] for arm, seeds in arms.items()}
+    save_arms(numbers, title, {arm: bootstrap_interval(found) for arm, found in numbers.items()}, paths[3])
+    save_learning_curves(arms, paths[4])
+    counts = {arm.name: (len(arms.get(arm.name, {})), len(arm.seeds or plan.seeds)) for arm in plan.arms.values()}
+    missing = [f"{arm} ({found} of {expected})" for arm, (found, expected) in counts.items() if found < expected]
+    notes = []
+    odd = [f"{row['arm']} seed {row['seed']}" for row in ordered if not math.isfinite(value(row, plan.primary))]
+    if odd:
+        notes.append(f"No finite {title}, in no mean, difference or test: {', '.join(odd)}.")
+    if missing:
+        notes.append("Seeds not finished: " + ", ".join(missing) + ".")
+    if failed:
+        told = [f"{row['arm']} seed {row['seed']} ({row['error']})" for row in failed]
+        notes.append("Failed: " + "; ".join(told) + ".")
+    further = compare_with_baseline(plan, arms, comparisons)
+    beside = [
+        f"Not among the plan's comparisons: the other arms against the baseline, {plan.baseline}. Holm's correction is "
+        "over both tables together.",
+        comparison_table(plan, further),
     ]
-    if any(run.series("eval/all/cross_entropy")[0] for run in runs):
-        handles.append(Line2D([], [], label="held-out task loss", **star))
-    columns = 2 if len(panels) > 1 else 1
-    figure.legend(handles=handles, loc="outside lower left", fontsize=8, frameon=False, ncols=columns)
-    # Without the version of matplotlib in it, the same numbers give the same file.
-    figure.savefig(path, metadata={"Software": None})
+    revisions = sorted({str(row.get("git_revision")) for row in ordered})
+    paths[0].write_text(
+        "\n\n".join(
+            [
+                f"# {plan.name}",
+                verdict(plan, comparisons),
+                *notes,
+                f"Primary metric, fixed in the plan: {title} (`{plan.primary}`). Mean ± standard deviation over seeds:",
+                summary_table(plan, arms),
+                "The plan's comparisons, paired by seed; Holm's correction is over this table.",
+                comparison_table(plan, comparisons),
+                *(beside if further else []),
+                f"![Primary metric per arm]({paths[3].name})",
+                f"![Learning curves]({paths[4].name})",
+                chosen_table(arms, plan.common),
+                "AUC: mean over the evaluations of a run. CE: nats per token of rationale and answer; the final one is "
+                "the task loss on held-out rows. Unsteadiness: standard deviation of the change of the smoothed "
+                "training loss; 0 is the steadiest. KV loss: standardised residual on held-out rows, comparable only "
+                "between arms that match the same thing. Intervals are not corrected. Cohen's d: mean difference over "
+                "the standard deviation of the differences. Seconds: a run from its data to its last evaluation, "
+                "without imports and launcher; they and tokens/s depend on what else the machine does. Revision: "
+                f"{', '.join(revisions)}.",
+            ]
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    return paths
 
 
-def _plain_log_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Numbers such as 0.5 instead of 5e-01; within one decade all minor ticks carry them, else those at 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    narrow = max(values) / min(values) < 10
-    axis.set_minor_locator(LogLocator(subs=range(2, 10) if narrow else (2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _style(number: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": _LINES[(number // len(_COLOURS) + number) % len(_LINES)],
-    }
+def _plain(value: object) -> object:
+    """As JSON has kept it in a row."""
+    return list(value) if isinstance(value, tuple) else value

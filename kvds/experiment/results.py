@@ -13,7 +13,7 @@ from typing import Any
 
 from kvds.errors import InputError
 from kvds.experiment.plan import Job
-from kvds.experiment.report import RunRecord
+from kvds.tracking.run_report import RunRecord
 
 RUNS_FILE = "runs.jsonl"
 FINISHED, FAILED = "finished", "failed"

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvds.distributed.preemption import EXIT_CODE
 from kvds.errors import InputError
 from kvds.experiment.launcher import check_devices
-from kvds.preemption import EXIT_CODE
 
-WORKER_MODULE = "kvds.commands.ab_worker"
+WORKER_MODULE = "kvds.experiment.worker_process"
 _STOP_SECONDS = 5.0
 # How a worker ends that was asked to stop: what it was doing is neither finished nor failed.
 _STOPPED = (EXIT_CODE, -signal.SIGTERM, -signal.SIGINT)

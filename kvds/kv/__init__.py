@@ -8,8 +8,7 @@ from kvds.kv.observed import Observed, ObservingRows
 from kvds.kv.pool import common_steps, pool_steps
 from kvds.kv.queries import AttentionStates, LayerQueries
 from kvds.kv.reading import Capture, States, open_capture
-from kvds.kv.select import Selection, observing_rows, select_tokens, selected_count
-from kvds.kv.shares import selected_shares
+from kvds.kv.select import Selection, observing_rows, select_tokens, selected_count, selected_shares
 from kvds.kv.shuffle import shuffled_states
 from kvds.kv.states import KVShape, KVStates
 

@@ -113,3 +113,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("layers", "self_attn", _qwen2),
     "qwen3": Family("layers", "self_attn", _qwen3),
 }
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The transformer without its language-model head."""
+    return getattr(model, str(model.base_model_prefix))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvds.kv.families import FAMILIES
-from kvds.module_forward import forward_of
+from kvds.kv.module_forward import forward_of
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ KEEPS_WINDOW = ("snapkv", "rkv_window")
 """Methods whose observers are the last tokens of a row, all of which are kept."""
 OBSERVING_TOKENS = {"snapkv": 8, "rkv_window": 8, "rkv": 32, "keydiff": 0}
 """Observing tokens per row where their number is left open (``rkv``: at most as many of the answer)."""
-
 Budget = int | float | None
 
 
@@ -194,3 +193,23 @@ def selected_count(method: str, budget: Budget, length: int, *, mask_first_token
     _check(method, budget)
     eligible = max(0, length - 1) if mask_first_token else length
     return eligible if method == "full" or length == 0 else min(row_budget(budget, length), eligible)
+
+
+def selected_shares(selection: Selection, segment_ids: Tensor, segments: dict[str, int]) -> dict[str, Tensor]:
+    """Selected tokens over real tokens, from 0 to 1.
+
+    Args:
+        selection: Positions that count.
+        segment_ids: ``[B, T]``, 0 = padding.
+        segments: Name → id of the segments to tell apart.
+
+    Returns:
+        ``kv/selected_share`` and ``kv/selected_share_NAME``, without those of which the batch holds no token. Asks the
+        device which those are: for logging steps.
+    """
+    of_slots = segment_ids if selection.index is None else segment_ids.gather(1, selection.index)
+    counts = {"kv/selected_share": (segment_ids != 0, of_slots != 0)}
+    counts |= {f"kv/selected_share_{name}": (segment_ids == i, of_slots == i) for name, i in segments.items()}
+    return {
+        key: (selection.mask & slots).sum() / tokens.sum() for key, (tokens, slots) in counts.items() if tokens.any()
+    }

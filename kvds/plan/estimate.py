@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from kvds.config import RunConfig
-from kvds.deepspeed_config import compute_dtype, load_deepspeed_config
+from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
 from kvds.errors import InputError
 from kvds.kv import group_slices
-from kvds.models import TORCH_DTYPES, load_config
+from kvds.models.architecture import load_config
+from kvds.models.loading import TORCH_DTYPES
 from kvds.plan.rows import RowPlan, plan_rows
 from kvds.plan.states import ModelSize, StateMemory, aligner_size, model_size, state_memory
 from kvds.plan.step import BatchShape, StepMemory, StepPlanner, kv_bytes

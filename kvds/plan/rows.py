@@ -41,8 +41,8 @@ def plan_rows(cfg: RunConfig, ranks: int, assumed: int | None = None) -> RowPlan
         ranks: In all.
         assumed: Training rows to assume where the data cannot be read here.
     """
-    from kvds.models import load_tokenizer
-    from kvds.run_data import load_run_data
+    from kvds.data.run_data import load_run_data
+    from kvds.models.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(cfg)

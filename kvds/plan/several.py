@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from kvds.align import AlignerGroup
 from kvds.config import RunConfig
-from kvds.distillation import StepInput, TeacherKV
+from kvds.distillation.step import StepInput, TeacherKV
 from kvds.plan.estimate import Machine, Plan
 from kvds.plan.rows import RowPlan
 from kvds.plan.states import ModelSize, state_memory

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvds.align import AlignmentLoss
 from kvds.align.loss import average_parts
-from kvds.distillation import DistillationModule
+from kvds.distillation.module import DistillationModule
 from kvds.kv import KVStates, Selection
 from kvds.plan.live_memory import HostCopies
 

@@ -23,16 +23,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from kvds.align import build_aligner, what_is_read
 from kvds.align.loss import PARTS, parts_of
 from kvds.config import RunConfig
-from kvds.config_modes import READS_KEYS
+from kvds.config.alignment_rules import READS_KEYS
 from kvds.data.batches import TokenBatch
-from kvds.distillation import LossWeights, StepInput
+from kvds.data.labels import LabelledPositions
+from kvds.distillation.losses import head_chunk_count
+from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape
-from kvds.losses import LabelledPositions, head_chunk_count
-from kvds.models import backbone
+from kvds.kv.families import backbone
 from kvds.ops.lean import CHUNK_ELEMENTS
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.stand_ins import FusedStandIn, PlannedModule
-from kvds.teacher import TeacherOutput
+from kvds.teacher.teacher import TeacherOutput
 
 # The Triton kernels keep no projection; their partial sums and, with many heads, a chunk's mixed rows stay below this.
 _TRITON_WORKSPACE = 64 * 2**20

@@ -62,7 +62,7 @@ unshare -n python -m pip --python "$scratch/venv/bin/python" install --quiet --d
 [ "$(ls -i "$site"/torch-*.dist-info/RECORD)" = "$record" ] || fail 'torch was replaced'
 cd "$scratch"
 unshare -n "$scratch/venv/bin/python" -c '
-import sys, deepspeed, kvds.train, torch, transformers
+import sys, deepspeed, kvds.training.run, torch, transformers
 assert kvds.__file__.startswith(sys.prefix), kvds.__file__
 print("torch", torch.__version__, "deepspeed", deepspeed.__version__, "transformers", transformers.__version__)' | tail -n 1
 unshare -n "$scratch/venv/bin/kvds" --help >"$scratch/help.txt" || fail 'kvds --help'

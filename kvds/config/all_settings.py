@@ -1,0 +1,70 @@
+"""All settings of a run side by side, and what they say together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings):
+    """The sections as one; nothing is checked here (:class:`kvds.config.RunConfig` does)."""
+
+    @property
+    def teacher(self) -> str | None:
+        """Folder or hub name of the teacher, of several the first."""
+        return self.teachers[0] if self.teachers else None
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Folders or hub names of all teachers."""
+        single = self.teacher_name or self.model_name
+        return self.teacher_names or (() if single is None else (single,))
+
+    @property
+    def weights_of_teachers(self) -> tuple[float, ...]:
+        """Factor of each teacher's KV loss."""
+        return self.teacher_weights or (1 / len(self.teachers),) * len(self.teachers)
+
+    @property
+    def student(self) -> str:
+        """Folder or hub name of the student; construction refuses a run without one."""
+        return self.student_name or self.model_name or ""
+
+    @property
+    def kv_weight_value(self) -> float | None:
+        """The weight given as a number, or None where it is calibrated."""
+        return None if isinstance(self.kv_weight, str) else float(self.kv_weight)
+
+    @property
+    def kv_weight_held(self) -> bool:
+        """Whether the weight is moved during training, so that the KV gradient keeps its share."""
+        return isinstance(self.kv_weight, str) and self.kv_weight.startswith("hold:")
+
+    @property
+    def kv_weight_share(self) -> float | None:
+        """The share of ``auto:SHARE`` or ``hold:SHARE``, or None where a number was given."""
+        return float(self.kv_weight.split(":")[1]) if isinstance(self.kv_weight, str) else None
+
+    @property
+    def uses_kv(self) -> bool:
+        """Whether keys and values are matched at all."""
+        return self.alignment_mode != "none" and self.kv_weight_value != 0
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a loss reads the teacher."""
+        return self.uses_kv or self.logit_kd_weight > 0
+
+    @property
+    def warnings(self) -> list[str]:
+        """Settings that are allowed and known to be harmful."""
+        joint = self.uses_kv and self.direction == "teacher_to_student" and self.aligner_update == "trained"
+        if not joint:
+            return []
+        return [
+            "--direction teacher_to_student with a trained map collapses: the KV loss falls while the student's keys "
+            "and values shrink to nothing; expected --direction student_to_teacher, or --aligner_update frozen "
+            "--map_start pca"
+        ]

@@ -1,0 +1,161 @@
+"""A run's rows: loaded, encoded, counted, and cut into the same global batches on every number of ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from kvds.config import RunConfig
+from kvds.data.batches import RowWidth
+from kvds.data.encoding import EncodedCorpus, EncodedSample
+from kvds.data.example import Example
+from kvds.data.loader import BatchLoader
+from kvds.data.mixture import Mixture, load_mixture
+from kvds.data.token_files import TokenFiles, default_folder, encode_once
+from kvds.errors import InputError
+from kvds.kv import selected_count
+
+log = logging.getLogger("kvds")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Batches to train on and rows to judge by.
+
+    Attributes:
+        loader: This rank's training micro-batches, by optimizer step.
+        eval_examples: Held-out rows, at most ``eval_subset_size`` per corpus; empty when there is no evaluation.
+        eval_loader: The same rows as batches in fixed order; None when there are none.
+    """
+
+    loader: BatchLoader
+    eval_examples: list[Example]
+    eval_loader: BatchLoader | None
+
+
+def load_run_data(
+    cfg: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rank: int,
+    world_size: int,
+    first: bool = True,
+    wait: Callable[[], object] = lambda: None,
+) -> RunData:
+    """Load and encode what ``cfg`` names; rows that were encoded before are read from ``--data_cache``.
+
+    Args:
+        cfg: The run.
+        tokenizer: Of the run.
+        rank: This rank.
+        world_size: Number of ranks.
+        first: Whether this rank encodes what no file holds; the others read what the first of their node has written.
+        wait: Returns when all ranks have called it.
+
+    Raises:
+        InputError: a malformed row (unless skipped), a missing corpus, or nothing usable left.
+    """
+
+    def batches(samples: Sequence[EncodedSample], *, accumulation: int, shuffle: bool) -> BatchLoader:
+        pad = tokenizer.pad_token_id
+        return BatchLoader(
+            samples,
+            batch_size=cfg.batch_size,
+            gradient_accumulation_steps=accumulation,
+            rank=rank,
+            world_size=world_size,
+            seed=cfg.seed,
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            position_count=lambda length: selected_count(
+                cfg.kv_method, cfg.kv_budget, length, mask_first_token=cfg.mask_first_token
+            ),
+            shuffle=shuffle,
+            pack_to=cfg.max_length if cfg.packing and shuffle else None,
+            group_by_length=cfg.group_by_length,
+            width=RowWidth(cfg.pad_to_multiple_of, cfg.max_length),
+        )
+
+    mixture = _mixture(cfg, "train", cfg.subset_size)
+    steps = cfg.uses_kv and cfg.align_tokens == "segment"
+    files = TokenFiles(_folder(cfg), first, wait)
+    corpus = encode_once(mixture.examples, tokenizer, cfg.max_length, steps=steps, files=files)
+    _report(cfg, mixture, corpus)
+    examples = (
+        _first_per_corpus(_mixture(cfg, "eval", None).examples, cfg.eval_subset_size) if cfg.eval_subset_size else []
+    )
+    held_out: Sequence[EncodedSample] = []
+    if examples:
+        held_out = encode_once(examples, tokenizer, cfg.max_length, steps=steps, files=files).samples
+    if steps:
+        _check_steps(cfg, corpus.samples)
+    if examples and not held_out:
+        raise InputError(
+            f"max_length={cfg.max_length}: none of the {len(examples)} held-out rows fits; expected a larger "
+            "--max_length (or --eval_subset_size 0: no evaluation)"
+        )
+    return RunData(
+        loader=batches(corpus.samples, accumulation=cfg.gradient_accumulation_steps, shuffle=True),
+        eval_examples=examples,
+        eval_loader=batches(held_out, accumulation=1, shuffle=False) if held_out else None,
+    )
+
+
+def _folder(cfg: RunConfig) -> Path | None:
+    if cfg.data_cache is None:
+        return default_folder()
+    return None if cfg.data_cache == "never" else Path(cfg.data_cache)
+
+
+def _check_steps(cfg: RunConfig, samples: Sequence[EncodedSample]) -> None:
+    if not any(sample.step_count for sample in samples):
+        raise InputError(
+            "align_tokens=segment: no training row has a rationale, so that there is no step to match; expected rows "
+            "with reasoning (or --align_tokens position)"
+        )
+    if cfg.logit_kd_weight and any(sample.teacher is not None for sample in samples):
+        raise InputError(
+            f"logit_kd_weight={cfg.logit_kd_weight}: some rows have a teacher_rationale, and the logits of another "
+            "text correspond to none of the student's; expected 0 (or rows without teacher_rationale)"
+        )
+
+
+def _mixture(cfg: RunConfig, split: str, subset_size: int | None) -> Mixture:
+    return load_mixture(
+        cfg.datasets,
+        split,
+        data_dir=cfg.data_dir,
+        subset_size=subset_size,
+        seed=cfg.seed,
+        on_bad_row=cfg.on_bad_row,
+        synthetic_problems=cfg.synthetic_problems,
+    )
+
+
+def _report(cfg: RunConfig, mixture: Mixture, corpus: EncodedCorpus) -> None:
+    log.info("data: %d rows to train on from %s", len(corpus.samples), " ".join(cfg.datasets))
+    if corpus.too_long:
+        log.warning(
+            "data: %d rows are longer than --max_length %d tokens and were left out", corpus.too_long, cfg.max_length
+        )
+    for place, count in mixture.skipped.items():
+        if count:
+            log.warning("data: %d malformed rows of %s were skipped", count, place)
+    if not corpus.samples:
+        raise InputError(
+            f"--datasets {' '.join(cfg.datasets)}: no usable row is left ({corpus.too_long} longer than --max_length "
+            f"{cfg.max_length}); expected at least one (raise --max_length or check the data)"
+        )
+
+
+def _first_per_corpus(examples: list[Example], count: int) -> list[Example]:
+    taken: dict[str, int] = {}
+    chosen = []
+    for example in examples:
+        taken[example.corpus] = taken.get(example.corpus, 0) + 1
+        if taken[example.corpus] <= count:
+            chosen.append(example)
+    return chosen

@@ -1,0 +1,1 @@
+"""The module that DeepSpeed wraps, its losses, and what a step gives it."""

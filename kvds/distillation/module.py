@@ -1,0 +1,194 @@
+"""The module that DeepSpeed wraps: student and aligner together, one forward to one scalar loss."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvds.align import AlignerGroup, KVAligner, members_of
+from kvds.align.diagnostics import effective_rank
+from kvds.data.encoding import Segment
+from kvds.data.model_inputs import model_inputs
+from kvds.distillation.gradient_watch import GradientWatch
+from kvds.distillation.losses import head_losses, spoil_gradient
+from kvds.distillation.step import StepInput, TeacherKV
+from kvds.kv import Selection, States, open_capture, pool_steps, selected_shares
+from kvds.kv.families import backbone
+
+
+class DistillationModule(nn.Module):
+    """Student and aligner behind one forward that returns the loss of a micro-batch.
+
+    ``loss = w_task · CE + w_kv · KV + w_kd · KD``, each part the micro-batch's sum over positions divided by the global
+    step's mean count (``TokenBatch.label_normalizer``, ``position_normalizer``): averaged over ranks and
+    micro-batches, as
+    DeepSpeed does, it is the mean over the whole global batch, however it was split and padded.
+
+    Args:
+        student: A causal language model.
+        aligner: From :func:`kvds.align.build_aligner`; None without KV alignment.
+        rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
+        head_chunks: Chunks of positions at the language-model head, the same on every rank.
+        kd_temperature: Temperature of logit distillation.
+        kd_vocab_size: Entries of the vocabulary that carry tokens.
+        offload_checkpoints: Keep what the student's forward saves for its backward pass in host memory; with gradient
+            checkpointing that is each layer's input.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        aligner: KVAligner | AlignerGroup | None = None,
+        *,
+        rope: str = "pre",
+        head_chunks: int = 1,
+        kd_temperature: float = 1.0,
+        kd_vocab_size: int | None = None,
+        offload_checkpoints: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.aligner = aligner
+        self._rope, self._head_chunks = rope, head_chunks
+        self._kd_temperature, self._kd_vocab_size = kd_temperature, kd_vocab_size
+        self._offload_checkpoints = offload_checkpoints
+        self.gradient_watch: GradientWatch | None = None
+
+    def _storage(self, ids: Tensor) -> AbstractContextManager[Any]:
+        """Where the student's forward keeps what its backward pass reads."""
+        if not (self._offload_checkpoints and torch.is_grad_enabled()):
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=ids.is_cuda)
+
+    def forward(self, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the student once.
+
+        Returns:
+            The loss (fp32 scalar with a graph) and detached metrics, means in the sense above; keys as in
+            ``metrics.jsonl``.
+        """
+        batch, weights = step.batch, step.weights
+        model = backbone(self.student)
+        inputs: dict[str, Any] = {
+            **model_inputs(batch, model.config, next(self.student.parameters()).dtype),
+            "use_cache": False,
+        }
+        metrics: dict[str, Tensor] = {}
+        kv = None
+        self.gradient_watch = None
+        if self.aligner is None:
+            with self._storage(batch.input_ids):
+                hidden = model(**inputs).last_hidden_state
+        else:
+            require_grad = torch.is_grad_enabled()
+            capture = open_capture(model, self.aligner.reads, rope=self._rope, require_grad=require_grad)
+            with capture, self._storage(batch.input_ids):
+                hidden = model(**inputs).last_hidden_state
+            states = capture.states
+            if batch.step_ids is not None:
+                states = pool_steps(states, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
+            if step.watch and torch.is_grad_enabled():
+                self.gradient_watch = GradientWatch()
+                self.gradient_watch.attach(capture)
+            kv = self._kv_loss(states, step, metrics)
+
+        teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
+        task, kd = head_losses(
+            self.student.get_output_embeddings(),  # type: ignore[operator]
+            hidden,
+            step.labelled,
+            num_chunks=self._head_chunks,
+            teacher_head=step.teacher_head,
+            teacher_hidden=teacher_hidden,
+            temperature=self._kd_temperature,
+            vocab_size=self._kd_vocab_size,
+            scale=1 / batch.label_normalizer,
+        )
+        # At a weight of 0, too: ZeRO-3 gathers the last layer for its backward pass once its output has a gradient.
+        loss = task if weights.task == 1.0 else weights.task * task
+        metrics["loss/task"] = task.detach()
+        if kv is not None and weights.kv:
+            loss = loss + weights.kv * kv
+        if teacher_hidden is not None:
+            loss = loss + weights.logit_kd * kd
+            metrics["loss/logit_kd"] = kd.detach()
+        metrics["loss/total"] = loss.detach()
+        return spoil_gradient(loss), metrics
+
+    def _kv_loss(self, states: States, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
+        """The KV loss of the teacher; of several the weighted sum, one after the other."""
+        if self.aligner is None:
+            raise RuntimeError("a KV loss needs an aligner")
+        members = members_of(self.aligner)
+        if not step.sources:
+            if step.teacher is None or step.teacher.states is None or step.selection is None:
+                raise RuntimeError("an aligner needs the teacher's keys and values and a selection of positions")
+            return self._loss_of(members[0][1], states, TeacherKV(step.teacher.states, step.selection), step, metrics)
+        terms: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        for number, ((weight, member), source) in enumerate(zip(members, step.sources, strict=True)):
+            own: dict[str, Tensor] = {}
+            # Nothing holds this teacher's keys and values once its loss is there: the operation has its gradients.
+            terms.append(weight * self._loss_of(member, states, source(), step, own))
+            metrics[f"loss/kv_teacher_{number}"] = own["loss/kv"]
+            for key in ("loss/kv", "loss/kv_keys", "loss/kv_values", "loss/kv_attention"):
+                if key in own:
+                    sums[key] = sums[key] + weight * own[key] if key in sums else weight * own[key]
+            if number == 0:
+                metrics |= {key: value for key, value in own.items() if key.startswith("kv/")}
+        metrics |= sums
+        return torch.stack(terms).sum()
+
+    def _loss_of(
+        self, aligner: nn.Module, states: States, teacher: TeacherKV, step: StepInput, metrics: dict[str, Tensor]
+    ) -> Tensor:
+        selection = teacher.selection
+        if step.watch:
+            metrics |= _state_metrics(states, selection)
+            if step.batch.step_ids is None:
+                segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
+                metrics |= selected_shares(selection, step.batch.segment_ids, segments)
+        aligned = aligner(student=states, teacher=teacher.states, selection=selection)
+        # From the mean over this micro-batch to its share of the mean over the global step.
+        share = selection.mask.sum() / step.batch.position_normalizer
+        metrics["loss/kv"] = aligned.loss.detach() * share
+        for part, loss, layers in (
+            ("keys", aligned.key_loss, aligned.key_layers),
+            ("values", aligned.value_loss, aligned.value_layers),
+            ("attention", aligned.attention_loss, None),
+        ):
+            if loss is not None:
+                metrics[f"loss/kv_{part}"] = loss * share
+                if step.watch and layers is not None:
+                    metrics |= {f"loss/kv_{part}_layer_{i:02d}": layer * share for i, layer in enumerate(layers)}
+        return aligned.loss * share
+
+
+@torch.no_grad()
+def _state_metrics(states: States, selection: Selection | None) -> dict[str, Tensor]:
+    """RMS norm and effective rank of the student's states, means over layers, of the tokens selected."""
+    if selection is None:
+        return {}
+    metrics = {}
+    for name in ("keys", "values", "hidden_states"):
+        layers = getattr(states, name, ())
+        if not layers:
+            continue
+        norms, ranks = [], []
+        for layer in layers:
+            rows = layer.detach().transpose(1, 2).flatten(2)  # [B, T, H·D]
+            if selection.index is not None:
+                rows = rows.gather(1, selection.index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+            kept = rows[selection.mask].float()  # [N, H·D]
+            if kept.shape[0] == 0:  # a micro-batch of padding alone, at the end of an epoch
+                return {}
+            norms.append(kept.square().sum(-1).mean().sqrt())
+            # An eigenvalue solver raises on what is not finite; the step itself is left out and told of elsewhere.
+            rank = torch.as_tensor(effective_rank(torch.nan_to_num(kept, 0.0, 0.0, 0.0)))
+            ranks.append(torch.where(torch.isfinite(kept).all(), rank, torch.nan))
+        metrics[f"kv/norm_{name}"] = torch.stack(norms).mean()
+        metrics[f"kv/effective_rank_{name}"] = torch.stack(ranks).mean().to(metrics[f"kv/norm_{name}"])
+    return metrics

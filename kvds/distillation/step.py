@@ -1,0 +1,55 @@
+"""One micro-batch with all that the student's forward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvds.data.batches import TokenBatch
+from kvds.data.labels import LabelledPositions
+from kvds.distillation.losses import Head
+from kvds.kv import Selection, States
+from kvds.teacher.teacher import TeacherOutput
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the loss parts; a part of weight 0 is not computed into the loss."""
+
+    task: float = 1.0
+    kv: float = 0.0
+    logit_kd: float = 0.0
+
+
+class TeacherKV(NamedTuple):
+    """One teacher's keys and values of a batch, and the positions that count."""
+
+    states: States
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One micro-batch with all that the student's forward needs. Tensors on the device of the student.
+
+    Attributes:
+        batch: Token ids, masks and the normalizers that make a sum over this rank's share of the global mean.
+        labelled: Positions of ``batch`` whose next token counts.
+        selection: Positions (or steps) whose keys and values count; None without alignment.
+        teacher: The teacher's output for this batch; None where nothing reads it.
+        teacher_head: Its language-model head, for logit distillation.
+        weights: Factors of the loss parts.
+        sources: With several teachers, one call each that runs it on the batch: only one teacher's keys and values are
+            there at a time. Then ``teacher`` and ``selection`` are None.
+        watch: Also measure the student's KV and the gradient that the KV loss sends back (logging steps).
+    """
+
+    batch: TokenBatch
+    labelled: LabelledPositions
+    selection: Selection | None
+    teacher: TeacherOutput | None
+    teacher_head: Head | None
+    weights: LossWeights
+    watch: bool = False
+    sources: tuple[Callable[[], TeacherKV], ...] = ()

@@ -1,0 +1,64 @@
+"""From a batch to all that the student's forward needs: labelled positions, the teacher's output, a selection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from kvds.config import RunConfig
+from kvds.data.batches import TokenBatch
+from kvds.data.labels import LabelledPositions
+from kvds.distillation.step import LossWeights, StepInput, TeacherKV
+from kvds.teacher.cached import CachedTeacher
+from kvds.teacher.teacher import Teacher
+from kvds.teacher.token_selection import TokenChoice
+
+
+class StepInputs:
+    """Runs the teacher on a batch and makes the student's input.
+
+    Args:
+        cfg: The run.
+        teachers: None, one or several.
+        choice: Which positions are matched.
+        device: Of the student.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, teachers: Sequence[Teacher | CachedTeacher], choice: TokenChoice, device: torch.device
+    ) -> None:
+        self._cfg, self._teachers, self._choice, self._device = cfg, teachers, choice, device
+
+    def __call__(
+        self, batch: TokenBatch, weights: LossWeights | None = None, *, watch: bool = False, step: int = 0
+    ) -> StepInput:
+        """The input for one micro-batch; a function of the batch and ``step`` alone.
+
+        Args:
+            batch: On the CPU.
+            weights: Factors of the loss parts; None: the task's alone.
+            watch: As of :class:`kvds.distillation.step.StepInput`.
+            step: Optimizer step, which random selections depend on.
+        """
+        weights = LossWeights() if weights is None else weights
+        labelled = LabelledPositions.from_labels(batch.labels).to(self._device)
+        batch = batch.to(self._device)
+        if self._cfg.teacher_names:
+            sources = tuple(partial(self._source, teacher, batch, step) for teacher in self._teachers)
+            return StepInput(batch, labelled, None, None, None, weights, watch, sources)
+        output, selection, head = None, None, None
+        if self._teachers:
+            [teacher] = self._teachers
+            if self._cfg.uses_kv:
+                output, selection = self._choice.with_teacher(teacher, batch, step)
+            else:
+                output = teacher(batch)
+            head = teacher.head if self._cfg.logit_kd_weight else None
+        return StepInput(batch, labelled, selection, output, head, weights, watch)
+
+    def _source(self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int) -> TeacherKV:
+        output, selection = self._choice.with_teacher(teacher, batch, step)
+        assert output.states is not None
+        return TeacherKV(output.states, selection)

@@ -1,0 +1,1 @@
+"""A model, and an alignment, on held-out rows."""

@@ -1,0 +1,153 @@
+"""A model's configuration with its overrides, checked before any weights are read."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from kvds.config import RunConfig
+from kvds.config.values import parse_overrides
+from kvds.errors import InputError, one_line
+from kvds.kv import KVShape
+from kvds.kv.families import FAMILIES
+from kvds.models.hub import from_hub
+from kvds.models.loading import log
+from kvds.models.tokenizer import check_vocabulary
+
+# Overriding the left side makes the right side stale: it is dropped, so that the family's own default is computed anew.
+_DERIVED_KEYS = {
+    "num_hidden_layers": ("layer_types",),
+    "hidden_size": ("head_dim",),
+    "num_attention_heads": ("head_dim",),
+}
+_SIZES = {
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "n_layer", "n_embd", "n_head", "n_positions"),
+}
+
+
+def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfig:
+    """The architecture of ``name``, with ``overrides`` such as ``"num_hidden_layers=4,hidden_size=128"`` applied.
+
+    Raises:
+        InputError: nothing there, an unknown key, or a value of another type than the configuration's.
+    """
+    config = from_hub(AutoConfig, name, "config.json", f"--{flag}_name")
+    changes = parse_overrides(overrides)
+    if not changes:
+        _check_sizes(config, f"--{flag}_name={name}")
+        return config
+    values = config.to_dict()
+    # transformers keeps what config.json calls rope_theta in a mapping of its own.
+    rope = values.get("rope_parameters") or {}
+    rope = dict(rope) if all(not isinstance(value, dict) for value in rope.values()) else {}
+    known = set(values) | set(type(config).attribute_map) | set(rope)
+    if hasattr(config, "num_key_value_heads"):
+        known.add("head_dim")  # these families read it where it is given, though not all configurations declare it
+    for key, value in changes.items():
+        place = f"--{flag}_config_overrides {key}={value}"
+        if key not in known:
+            raise InputError(f"{place}: {config.model_type} has no such setting; expected one of its config.json keys")
+        if key == "model_type":
+            raise InputError(f"{place}: the family cannot be changed; expected another --{flag}_name")
+        current = getattr(config, key, None)
+        if key in rope:
+            current = rope[key]
+        if (
+            current is not None
+            and not isinstance(value, type(current))
+            and not (isinstance(current, float) and isinstance(value, int))
+            or (isinstance(value, bool) and not isinstance(current, bool | None))
+        ):
+            raise InputError(f"{place}: expected {type(current).__name__} as in {name}, got {type(value).__name__}")
+        if isinstance(current, float):
+            changes[key] = float(value)
+        for stale in _DERIVED_KEYS.get(key, ()):
+            if stale not in changes:
+                values.pop(stale, None)
+    own = {type(config).attribute_map.get(key, key): value for key, value in changes.items() if key not in rope}
+    values.update(own)
+    if rope:
+        values["rope_parameters"] = rope | {key: value for key, value in changes.items() if key in rope}
+    for key, value in changes.items():
+        if key in _SIZES and value < 1:
+            raise InputError(f"--{flag}_config_overrides {key}={value}: expected a whole number, at least 1")
+    try:
+        changed = type(config).from_dict(values)
+    except Exception as error:  # transformers checks a configuration with a dozen kinds of exception
+        reason = one_line(error)
+        raise InputError(
+            f"--{flag}_config_overrides {overrides}: {reason}; expected values that fit together"
+        ) from error
+    _check_sizes(changed, f"--{flag}_config_overrides {overrides}")
+    return changed
+
+
+def _check_sizes(config: PreTrainedConfig, place: str) -> None:
+    """Refuse shapes that transformers builds and then cannot run, of the families that are known."""
+    if config.model_type not in FAMILIES:
+        return  # the families are told where one is needed
+    for key in sorted(_SIZES):
+        value = getattr(config, key, None)
+        if value is not None and value < 1:
+            raise InputError(f"{place}: {key} is {value}; expected a whole number, at least 1 (in config.json)")
+    width, heads = config.hidden_size, config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if heads % groups:
+        raise InputError(f"{place}: {heads} attention heads over {groups} key-value heads; expected a multiple")
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and width % heads:
+        raise InputError(f"{place}: hidden_size {width} over {heads} heads; expected hidden_size to be a multiple")
+    if getattr(config, "rope_parameters", None) and (head_dim or width // heads) % 2:
+        raise InputError(f"{place}: {head_dim or width // heads} numbers per head; expected an even count to rotate")
+
+
+def check_positions(config: PreTrainedConfig, max_length: int, *, flag: str) -> None:
+    """Refuse rows longer than the model has positions for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise InputError(
+            f"max_length={max_length}: the {flag} has {limit} positions; expected --max_length {limit} or less"
+        )
+
+
+def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> None:
+    """Build the model on the meta device, which takes neither memory nor weights: what transformers makes no model of
+    is told before any weights are read.
+    """
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # an activation that nobody knows is a KeyError, a bad padding id an AssertionError …
+        raise InputError(
+            f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected a "
+            f"config.json that fits (see --{flag}_config_overrides)"
+        ) from error
+
+
+def kv_shape(config: PreTrainedConfig) -> KVShape:
+    """Layer count, KV heads and head_dim as the configuration states them."""
+    return KVShape.from_config(config)
+
+
+def run_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
+    """The architecture of a run's model, checked against the run: all that can be said without its weights.
+
+    Args:
+        cfg: The run.
+        tokenizer: Of the run.
+        name: Folder or hub name.
+        flag: ``"teacher"`` or ``"student"``.
+
+    Raises:
+        InputError: no such model, or one that this run cannot use.
+    """
+    overrides = getattr(cfg, f"{flag}_config_overrides")
+    if overrides and getattr(cfg, f"{flag}_init") == "pretrained":
+        log.info("%s: configuration overrides on pretrained weights: their shapes must still fit", flag)
+    config = load_config(name, overrides, flag=flag)
+    kv_shape(config)
+    check_vocabulary(config, tokenizer, flag=flag)
+    check_positions(config, cfg.max_length, flag=flag)
+    check_buildable(name, config, flag=flag)
+    return config

@@ -1,0 +1,96 @@
+"""Teacher and student from a hub name, a folder or a configuration alone, and the checks that they fit each other."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from kvds.errors import InputError, one_line
+from kvds.models.hub import from_hub
+
+log = logging.getLogger("kvds")
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def _partitioned_loading(engine_config: dict[str, Any] | None) -> Iterator[None]:
+    """Within it, ``from_pretrained`` creates parameters sharded by ZeRO-3, so that no rank ever holds a whole model.
+
+    transformers finds the DeepSpeed configuration through a global weak reference: it must live for the load and be
+    gone before the next model, which may be placed otherwise.
+    """
+    if engine_config is None or engine_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig  # needs DeepSpeed, which a whole model does not
+
+    reference = HfDeepSpeedConfig(engine_config)
+    try:
+        yield
+    finally:
+        del reference
+        gc.collect()
+
+
+def load_model(
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    init: str,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    seed: int,
+    flag: str,
+    engine_config: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A causal language model in ``dtype``.
+
+    Args:
+        name: Folder or hub name (read only where ``init`` is ``"pretrained"``).
+        config: Its architecture, overrides applied.
+        init: ``"pretrained"`` or ``"random"`` (the same weights on every rank and for every world size, from ``seed``).
+        dtype: Of the parameters.
+        attn_implementation: ``"sdpa"`` or ``"eager"``.
+        seed: Of the random start.
+        flag: ``"teacher"`` or ``"student"``, for messages.
+        engine_config: The DeepSpeed configuration under which pretrained weights are loaded in shards (stage 3), or
+            None.
+
+    Raises:
+        InputError: the weights are missing, or their shapes are not the configuration's.
+    """
+    if init == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            except (KeyError, ValueError) as error:
+                raise InputError(
+                    f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected "
+                    f"a config.json that fits (see --{flag}_config_overrides)"
+                ) from error
+    with _partitioned_loading(engine_config):
+        try:
+            model, info = from_hub(
+                AutoModelForCausalLM, name, "model with weights", f"--{flag}_name",
+                config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise InputError(
+                f"--{flag}_name={name}: its weights do not have the shapes of its configuration "
+                f"({' '.join(str(error).split())[:200]}); expected matching files, or --{flag}_init random"
+            ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"--{flag}_name={name}: {len(missing)} weights are missing (first: {missing[0]}); expected a whole "
+            f"checkpoint, or --{flag}_init random"
+        )
+    return model

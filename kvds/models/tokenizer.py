@@ -1,0 +1,67 @@
+"""The one tokenizer of a run, and the checks that models and tokenizer fit each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from kvds.config import RunConfig
+from kvds.errors import InputError
+from kvds.models.hub import from_hub
+
+
+def _tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
+    tokenizer = from_hub(AutoTokenizer, name, "tokenizer", flag)
+    # From a config.json alone transformers makes a tokenizer that knows its special tokens and not one word.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise InputError(
+            f"{flag}={name}: holds no tokenizer; expected tokenizer.json there, or --tokenizer_name FOLDER"
+        )
+    return tokenizer
+
+
+def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
+    """The one tokenizer of a run: ``--tokenizer_name``, else the teacher's, else the student's."""
+    if cfg.tokenizer_name is not None:
+        return _tokenizer(cfg.tokenizer_name, "--tokenizer_name")
+    names = [name for name in ((cfg.teacher if cfg.uses_teacher else None), cfg.student) if name is not None]
+    for position, name in enumerate(dict.fromkeys(names)):
+        try:
+            return _tokenizer(name, "--teacher_name" if position == 0 else "--student_name")
+        except InputError:
+            if position == len(set(names)) - 1:
+                raise InputError(
+                    f"--tokenizer_name is not given and {' and '.join(dict.fromkeys(names))} hold no tokenizer; "
+                    f"expected --tokenizer_name FOLDER"
+                ) from None
+    raise InputError("--model_name or --student_name is missing; expected a folder or a hub name")
+
+
+def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Positions correspond one to one only where both models read the same ids: refuse models that bring other
+    vocabularies.
+    """
+    flag_of_teacher = "--teacher_names" if cfg.teacher_names else "--teacher_name"
+    teachers = [(flag_of_teacher, name) for name in cfg.teachers] if cfg.uses_teacher else []
+    for flag, name in (*teachers, ("--student_name", cfg.student)):
+        if name is None or not Path(name).is_dir() or not any(Path(name).glob("tokenizer*")):
+            continue
+        own = _tokenizer(name, flag)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"{flag}={name}: its tokenizer ({len(own)} entries) differs from the run's ({len(tokenizer)} "
+                "entries); expected teacher and student of one vocabulary, since keys and values are matched "
+                "position by position"
+            )
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, flag: str) -> None:
+    """A model may pad its vocabulary, but must have a row for each token."""
+    rows, largest = int(config.vocab_size), max(tokenizer.get_vocab().values())
+    if rows <= largest:
+        raise InputError(
+            f"--{flag}_name: vocab_size {rows} has no row for token id {largest} of the tokenizer; expected vocab_size "
+            f"> {largest} (another --tokenizer_name, or --{flag}_config_overrides vocab_size={largest + 1} with "
+            f"--{flag}_init random)"
+        )

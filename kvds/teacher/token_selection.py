@@ -1,0 +1,59 @@
+"""Which positions of a batch are matched, and the teacher's forward: the one that the other reads comes first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvds.config import RunConfig
+from kvds.config.alignment_rules import READS_KEYS
+from kvds.data.batches import TokenBatch
+from kvds.data.model_inputs import repacked, unpacked
+from kvds.kv import Observed, ObservingRows, Selection, common_steps, observing_rows, row_draws, select_tokens
+from kvds.teacher.cached import CachedTeacher
+from kvds.teacher.teacher import Teacher, TeacherOutput
+
+
+class TokenChoice:
+    """The choice that a run's configuration asks for.
+
+    Args:
+        cfg: With ``kv_method`` and its settings.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._cfg = cfg
+
+    def observing(self, batch: TokenBatch) -> ObservingRows | None:
+        """The tokens of ``batch`` whose queries the choice reads; None where it reads none."""
+        count = self._cfg.observing_tokens
+        return observing_rows(self._cfg.kv_method, batch.segment_ids, batch.attention_mask, observing_tokens=count)
+
+    def select(self, batch: TokenBatch, observed: Observed | None, step: int = 0) -> Selection:
+        """The positions of ``batch`` whose keys and values are matched, or its steps of reasoning.
+
+        Args:
+            batch: On the device.
+            observed: The teacher's keys and query rows, where the method reads them.
+            step: What random draws depend on.
+        """
+        cfg = self._cfg
+        if batch.step_ids is not None:
+            teachers = (batch.teacher_text or batch).step_ids
+            return common_steps(batch.step_ids, batch.step_ids if teachers is None else teachers, batch.num_steps)
+        rows = unpacked(batch)
+        selection = select_tokens(
+            cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask,
+            mask_first_token=cfg.mask_first_token, observed=observed, rkv_lambda=cfg.rkv_lambda,
+            draws=row_draws(cfg.seed, step, batch.sample_ids),
+        )  # fmt: skip
+        return repacked(selection, batch)
+
+    def with_teacher(
+        self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int = 0
+    ) -> tuple[TeacherOutput, Selection]:
+        """Run the teacher on ``batch`` and choose: of methods that look at no key, it keeps the chosen rows alone."""
+        if self._cfg.kv_method not in READS_KEYS:
+            selection = self.select(batch, None, step)
+            return teacher(batch, selection), selection
+        output = teacher(batch)
+        return replace(output, observed=None), self.select(batch, output.observed, step)

@@ -1,0 +1,1 @@
+"""The run: built, trained, guarded, evaluated and left."""

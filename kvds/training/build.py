@@ -1,0 +1,125 @@
+"""The models of a run: student, aligner and teachers, each fault told before the next, dearer thing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kvds.align import AlignerGroup, build_aligner, members_of
+from kvds.config import RunConfig
+from kvds.config.deepspeed_file import compute_dtype
+from kvds.data.batches import TokenBatch
+from kvds.data.loader import BatchLoader
+from kvds.distillation.losses import head_chunk_count
+from kvds.distillation.module import DistillationModule
+from kvds.models.architecture import kv_shape
+from kvds.models.loading import TORCH_DTYPES, load_model
+from kvds.teacher.build import build_teachers
+from kvds.teacher.cache_fingerprint import cache_fingerprint
+from kvds.teacher.cached import CachedTeacher
+from kvds.teacher.teacher import Teacher
+from kvds.teacher.token_selection import TokenChoice
+from kvds.training.calibration import calibrate_aligner
+
+
+@dataclass
+class RunModels:
+    """What a run trains and what it learns from.
+
+    Attributes:
+        student: In the run's dtype, on the device or in ZeRO-3's shards.
+        aligner: On the device; None where no keys and values are matched.
+        teachers: In the order of ``cfg.teachers``; empty where none is used.
+    """
+
+    student: Any
+    aligner: Any
+    teachers: list[Teacher | CachedTeacher]
+
+    def calibrate(
+        self, cfg: RunConfig, loader: BatchLoader, choice: TokenChoice, device: torch.device,
+        between_batches: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Fit the aligner's statistics and closed-form starts on the first batches; every rank calls it."""
+
+        def batches() -> Iterator[TokenBatch]:
+            for step in range(min(cfg.calibration_batches, loader.steps_per_epoch)):
+                for batch in loader.step(step):
+                    between_batches()
+                    yield batch.to(device)
+
+        for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True):
+            match = partial(choice.with_teacher, teacher)
+            calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope)
+
+    def module(self, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DistillationModule:
+        """Student and aligner as the one module that an engine trains."""
+        return DistillationModule(
+            self.student,
+            self.aligner,
+            rope=cfg.kv_rope,
+            head_chunks=head_chunk_count(cfg.batch_size * cfg.max_length, self.student.config.vocab_size),
+            kd_temperature=cfg.logit_kd_temperature,
+            kd_vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            offload_checkpoints=cfg.checkpoint_offload,
+        )
+
+
+def build_run_models(
+    cfg: RunConfig,
+    raw: dict[str, Any],
+    *,
+    student_config: Any,
+    teacher_configs: list[Any],
+    engine_config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    loader: BatchLoader,
+    choice: TokenChoice,
+    device: torch.device,
+) -> RunModels:
+    """Aligner, teachers and student of a run; every rank calls it.
+
+    Args:
+        cfg: The run.
+        raw: The DeepSpeed configuration file.
+        student_config: The student's architecture.
+        teacher_configs: The teachers', in the order of ``cfg.teachers``.
+        engine_config: The student's DeepSpeed configuration.
+        tokenizer: Of the run.
+        loader: Of the training rows, which a cache must have been made of.
+        choice: What is observed of teachers.
+        device: Of this rank.
+
+    Raises:
+        InputError: models that cannot be loaded, or keys and values that cannot be mapped.
+    """
+    dtype = TORCH_DTYPES[compute_dtype(raw)]
+    # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
+    aligner: Any = None
+    if cfg.uses_kv:
+        members = [build_aligner(kv_shape(student_config), kv_shape(config), cfg) for config in teacher_configs]
+        aligner = AlignerGroup(members, cfg.weights_of_teachers) if cfg.teacher_names else members[0]
+        if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
+            for member in members:
+                member.to(device).try_out(dtype, device)
+
+    def made_of(config: Any) -> dict[str, str]:
+        return cache_fingerprint(cfg, tokenizer, config, loader.samples, compute_dtype(raw))
+
+    teachers = build_teachers(cfg, teacher_configs, raw, device=device, observe=choice.observing, made_of=made_of)
+    student: Any = load_model(
+        cfg.student or "", student_config, init=cfg.student_init, dtype=dtype,
+        attn_implementation=cfg.attn_implementation, seed=cfg.seed, flag="student", engine_config=engine_config,
+    )  # fmt: skip
+    student.config.use_cache = False
+    if not any(hasattr(p, "ds_id") for p in student.parameters()):
+        student.to(device)
+    student.train()
+    if aligner is not None:
+        aligner.to(device)
+    return RunModels(student, aligner, teachers)

@@ -1,0 +1,238 @@
+"""``launch/distill.py --dry_run``: everything that a run does before its first step, without weights, ranks or traces.
+
+What would end a run after an hour in the queue ends this in seconds, with the same line and exit code 2: every row of
+every corpus is read, the models are built on the meta device, the headers of their weight files are read, DeepSpeed
+reads its configuration for the number of ranks there will be, and memory and disk are reckoned for this machine.
+Nothing is written to the output folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kvds.align import build_aligner
+from kvds.checkpoint.folder import CHECKPOINTS, resumable_steps, step_tag
+from kvds.checkpoint.manifest import folder_faults
+from kvds.checkpoint.origin import fit_to_origin, read_origin
+from kvds.checkpoint.run_folder import check_resume_folder, check_writable
+from kvds.config import RunConfig
+from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
+from kvds.config.engine_config import student_engine_config, teacher_engine_config
+from kvds.config.resume_rules import check_resumable
+from kvds.data.loader import BatchLoader
+from kvds.data.run_data import load_run_data
+from kvds.durable_files import existing_parent
+from kvds.errors import InputError, one_line
+from kvds.models.architecture import kv_shape, run_model_config
+from kvds.models.loading import TORCH_DTYPES
+from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
+from kvds.plan.estimate import Machine, Plan
+from kvds.plan.rows import measured_rows
+from kvds.plan.several import SeveralTeachersPlan
+from kvds.teacher.cache_fingerprint import cache_fingerprint, check_fingerprint
+from kvds.teacher.cache_shards import ShardReader
+
+log = logging.getLogger("kvds")
+
+
+def dry_run(cfg: RunConfig) -> None:
+    """Check a run and print a summary; of several ranks only the first does.
+
+    Raises:
+        InputError: what would end the run, or keep it from ending well.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+    log.setLevel(logging.WARNING)
+    machine = this_machine()
+    raw = load_deepspeed_config(cfg.deepspeed_config)
+    step = _resumed_step(cfg)
+    lines = {"output": f"{cfg.output_dir}: " + ("a new run" if step is None else f"goes on from {step_tag(step)}")}
+    if step is not None:
+        origin, stage = read_origin(Path(cfg.output_dir), step), raw["zero_optimization"]["stage"]
+        cfg = fit_to_origin(cfg, origin, step=step, world_size=machine.ranks, zero_stage=stage)
+    _check_engine(cfg, raw, machine.ranks)
+    tokenizer = load_tokenizer(cfg)
+    check_same_tokenizer(cfg, tokenizer)
+    student, teachers = _models(cfg, tokenizer)
+    data = load_run_data(cfg, tokenizer, rank=0, world_size=machine.ranks)
+    _check_aligners(cfg, student, teachers, raw)
+    if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
+        from kvds.teacher.tensor_parallel import check_heads  # imports DeepSpeed
+
+        for teacher in teachers:
+            check_heads(teacher, cfg.teacher_tp_size, machine.ranks)
+    if cfg.teacher_cache is not None:
+        _check_cache(cfg, tokenizer, teachers[0], raw)
+    longest = max(len(sample.input_ids) for sample in data.loader.samples)
+    lines["data"] = (
+        f"{len(data.loader.samples)} rows of {' '.join(cfg.datasets)}, the longest {longest} of --max_length "
+        f"{cfg.max_length} tokens; {len(data.eval_examples)} held out"
+    )
+    total_steps = cfg.max_steps or cfg.epochs * data.loader.steps_per_epoch
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps * machine.ranks
+    lines["steps"] = (
+        f"{total_steps} of {rows} rows ({cfg.batch_size} × {cfg.gradient_accumulation_steps} × {machine.ranks} ranks); "
+        f"{cfg.deepspeed_config}, {compute_dtype(raw)}"
+    )
+    lines |= _resources(cfg, machine, data.loader, total_steps)
+    print(f"dry run of {cfg.output_dir}")
+    for name, text in lines.items():
+        print(f"  {name:<8}{text}")
+    print("nothing stands in the way; nothing was trained or written")
+
+
+def this_machine() -> Machine:
+    """The ranks that the launcher will have started (one where none did), on the devices that are here."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or min(ranks, torch.cuda.device_count()))
+        return Machine(local, max(1, ranks // local), torch.cuda.get_device_properties(0).total_memory)
+    import psutil
+
+    return Machine(0, ranks, psutil.virtual_memory().available // ranks)
+
+
+def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
+    from kvds.training.engine import check_engine_config  # imports DeepSpeed
+
+    config = student_engine_config(raw, cfg, ranks)
+    # DeepSpeed multiplies by the ranks of a process group, and there is none.
+    config["train_batch_size"] = cfg.batch_size * cfg.gradient_accumulation_steps
+    check_engine_config(config, cfg.deepspeed_config)
+    if cfg.uses_teacher and cfg.teacher_placement in ("zero3", "zero3_offload"):
+        check_engine_config(teacher_engine_config(raw, cfg, 1), cfg.deepspeed_config)
+
+
+def _resumed_step(cfg: RunConfig) -> int | None:
+    folder = Path(cfg.output_dir)
+    check_writable(folder)
+    named = check_resume_folder(cfg)
+    steps = [] if cfg.resume == "never" else resumable_steps(folder)
+    if not steps:
+        if named:
+            raise InputError(
+                f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)"
+            )
+        return None
+    check_resumable(cfg, folder / "config.yaml")
+    for step in steps:
+        faults = folder_faults(folder / CHECKPOINTS / step_tag(step))
+        if not faults:
+            return step
+    raise InputError(
+        f"{folder / CHECKPOINTS / step_tag(step)}: not whole, {faults[0]}, and no other is; expected a whole "
+        "checkpoint (or --resume never)"
+    )
+
+
+def _models(cfg: RunConfig, tokenizer: Any) -> tuple[Any, list[Any]]:
+    names = cfg.teachers if cfg.uses_teacher else ()
+    student = run_model_config(cfg, tokenizer, cfg.student, flag="student")
+    teachers = [run_model_config(cfg, tokenizer, name, flag="teacher") for name in names]
+    if cfg.student_init == "pretrained":
+        check_weight_files(cfg.student, flag="student")
+    if cfg.teacher_init == "pretrained" and cfg.teacher_cache is None:
+        for name in names:
+            check_weight_files(name, flag="teacher")
+    return student, teachers
+
+
+def check_weight_files(name: str, *, flag: str) -> None:
+    """Read the headers of a folder's safetensors: a file that is missing or cut short is told without reading weights.
+
+    Raises:
+        InputError: there are no weights, or a file is damaged.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return  # a hub name: its configuration was found, and nobody knows here where its weights will be
+    files = sorted(folder.glob("*.safetensors"))
+    fault = "" if files or any(folder.glob("pytorch_model*.bin")) else "there is no model.safetensors"
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            fault = fault or f"{file.name}: {error}"
+    if fault:
+        raise InputError(
+            f"--{flag}_name={name}: the folder holds no loadable model with weights ({one_line(fault)}); expected the "
+            f"files that save_pretrained writes (or --{flag}_init random)"
+        )
+
+
+def _check_aligners(cfg: RunConfig, student: Any, teachers: list[Any], raw: dict[str, Any]) -> None:
+    if not cfg.uses_kv:
+        return
+    kernel = cfg.impl == "triton" and cfg.alignment_mode == "structured"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device if kernel else "meta"):
+        members = [build_aligner(kv_shape(student), kv_shape(teacher), cfg) for teacher in teachers]
+    for member in members if kernel else ():
+        member.try_out(TORCH_DTYPES[compute_dtype(raw)], torch.device(device))
+
+
+def _check_cache(cfg: RunConfig, tokenizer: Any, teacher: Any, raw: dict[str, Any]) -> None:
+    """All that a cache was made of but its rows, whose tokens are compared when the run reads them."""
+    dtype = compute_dtype(raw)
+    folder = Path(cfg.teacher_cache or "")
+    found = ShardReader(folder, TORCH_DTYPES[dtype], verify=False).manifest["fingerprint"]
+    expected = cache_fingerprint(cfg, tokenizer, teacher, [], dtype)
+    check_fingerprint(found, {name: text for name, text in expected.items() if name != "data set"}, folder)
+
+
+def _resources(cfg: RunConfig, machine: Machine, loader: BatchLoader, steps: int) -> dict[str, str]:
+    """Memory and disk, as ``kvds plan`` reckons them."""
+    rows = measured_rows(cfg, loader, machine.ranks)
+    plan = SeveralTeachersPlan(cfg, machine, rows) if cfg.teacher_names else Plan(cfg, machine, rows)
+    sizes = [f"student {plan.student_size.total:,}", f"aligner {plan.aligner_parameters:,}"]
+    teachers = " + ".join(f"{size.total:,}" for size in plan.teacher_sizes)
+    sizes += [f"teacher{'s' if len(plan.teacher_sizes) > 1 else ''} {teachers}"] if teachers else []
+    return {
+        "models": f"{', '.join(sizes)} parameters",
+        "memory": _memory(plan),
+        "disk": _disk(cfg, plan, steps),
+    }
+
+
+def _memory(plan: Plan | SeveralTeachersPlan) -> str:
+    machine = plan.machine
+    text = f"{_size(plan.peak)} at the peak, {_size(machine.usable)} usable per {'GPU' if machine.gpus else 'process'}"
+    if not plan.fits:
+        advice = ", ".join(plan.advice()) or "more ranks, or more memory"
+        raise InputError(
+            f"batch_size={plan.cfg.batch_size}: {text}; expected room for it (in the recipe: {advice}; for another "
+            "machine: kvds plan)"
+        )
+    return text
+
+
+def _disk(cfg: RunConfig, plan: Plan | SeveralTeachersPlan, steps: int) -> str:
+    saved = 1 + ((steps - 1) // cfg.save_steps if cfg.save_steps else 0)
+    # One more than are kept lies there while the newest is written.
+    at_once = min(saved, cfg.keep_checkpoints + 1) if cfg.keep_checkpoints else saved
+    needed = at_once * plan.checkpoint + plan.element * plan.student_size.total
+    free = shutil.disk_usage(existing_parent(Path(cfg.output_dir))).free
+    text = (
+        f"{_size(needed)} for the student and {at_once} × {_size(plan.checkpoint)} of checkpoints, {_size(free)} free"
+    )
+    if needed > free:
+        raise InputError(
+            f"output_dir={cfg.output_dir}: {text}; expected room for them (--keep_checkpoints 2, a larger "
+            "--save_steps, or another --output_dir)"
+        )
+    return text
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

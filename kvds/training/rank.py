@@ -1,0 +1,60 @@
+"""One rank of a run from its flags to its exit code; ``launch/distill.py`` and ``kvds ab`` have launchers start it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from kvds.config import RunConfig
+from kvds.config.recipe import parse_run_config
+from kvds.data.mixture import check_rows
+from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest
+from kvds.distributed.rank_environment import adopt_slurm_ranks
+from kvds.errors import InputError, RunError
+
+Train = Callable[[RunConfig, StopRequest], object]
+
+
+def run_rank(flags: Sequence[str], train: Train | None = None) -> int:
+    """Run, or with ``--dry_run`` only check.
+
+    Args:
+        flags: Of the run, and what a launcher adds.
+        train: What trains; None: :func:`kvds.training.run.train`.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 for a fault in the input, 85 stopped with a checkpoint.
+    """
+    stop = StopRequest().install()
+    try:
+        adopt_slurm_ranks()
+        cfg = parse_run_config(list(flags))
+        check_rows(cfg, cfg.seed)
+        if cfg.dry_run:
+            from kvds.training.dry_run import dry_run
+
+            dry_run(cfg)
+            return 0
+        from kvds.distributed.process_group import leave_distributed
+        from kvds.training import run as training
+
+        (train or training.train)(cfg, stop)
+        leave_distributed()
+    except Preempted:
+        leave_distributed()
+        return EXIT_CODE
+    except (InputError, RunError) as error:
+        return _tell(str(error), 2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return _tell(f"{error.filename or 'output_dir'}: {error.strerror} (make room, then start again)", 1)
+    return 0
+
+
+def _tell(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"kvds: error: {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,382 @@
+"""The training run: data, models, calibration, the loop, what it logs and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from kvds.align import aligner_config_dict
+from kvds.checkpoint.aligner_file import ALIGNER_START_FILE, save_aligner
+from kvds.checkpoint.export import save_architecture
+from kvds.checkpoint.loading import load_checkpoint
+from kvds.checkpoint.origin import fit_to_origin, read_origin
+from kvds.checkpoint.run_folder import find_checkpoint, open_run_folder
+from kvds.checkpoint.writer import CheckpointWriter
+from kvds.config import RunConfig
+from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.engine_config import student_engine_config
+from kvds.data.batches import TokenBatch
+from kvds.data.run_data import load_run_data
+from kvds.distillation.step import LossWeights, StepInput
+from kvds.distillation.step_inputs import StepInputs
+from kvds.distributed.preemption import StopRequest
+from kvds.distributed.process_group import init_distributed
+from kvds.models.architecture import run_model_config
+from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
+from kvds.teacher.cached import CachedTeacher
+from kvds.teacher.token_selection import TokenChoice
+from kvds.tracking.provenance import collect_versions, git_revision, write_provenance
+from kvds.tracking.tracker import Tracker, ui_command
+from kvds.training.build import build_run_models
+from kvds.training.calibration import calibrate_kv_weight
+from kvds.training.engine import build_engine, check_engine_config
+from kvds.training.guard import guarded
+from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
+from kvds.training.kv_health import KVHealth, held_weight
+from kvds.training.meters import IntervalMeter, PhaseTimer
+from kvds.training.nonfinite_steps import BadSteps
+from kvds.training.results import RunResults
+
+log = logging.getLogger("kvds")
+
+
+def train(cfg: RunConfig, stop: StopRequest | None = None, *, draw_report: bool = True) -> Path:
+    """Run one distillation from data to exported student; every rank calls it. Joins the process group if none is
+    there. Without ``draw_report`` no ``report/`` is made (of many small runs, an experiment draws one).
+
+    Args:
+        cfg: The run.
+        stop: A request to stop that already listens to signals; None: one of its own.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        InputError: before any model is loaded where the fault can be seen by then.
+        Preempted: it was asked to stop, has saved a checkpoint and can be resumed.
+        RunError: it cannot go on.
+    """
+    raw = load_deepspeed_config(cfg.deepspeed_config)
+    device = init_distributed()
+    _quiet_logs()
+    with guarded(cfg, stop) as guard:
+        guard.run = run = TrainingRun(cfg, raw, device, guard.stop)
+        run.fit()
+        run.finish(draw_report=draw_report)
+    return run.output_dir
+
+
+def _quiet_logs() -> None:
+    """Rank 0 speaks; DeepSpeed and transformers only when something is wrong."""
+    level = logging.INFO if dist.get_rank() == 0 else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S", force=True)
+    log.setLevel(level)
+    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    transformers_logging.disable_progress_bar()
+
+
+class TrainingRun:
+    """One run on one rank. Construction does all that can fail on bad input, cheapest first."""
+
+    def __init__(
+        self, cfg: RunConfig, raw: dict[str, Any], device: torch.device, stop: StopRequest | None = None
+    ) -> None:
+        self.cfg, self.device = cfg, device
+        self.stop = StopRequest() if stop is None else stop
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.output_dir = Path(cfg.output_dir)
+        self.tracker: Tracker | None = None
+        self.choice = TokenChoice(cfg)
+        asked, resume_step = cfg, find_checkpoint(cfg)
+        if resume_step is not None:
+            origin, stage = read_origin(self.output_dir, resume_step), raw["zero_optimization"]["stage"]
+            self.cfg = cfg = fit_to_origin(cfg, origin, step=resume_step, world_size=self.world_size, zero_stage=stage)
+        self.engine_config = student_engine_config(raw, cfg, self.world_size)
+        check_engine_config(self.engine_config, cfg.deepspeed_config)
+        for warning in cfg.warnings:
+            log.warning("%s", warning)
+        open_run_folder(asked, resume_step, main_rank=self.rank == 0)
+
+        self.tokenizer = load_tokenizer(cfg)
+        check_same_tokenizer(cfg, self.tokenizer)
+        student_config = run_model_config(cfg, self.tokenizer, cfg.student, flag="student")
+        teachers = cfg.teachers if cfg.uses_teacher else ()
+        teacher_configs = [run_model_config(cfg, self.tokenizer, name, flag="teacher") for name in teachers]
+        first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        self.data = load_run_data(
+            cfg, self.tokenizer, rank=self.rank, world_size=self.world_size, first=first_of_node, wait=dist.barrier
+        )
+        self.loader = self.data.loader
+        self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
+        models = build_run_models(
+            cfg, raw, student_config=student_config, teacher_configs=teacher_configs, engine_config=self.engine_config,
+            tokenizer=self.tokenizer, loader=self.loader, choice=self.choice, device=device,
+        )  # fmt: skip
+        self.teacher = models.teachers[0] if models.teachers else None
+        self.inputs = StepInputs(cfg, models.teachers, self.choice, device)
+        aligner = models.aligner
+        if aligner is not None and resume_step is None:
+            models.calibrate(cfg, self.loader, self.choice, device, self.stop.check)
+            if self.rank == 0:  # `kvds profile` tells what training made of it
+                start = self.output_dir / ALIGNER_START_FILE
+                save_aligner(aligner_config_dict(aligner), aligner.state_dict(), start)
+        if cfg.gradient_checkpointing:
+            models.student.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.rank == 0:
+            save_architecture(self.output_dir, models.student.config, self.tokenizer, aligner)
+        self.aligner_config = None if aligner is None else aligner_config_dict(aligner)
+        module = models.module(cfg, self.tokenizer)
+        self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
+        self.results = RunResults(cfg, self.tokenizer, self.data, self.engine, self.inputs, device, self.stop.check)
+        self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints)
+        self.bad_steps = BadSteps(self.engine, self.output_dir, cfg.max_bad_steps)
+        self.meter = IntervalMeter(device)
+        self.step = 0
+        self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
+        self.evaluation_pending = False
+        self.kv_weight = self.start_kv_weight = 0.0
+        self.kv_health = KVHealth()
+        run_id = None
+        if resume_step is not None:
+            state = load_checkpoint(self.engine, self.output_dir, resume_step)
+            self.step, self.kv_weight, self.kv_health = state["step"], state["kv_weight"], KVHealth(state["kv_health"])
+            self.start_kv_weight = state["start_kv_weight"]
+            run_id = state["mlflow_run_id"]
+            self.saved_step, self.evaluation_pending = self.step, state["evaluation_pending"]
+            self.meter.restore(state["meters"])
+            log.info("resumed from step %d of %d", self.step, self.total_steps)
+        elif cfg.uses_kv:
+            self.kv_weight = self.start_kv_weight = self._initial_kv_weight()
+        self._start_tracking(run_id, resume_step)
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    def _initial_kv_weight(self) -> float:
+        cfg = self.cfg
+        if cfg.kv_weight_value is not None:
+            return cfg.kv_weight_value
+        steps = [self.inputs(batch) for batch in self.loader.step(0)]
+        weight = calibrate_kv_weight(self.engine, steps, cfg.kv_weight_share or 0.0, cfg.task_weight or 1.0)
+        log.info("kv_weight %s: calibrated to %.4g", cfg.kv_weight, weight)
+        return weight
+
+    def _start_tracking(self, run_id: str | None, resume_step: int | None) -> None:
+        cfg, module = self.cfg, self.engine.module
+        trained = {
+            "student": sum(getattr(p, "ds_numel", p.numel()) for p in module.student.parameters()),
+            "aligner": 0
+            if module.aligner is None
+            else sum(getattr(p, "ds_numel", p.numel()) for p in module.aligner.parameters()),
+        }
+        log.info(
+            "mode %s | kv_method %s | kv_weight %.4g | student %s parameters, aligner %s | %d steps of %d rows on %d "
+            "ranks",
+            cfg.alignment_mode if cfg.uses_kv else "none", cfg.kv_method, self.kv_weight,
+            f"{trained['student']:,}", f"{trained['aligner']:,}", self.total_steps,
+            cfg.batch_size * cfg.gradient_accumulation_steps * self.world_size, self.world_size,
+        )  # fmt: skip
+        if self.rank == 0:
+            tags = {**collect_versions(), "world_size": str(self.world_size), "kv_weight": f"{self.kv_weight:.6g}"}
+            write_provenance(self.output_dir, {"git_revision": git_revision() or "unknown", **tags})
+            params = {
+                **cfg.to_dict(),
+                "parameters_student": trained["student"],
+                "parameters_aligner": trained["aligner"],
+            }
+            self.tracker = Tracker(
+                self.output_dir, enabled=cfg.report_to == "mlflow", tracking_uri=cfg.tracking_uri,
+                experiment_name=cfg.experiment_name, run_name=cfg.run_name or self.output_dir.name,
+                params=params, tags=tags, run_id=run_id, resume_step=resume_step,
+            )  # fmt: skip
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def _weights(self, step: int) -> LossWeights:
+        cfg, kv = self.cfg, self.kv_weight
+        if cfg.kv_weight_schedule == "linear":
+            kv *= 1 - step / self.total_steps
+        return LossWeights(task=cfg.task_weight, kv=kv, logit_kd=cfg.logit_kd_weight)
+
+    def fit(self) -> None:
+        """Train from ``self.step`` to the last step."""
+        with self.loader.read_ahead(range(self.step, self.total_steps), self._ready):
+            self._fit()
+
+    def _ready(self, batches: list[TokenBatch]) -> list[TokenBatch]:
+        """A step's micro-batches, ready to be copied to the device, what a cache holds for them read."""
+        if isinstance(self.teacher, CachedTeacher):
+            for batch in batches:
+                self.teacher.read_ahead(batch)
+        return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+
+    def _feed(self, timer: PhaseTimer) -> InputFeed:
+        cfg, steps = self.cfg, range(self.step, self.total_steps)
+        ordered = micro_batches(self.loader, steps, seed=cfg.seed, rank=self.rank, world_size=self.world_size)
+        ahead = cfg.teacher_overlap and cfg.uses_teacher
+
+        def make(micro: MicroBatch) -> StepInput:
+            return self.inputs(micro.batch, step=micro.step)
+
+        return InputFeed(ordered, make, timer, device=self.device, ahead=ahead)
+
+    def _fit(self) -> None:
+        cfg = self.cfg
+        meter, timer = self.meter, PhaseTimer(self.device)
+        feed = self._feed(timer)
+        meter.restart_clock()
+        self.engine.train()
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, desc=f"train {self.output_dir.name}", unit="step",
+            disable=self.rank != 0, mininterval=1.0,
+        )  # fmt: skip
+        if self.evaluation_pending:
+            self._evaluate_on_the_way()
+        while self.step < self.total_steps:
+            self.stop.check()
+            watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
+            weights = self._weights(self.step)
+            for _ in range(cfg.gradient_accumulation_steps):
+                micro, inputs = feed.take(weights, watch=watch)
+                with timer.phase("forward"):
+                    loss, metrics = self.engine(step=inputs)
+                feed.make_next()
+                with timer.phase("backward"):
+                    self.engine.backward(loss)
+                with timer.phase("optimizer"):
+                    self.engine.step()
+                gradient_watch = self.engine.module.gradient_watch
+                meter.update(metrics | (gradient_watch.squares() if gradient_watch is not None else {}), micro.tokens)
+                self.bad_steps.note(inputs.batch, metrics)
+            self.step += 1
+            bar.update()
+            self.bad_steps.end_step(self.step)
+            self._tell_bad_steps(wait=watch)
+            if watch:
+                self._log(meter.read(timer.read()), weights, bar)
+            if self._due(cfg.eval_steps):
+                self._evaluate_on_the_way()
+            if self._due(cfg.save_steps) or self.step == self.total_steps:
+                self._save()
+            if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
+                meter.restart_clock()
+        bar.close()
+
+    def _tell_bad_steps(self, *, wait: bool = True) -> None:
+        """Log the steps left out since the last call; without ``wait`` only where the host knows of them by itself."""
+        for step, count in self.bad_steps.read(wait=wait):
+            if self.tracker is not None:
+                self.tracker.log(step, {"bad_steps": count})
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0 and self.step < self.total_steps
+
+    def _log(self, metrics: dict[str, float], weights: LossWeights, bar: tqdm) -> None:
+        metrics["lr"] = self.engine.get_lr()[0]
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            metrics["grad_norm"] = float(norm)
+        if self.cfg.uses_kv:
+            metrics["kv/weight"] = weights.kv
+            self._watch_kv(metrics, weights)
+        if self.tracker is not None:
+            self.tracker.log(self.step, metrics)
+        shown = {
+            name: f"{metrics[key]:.4f}" for name, key in (("task", "loss/task"), ("kv", "loss/kv")) if key in metrics
+        }
+        bar.set_postfix(shown, refresh=False)
+
+    def _watch_kv(self, metrics: dict[str, float], weights: LossWeights) -> None:
+        """Tell what fell too far, and hold the share of the KV gradient if asked; the same on all ranks."""
+        cfg = self.cfg
+        schedule = weights.kv / self.kv_weight if self.kv_weight else 1.0
+        for name, text in self.kv_health.update(metrics, schedule=schedule).items():
+            log.warning("step %d: %s", self.step, text)
+            if self.tracker is not None:
+                self.tracker.set_tag(f"warning/{name}", f"step {self.step}: {text}")
+        if cfg.kv_weight_held and "kv/gradient_ratio" in metrics:
+            share = cfg.kv_weight_share or 0.0
+            self.kv_weight = held_weight(self.kv_weight, metrics["kv/gradient_ratio"], share, self.start_kv_weight)
+
+    def _evaluate_on_the_way(self) -> None:
+        self._tell_bad_steps()
+        self.evaluation_pending = True  # what a stop in the middle of it leaves for the resumed run
+        self._evaluate(self.results.plain_student())
+        self.evaluation_pending = False
+        self.engine.train()
+
+    def save_before_leaving(self) -> None:
+        """Save a checkpoint of the last step taken, unless there is one; all ranks call it."""
+        if self.step > self.saved_step:
+            self._save()
+
+    def _save(self) -> None:
+        self._tell_bad_steps()  # their count and records go with the checkpoint
+        state = {
+            "evaluation_pending": self.evaluation_pending,
+            "meters": self.meter.states(),
+            "kv_weight": self.kv_weight,
+            "start_kv_weight": self.start_kv_weight,
+            "kv_health": self.kv_health.state,
+            "mlflow_run_id": self.tracker.run_id if self.tracker is not None else None,
+        }
+        # Rank 0 alone tracks; the other ranks' states must not disagree with its file.
+        shared = [state]
+        dist.broadcast_object_list(shared, src=0)
+        if self.checkpoints.save(self.step, shared[0]):
+            self.saved_step = self.step
+
+    # -- evaluation and export ------------------------------------------------------------------------------------
+
+    def _evaluate(self, model: torch.nn.Module) -> dict[str, dict[str, float]]:
+        results = self.results.evaluate(model)
+        if self.tracker is not None:
+            self.tracker.log(
+                self.step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()}
+            )
+        return results
+
+    def finish(self, *, draw_report: bool = True) -> None:
+        """Export the student and the aligner, evaluate on held-out rows and write ``eval.json``."""
+        model = self.results.plain_student()
+        self.results.export(model, self.aligner_config, self.output_dir)
+        if self.data.eval_examples:
+            results = self._evaluate(model)
+            if self.rank == 0:
+                (self.output_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+                log.info(
+                    "held-out: cross entropy %.4f, exact match %.1f %%",
+                    results["all"]["cross_entropy"],
+                    100 * results["all"]["exact_match"],
+                )
+        if self.tracker is not None and draw_report:
+            self._log_artifacts()
+        log.info("student, aligner and records are in %s", self.output_dir)
+        cfg = self.cfg
+        if cfg.report_to == "mlflow" and (cfg.tracking_uri or "sqlite:").startswith("sqlite:"):  # no server yet
+            log.info("look through them: %s", ui_command(self.output_dir, cfg.tracking_uri))
+
+    def _log_artifacts(self) -> None:
+        from kvds.tracking.run_report import write_report
+
+        assert self.tracker is not None
+        self.tracker.flush()
+        for path in [*write_report([self.output_dir], self.output_dir / "report"), self.output_dir / "config.yaml"]:
+            self.tracker.log_artifact(path)
+
+    def close(self, status: str) -> None:
+        """Say to the tracker how it ended."""
+        if self.tracker is not None:
+            self.tracker.finish(status)
