@@ -1,6 +1,6 @@
 """How many tokens a step computes, its samples dealt out as they are drawn or by length: counted, not timed.
 
-    python benchmarks/bench_dealing.py --data_dir DATA
+    python -m benchmarks.bench_dealing --data_dir DATA
 
 An epoch of GSM8K under Qwen2's tokenizer, for several sizes of micro-batch, accumulations and ranks, padded and packed.
 Writes ``dealing.csv`` and ``DEALING.md`` below ``benchmarks/results/``.
@@ -9,12 +9,9 @@ Writes ``dealing.csv`` and ``DEALING.md`` below ``benchmarks/results/``.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
 from kvds.config.recipe import parse_run_config
@@ -83,7 +80,7 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
     facts = provenance(("torch", "transformers"))
-    facts["command"] = "python benchmarks/bench_dealing.py --data_dir DATA"
+    facts["command"] = "python -m benchmarks.bench_dealing --data_dir DATA"
     write_csv(RESULTS / "dealing.csv", [row | facts for row in rows])
     table = markdown_table(rows, list(rows[0]))
     (RESULTS / "DEALING.md").write_text(f"{HEADING.format(**facts)}\n{table}\n")

@@ -1,6 +1,6 @@
 """Peak memory of teacher keys and values: what is selected, and one layer group beside it.
 
-    python benchmarks/bench_kv_memory.py       # a minute on the CPU; writes benchmarks/results/KV_MEMORY.md and .csv
+    python -m benchmarks.bench_kv_memory       # a minute on the CPU; writes benchmarks/results/KV_MEMORY.md and .csv
 
 Of a teacher with Qwen2-1.5B's keys and values (28 layers, 2 heads of 128), narrow otherwise, and a student of 28 layers
 with 2 heads of 64. "Teacher forward" is by how much the allocator's peak in a teacher forward that keeps the selected
@@ -21,10 +21,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
-from benchmarks.train_step_workbench import build_model, load_samples, make_loader
+from benchmarks.train_step.workbench import build_model, load_samples, make_loader
 from kvds.align import build_aligner
 from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import TokenBatch

@@ -1,6 +1,6 @@
 """What the host spends on ZeRO: a step of a student of many small layers, task loss alone, on one rank.
 
-    python benchmarks/bench_layer_gathering.py             # a CPU, about five minutes
+    python -m benchmarks.bench_layer_gathering             # a CPU, about five minutes
 
 Arms: stage 0, stage 2, stage 3 that gathers each projection and norm by itself (``parts``), and stage 3 that gathers
 decoder layers whole (``layers``, what a run does). Each with and without recomputing activations. On a CPU the layers
@@ -26,8 +26,6 @@ from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
 from kvds.config.deepspeed_file import load_deepspeed_config
@@ -127,7 +125,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def child(arm: str, checkpointing: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     """The same in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--arm", arm, "--steps", str(arguments.steps)]
+    command = [sys.executable, "-m", "benchmarks.bench_layer_gathering", "--arm", arm, "--steps", str(arguments.steps)]
     command += ["--layers", str(arguments.layers), *(["--checkpointing"] if checkpointing else [])]
     for name in ("hidden_size", "rows"):
         if getattr(arguments, name) is not None:

@@ -1,6 +1,6 @@
 """Where the teacher lives, measured: the same training step under each placement, on the ranks of one launch.
 
-    deepspeed --num_accelerators 2 benchmarks/bench_placements.py   # writes results/PLACEMENTS.md, placements.csv
+    deepspeed --num_accelerators 2 --module benchmarks.bench_placements   # writes results/PLACEMENTS.md, placements.csv
 
 Student and rows are the same, the student's engine is ZeRO-3 throughout. The placements take turns, in an order drawn
 anew, four steps each; ratios are medians of the turns' own ratios to ``replicated``. On the CPU both the ranks' own CPU
@@ -14,13 +14,10 @@ import logging
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import distributed as dist
@@ -128,7 +125,7 @@ def main() -> None:
         table = markdown_table(rows, list(rows[0]))
         text = [
             "# Where the teacher lives", "",
-            f"Made by `deepspeed --num_accelerators {ranks} benchmarks/bench_placements.py` at revision "
+            f"Made by `deepspeed --num_accelerators {ranks} --module benchmarks.bench_placements` at revision "
             f"{facts['git_revision']}: torch {facts['torch']}, DeepSpeed {facts['deepspeed']}, {facts['device']}; "
             f"{ranks} ranks, {arguments.batch_size} rows each, {arguments.turns} turns of {STEPS} steps. Teacher of 8 "
             "layers × 256, student of 6 × 128.", "",

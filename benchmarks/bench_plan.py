@@ -1,6 +1,6 @@
 """What ``kvds plan`` says against what runs really take: peak memory of small runs in one process on the CPU.
 
-    python benchmarks/bench_plan.py            # writes benchmarks/results/PLAN.md and plan.csv
+    python -m benchmarks.bench_plan            # writes benchmarks/results/PLAN.md and plan.csv
 
 Each case is a real run (DeepSpeed engine, teacher, aligner, optimizer, a logged step) of one epoch of three steps. The
 peak is that of torch's CPU allocator while the run trains: the running sum of the profiler's allocation events, kept
@@ -20,21 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
+from kvds.checkpoint.folder import CHECKPOINTS
+from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.recipe import parse_run_config
+from kvds.data.synthetic import synthetic_examples
+from kvds.distributed.process_group import init_distributed, leave_distributed
+from kvds.plan.estimate import Machine, Plan
+from kvds.training.run import TrainingRun
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
-
-from records import RESULTS, markdown_table, provenance, write_csv  # noqa: E402
-from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
-from transformers import GPT2Config, LlamaConfig, Qwen2Config  # noqa: E402
-
-from kvds.checkpoint.folder import CHECKPOINTS  # noqa: E402
-from kvds.config.deepspeed_file import load_deepspeed_config  # noqa: E402
-from kvds.config.recipe import parse_run_config  # noqa: E402
-from kvds.data.synthetic import synthetic_examples  # noqa: E402
-from kvds.distributed.process_group import init_distributed, leave_distributed  # noqa: E402
-from kvds.plan.estimate import Machine, Plan  # noqa: E402
-from kvds.training.run import TrainingRun  # noqa: E402
-
 BOUND = 0.15
 TOKENIZER = REPOSITORY / "launch/quickstart_teacher"
 SMALL = (

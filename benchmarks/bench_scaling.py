@@ -1,6 +1,6 @@
 """Several GPUs of one host: whole runs through the ``deepspeed`` launcher, ZeRO-3, on 1, 2, … of them.
 
-    python benchmarks/bench_scaling.py --data_dir DATA --gpus 1 2 4
+    python -m benchmarks.bench_scaling --data_dir DATA --gpus 1 2 4
 
 Two questions. *Equality*: a Qwen2 pair of few layers in fp32 on one and the same global batch; how far the first losses
 on N GPUs lie from those on one. *Weak scaling*: Qwen2-1.5B into Qwen2-0.5B (random weights, bf16, real GSM8K text), the
@@ -29,10 +29,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
-from benchmarks.train_step_workbench import build_model
+from benchmarks.train_step.workbench import build_model
 from kvds.models.architecture import load_config
 from kvds.tracking.metrics_file import METRICS_FILE, read_metrics
 

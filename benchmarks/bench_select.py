@@ -1,4 +1,4 @@
-"""Time of each token selection beside the teacher's forward that it follows: ``python benchmarks/bench_select.py``.
+"""Time of each token selection beside the teacher's forward that it follows: ``python -m benchmarks.bench_select``.
 
 In each round the forward that captures keys, values and query rows and the selection from them are timed one after the
 other, for every method; the table shows medians over rounds and the median of the rounds' ratios. On the CPU processor
@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +20,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from benchmarks.records import RESULTS, command
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import Segment
 from kvds.kv import observing_rows, row_draws, select_tokens
 from kvds.kv.select import METHODS
 from kvds.teacher.teacher import Teacher
 from kvds.tracking.provenance import collect_versions, git_revision
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 # Qwen2-1.5B, and two layers of half its width (a quarter of the weights) with as many keys and values of the same size:
 # there a selection, whose work is that on keys, costs about four times the share.
@@ -121,7 +118,7 @@ def main() -> None:
     facts = {
         "model": args.model, "layers": args.layers or MODELS[args.model]["num_hidden_layers"], "tokens": args.tokens,
         "batch": 4, "budget": args.budget, "dtype": args.dtype, "rounds": args.rounds, "machine": machine,
-        **collect_versions(), "git_revision": git_revision(), "command": shlex.join(["python", *sys.argv]),
+        **collect_versions(), "git_revision": git_revision(), "command": command(),
     }  # fmt: skip
     rows = []
     print(f"{'method':<12}{'forward s':>12}{'select s':>12}{'share':>9}{'worst':>9}")

@@ -6,7 +6,7 @@
 #   sanitizer  compute-sanitizer on a small case of every kernel                 4 min
 #   ops        bench_map_projection.py in full                                   9 min
 #   ncu        what bounds the fused kernel, by its hardware counters            2 min
-#   step       bench_train_step.py --pair qwen2, beside the earlier way; TRL at  9 min
+#   step       benchmarks.train_step.bench --pair qwen2, beside the earlier way; TRL at  9 min
 #              16 rows, as many as leave room for its whole logits
 #   layers     bench_layer_gathering.py: what ZeRO's stages cost the host        5 min
 #   scaling    bench_scaling.py on 1, 2, … GPUs                                  9 min
@@ -45,33 +45,33 @@ for ((n = 2; n <= gpus; n *= 2)); do counts+=" $n"; done
 
 run_stage() {
   case $1 in
-    tests) timeout 240 python -m pytest $(grep -l mark.gpu tests/test_*.py) -m gpu -q -p no:cacheprovider ;;
+    tests) timeout 240 python -m pytest $(grep -rl mark.gpu tests --include=test_*.py) -m gpu -q -p no:cacheprovider ;;
     sanitizer)
       # Without the caching allocator each tensor is an allocation of its own: a byte beyond it is seen.
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool memcheck --error-exitcode 86 \
-        --target-processes all python benchmarks/smallest_kernels.py ;;
-    ops) timeout 540 python benchmarks/bench_map_projection.py --minutes 7.5 --output "$to/map_projection_$(name).csv" ;;
+        --target-processes all python -m benchmarks.map_projection.smallest_kernels ;;
+    ops) timeout 540 python -m benchmarks.map_projection.bench --minutes 7.5 --output "$to/map_projection_$(name).csv" ;;
     ncu)
       timeout 120 ncu --clock-control none --kernel-name map_projection_kernel --launch-count 2 --set full \
-        python benchmarks/smallest_kernels.py --pair qwen2 --tokens 32768 ;;
+        python -m benchmarks.map_projection.smallest_kernels --pair qwen2 --tokens 32768 ;;
     step)
       # shellcheck disable=SC2046
-      CUDA_VISIBLE_DEVICES=0 timeout 400 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 32 --rounds 12 --minutes 5 \
+      CUDA_VISIBLE_DEVICES=0 timeout 400 python -m benchmarks.train_step.bench --pair qwen2 --batch_size 32 --rounds 12 --minutes 5 \
         --data_dir "$data" --output_dir "$to" --arms $(arms) &&
-        CUDA_VISIBLE_DEVICES=0 timeout 140 python benchmarks/bench_train_step.py --pair qwen2 --batch_size 16 --rounds 8 --minutes 1 \
+        CUDA_VISIBLE_DEVICES=0 timeout 140 python -m benchmarks.train_step.bench --pair qwen2 --batch_size 16 --rounds 8 --minutes 1 \
           --data_dir "$data" --output_dir "$to" --name "train_step_qwen2_$(name)_batch16" \
           --arms task_only teacher_forward kvds_structured kvds_structured_values kvds_logit_kd trl_gkd ;;
-    layers) timeout 300 python benchmarks/bench_layer_gathering.py --turns 1 --output "$to/layer_gathering_$(name).csv" ;;
+    layers) timeout 300 python -m benchmarks.bench_layer_gathering --turns 1 --output "$to/layer_gathering_$(name).csv" ;;
     scaling)
       # shellcheck disable=SC2086
-      timeout 540 python benchmarks/bench_scaling.py --data_dir "$data" --gpus $counts --minutes 7 --output_dir "$to" ;;
+      timeout 540 python -m benchmarks.bench_scaling --data_dir "$data" --gpus $counts --minutes 7 --output_dir "$to" ;;
     gsm8k_large)
       timeout 540 python -m kvds.cli ab launch/recipes/experiments/gsm8k_large.yaml --set data_dir="$data" \
         --devices "$(seq -s, 0 $((gpus - 1)))" --workers $((2 * gpus)) --in_process --max_minutes 8 --output "$to/ab" ;;
   esac
 }
 
-arms() { python -c 'from benchmarks.train_step_arms import ARMS; print(*ARMS)'; }
+arms() { python -c 'from benchmarks.train_step.arms import ARMS; print(*ARMS)'; }
 name() { python -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())'; }
 
 failed=0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then linters, types and every test that needs no GPU.
-#   bash launch/test.sh [pytest arguments]       for example: bash launch/test.sh tests/test_bad_input.py -k budget
+#   bash launch/test.sh [pytest arguments]       for example: bash launch/test.sh tests/hostile/test_bad_input.py -k budget
 # Without arguments two files are tested at a time (KVDS_TEST_WORKERS; 0: one after the other).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -12,7 +12,7 @@ import pytest
 
 try:
     from hypothesis import HealthCheck, settings
-except ModuleNotFoundError:  # a bare GPU machine that runs only tests/test_ops_gpu.py
+except ModuleNotFoundError:  # a bare GPU machine that runs only tests/ops/test_gpu.py
     settings = None
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,20 +42,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # A minute or more each. Begun first by pytest-xdist, they leave the short ones to fill the end; the first mostly waits.
 _LONG = (
-    *("test_cluster.py", "test_survival.py", "test_train_zero3.py", "test_launchers.py", "test_launch_smoke.py"),
-    *("test_survival_kinds.py", "test_align_runs.py", "test_train_resume.py", "test_ab_runner.py"),
+    *("cluster/test_cluster.py", "reliability/test_survival.py", "training/test_zero3.py", "launch/test_launchers.py"),
+    *("launch/test_smoke.py", "reliability/test_survival_kinds.py", "align/test_runs.py", "training/test_resume.py"),
+    "experiment/test_runner.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of the longest files first."""
-    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+    tests = Path(__file__).parent
+
+    def turn(item: pytest.Item) -> int:
+        name = item.path.relative_to(tests).as_posix() if item.path.is_relative_to(tests) else ""
+        return _LONG.index(name) if name in _LONG else len(_LONG)
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")
 def rank_server():
     """Forks ranks for the tests of all files: importing everything takes longer than most runs."""
-    from benchmarks.forked_ranks import RankServer
+    from tests.harness.forked_ranks import RankServer
 
     with RankServer() as server:
         yield server

@@ -34,7 +34,7 @@ def _table(groups: dict[str, str]) -> dict[str, str]:
     return {key: kind for kind, keys in groups.items() for key in keys.split()}
 
 
-# Of DeepSpeed 0.19; tests/test_config_deepspeed.py compares ZERO with DeepSpeed's own schema.
+# Of DeepSpeed 0.19; tests/config/test_deepspeed_file.py compares ZERO with DeepSpeed's own schema.
 TOP_LEVEL = _table(
     {
         _SECTION: """zero_optimization bf16 fp16 torch_autocast data_types activation_checkpointing aio checkpoint

@@ -1,0 +1,167 @@
+"""Reasoning steps: lines or equations of the text, numbers on its tokens, and the teacher's own text beside them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from kvds.data.batches import collate
+from kvds.data.encoding import EncodedSample, Segment, encode_examples
+from kvds.data.example import Example, rationale_text
+from kvds.data.loader import BatchLoader
+from kvds.data.mixture import load_mixture
+from kvds.data.reasoning_steps import encode_steps, step_ids, step_starts
+from kvds.data.synthetic import synthetic_examples
+from kvds.data.tokenizer import train_problem_tokenizer
+from kvds.errors import InputError
+from tests.harness.real_data import data_folder
+
+
+def steps_of(text: str) -> list[str]:
+    starts = step_starts(text)
+    return [text[begin:end] for begin, end in zip(starts, [*starts[1:], len(text)], strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("", []),
+        (" \n", []),
+        ("one line of words\n", ["one line of words\n"]),
+        ("a = 1\nb = 2 = c\n", ["a = 1\n", "b = 2 = c\n"]),  # lines win over equations
+        ("a\n\n\nb\n", ["a\n\n\n", "b\n"]),
+        ("68-2=48-1=38\n", ["68-2=48", "-1=38\n"]),
+        ("68-2=48", ["68-2=48"]),
+        ("3 * 4 = $12.50, and 12.50 / 2 = 6.25% of it\n", ["3 * 4 = $12.50", ", and 12.50 / 2 = 6.25% of it\n"]),
+        ("x = 1,080 and y = -2.\n", ["x = 1,080", " and y = -2.\n"]),
+        ("no number = here\n", ["no number = here\n"]),
+    ],
+)
+def test_steps_are_lines_or_the_equations_of_one(text, steps):
+    assert steps_of(text) == steps
+
+
+def test_a_token_belongs_to_the_step_it_begins_in():
+    # "a=1", " b", "=2", a token of no letters, "\n" behind the last step
+    assert step_ids("a=1 b=2\n", [(0, 3), (3, 5), (5, 7), (7, 7), (7, 8)]) == (1, 2, 2, 2, 2)
+    assert step_ids("a=1 b=2", [(0, 0), (0, 4), (4, 7)]) == (1, 1, 2)  # a token over the border: where it begins
+    assert step_ids("\n", [(0, 1)]) == (0,) and step_ids("", []) == ()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_problem_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def decoded_steps(sample: EncodedSample, tokenizer) -> list[str]:
+    count = max(sample.step_ids, default=0)
+    return [
+        tokenizer.decode([i for i, s in zip(sample.input_ids, sample.step_ids, strict=True) if s == step])
+        for step in range(1, count + 1)
+    ]
+
+
+def check_steps(examples, tokenizer) -> int:
+    """Decoding the tokens of each step gives the text of the step; ids are those of encoding without steps."""
+    plain, numbered = (encode_examples(examples, tokenizer, 2048, steps=steps).samples for steps in (False, True))
+    several = 0
+    for one, sample in zip(plain, numbered, strict=True):
+        example = examples[sample.example]
+        assert sample.input_ids == one.input_ids and sample.segment_ids == one.segment_ids and one.step_ids == ()
+        assert decoded_steps(sample, tokenizer) == steps_of(rationale_text(example))
+        inside = [segment == Segment.RATIONALE for segment in sample.segment_ids]
+        assert inside == [step > 0 for step in sample.step_ids]
+        several += sample.step_count > 1
+    return several
+
+
+def test_steps_of_the_built_in_problems(tokenizer):
+    examples = synthetic_examples("train", problems=50, seed=0)
+    assert check_steps(examples, tokenizer) == 50
+    for example in examples:
+        assert len(steps_of(example.rationale)) == example.rationale.count("=")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_steps_of_real_gsm8k_rows(name):
+    folder = data_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizers" / name)
+    mixture = load_mixture(("gsm8k",), "eval", data_dir=str(folder))
+    examples = mixture.examples[:300]
+    assert check_steps(examples, tokenizer) > 250
+    for example in examples:
+        lines = [line for line in example.rationale.split("\n") if line.strip()]
+        assert len(lines) == 1 or len(steps_of(example.rationale)) == len(lines)
+
+
+class _Slow:
+    is_fast, name_or_path = False, "slow"
+
+
+def test_a_tokenizer_without_offsets_is_explained():
+    with pytest.raises(InputError, match="align_tokens=segment: the tokenizer slow .*a fast one"):
+        encode_steps(["a"], _Slow())
+
+
+# -- a text of the teacher's own ---------------------------------------------------------------------------------------
+
+LONG = "Lee has 68 balls and eats 2 so 68-2=48\nThen Lee sells 1 so 48-1=38\n38"
+ROWS = [
+    Example("Lee has 68 balls eats 2 sells 1?", "68-2=48-1=38", "38", "c", "f:1", LONG),
+    Example("Ann has 05 cups?", "05+1=15", "15", "c", "f:2"),
+    Example("Bob has 05 cups?", "", "05", "c", "f:3"),
+]
+
+
+def test_the_teachers_text_is_encoded_beside_the_rows(tokenizer):
+    first, second, third = encode_examples(ROWS, tokenizer, 99, steps=True).samples
+    assert first.teacher is not None and second.teacher is None
+    assert decoded_steps(first, tokenizer) == ["68-2=48", "-1=38\n"]
+    assert decoded_steps(first.teacher, tokenizer) == [line + "\n" for line in LONG.split("\n")]
+    assert [row.step_count for row in (first, second, third)] == [2, 1, 0]  # the teacher's third step meets none
+    same = dataclasses.replace(ROWS[0], rationale=LONG, teacher_rationale=None)
+    assert encode_examples([same], tokenizer, 99).samples[0].input_ids == first.teacher.input_ids
+    # Too long for the teacher: the row is left out and counted.
+    corpus = encode_examples(ROWS, tokenizer, len(first.teacher.input_ids) - 1, steps=True)
+    assert [row.example for row in corpus.samples] == [1, 2] and corpus.too_long == 1
+    assert all(row.teacher is None for row in encode_examples(ROWS, tokenizer, 99).samples)
+
+
+def test_batches_hold_both_texts_and_count_common_steps(tokenizer):
+    samples = encode_examples(ROWS, tokenizer, 99, steps=True).samples
+    loader = BatchLoader(
+        samples, batch_size=2, gradient_accumulation_steps=2, rank=0, world_size=1, seed=0, pad_token_id=0,
+        position_count=lambda length: 1000, shuffle=False,
+    )  # fmt: skip
+    first, second = loader.step(0)
+    assert first.position_normalizer == second.position_normalizer == 3 / 2  # 2 + 1 + 0 steps over two micro-batches
+    text = first.teacher_text
+    assert text is not None and text.input_ids.shape[1] > first.input_ids.shape[1]
+    assert first.num_steps == text.num_steps == 3 and second.num_steps == 1 and second.teacher_text is None
+    for batch, rows in ((first, samples[:2]), (text, [samples[0].teacher, samples[1]])):
+        for position, row in enumerate(rows):
+            length = len(row.input_ids)
+            assert tuple(batch.input_ids[position, :length].tolist()) == row.input_ids
+            assert tuple(batch.step_ids[position, :length].tolist()) == row.step_ids
+            assert not batch.step_ids[position, length:].any() and not batch.attention_mask[position, length:].any()
+    moved = first.to(torch.device("meta"))
+    assert moved.step_ids.device.type == moved.teacher_text.step_ids.device.type == "meta"
+    alone = collate([None], [-1], 0, 1.0, 1.0)
+    assert alone.step_ids is None and alone.teacher_text is None
+
+
+def test_rows_of_a_file_may_hold_the_teachers_text(tmp_path):
+    row = {"prompt": "p?", "rationale": "a", "answer": "1"}
+    lines = [row, {**row, "prompt": "q?", "teacher_rationale": "b\nc"}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "own.eval.jsonl").write_text(json.dumps(row))
+    examples = load_mixture((str(tmp_path / "own.jsonl"),), "train", data_dir=None).examples
+    assert [example.teacher_rationale for example in examples] == [None, "b\nc"]
+    for bad, message in ((3, "'teacher_rationale' is 3"), ("#### 1", "the rationale holds '####'")):
+        (tmp_path / "own.jsonl").write_text(json.dumps({**row, "teacher_rationale": bad}))
+        with pytest.raises(InputError, match=f"own.jsonl:1: {message}"):
+            load_mixture((str(tmp_path / "own.jsonl"),), "train", data_dir=None)

@@ -1,0 +1,234 @@
+"""What the launcher would launch, cross-compiled without a GPU for compute capabilities 8.0 and 9.0.
+
+    python -m tests.ops.compile_gate [--slow] [--record]
+
+prints a JSON object per line: problem, launch, architecture, bytes of shared memory and of spills (stores). ``--slow``
+takes every problem, not the few of each commit; ``--record`` writes the largest spill of each to compile_gate.json.
+
+Launches are those of the real launcher on empty tensors: a stand-in for the kernels notes their
+arguments, which are then specialised as Triton's JIT does. Must run in a process that does not interpret kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+RECORD = HERE / "compile_gate.json"
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+"""Bytes of shared memory that one program may ask for."""
+
+QWEN2, MHA, GQA = ((24, 2, 64), (28, 2, 128)), ((16, 16, 64), (32, 32, 128)), ((32, 8, 64), (80, 8, 128))
+TRAIN = {"mask": True, "index": False, "bias": True, "scale": True}
+
+# name: (source, target), what moves, dtype, dim_proj and head_mix dimensions, sparse, features
+Problem = tuple[tuple, str, torch.dtype, int, int, bool, dict]
+
+
+def problems(slow: bool) -> dict[str, Problem]:
+    """By name. The aligner's own forms, and shared maps, in training's combination of features; then the rest."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    found: dict[str, Problem] = {
+        "qwen2 student→teacher": (QWEN2, "source", bf16, 4, 3, False, TRAIN),
+        "qwen2 teacher→student": (QWEN2[::-1], "target", bf16, 4, 3, False, TRAIN),
+        "qwen2 student→teacher shared": (QWEN2, "source", bf16, 2, 2, False, TRAIN),
+        "qwen2 teacher→student shared": (QWEN2[::-1], "target", bf16, 2, 2, False, TRAIN),
+        "qwen2 student→teacher sparse": (QWEN2, "source", bf16, 4, 3, True, TRAIN),
+        "mha student→teacher": (MHA, "source", bf16, 4, 3, False, TRAIN),
+        "gqa teacher→student shared": (GQA[::-1], "target", bf16, 2, 2, False, TRAIN),
+        "qwen2 student→teacher shared fp16": (QWEN2, "source", fp16, 2, 2, False, TRAIN),
+    }
+    if not slow:
+        return found
+    found["dims 80 to 96 fp32"] = (((4, 2, 80), (4, 2, 96)), "source", fp32, 2, 2, False, {"index": True})
+    features = {"training": TRAIN, "plain": {}, "indexed": {"index": True, "mask": True}, "bias": {"bias": True}}
+    small = {
+        "16 to 16": ((2, 2, 16), (3, 2, 16)),
+        "96 to 80": ((6, 4, 96), (6, 4, 80)),
+        "one row": ((1, 1, 128), (1, 1, 128)),
+        "64 heads": ((2, 64, 64), (2, 64, 64)),
+    }
+    for name, pair in {"qwen2": QWEN2, "mha": MHA, "gqa": GQA, **small}.items():
+        for moves, sides in (("source", pair), ("target", pair[::-1]), ("both", pair), ("maps", pair), ("none", pair)):
+            for dim_form, head_form in ((2, 2), (3, 3), (4, 3), (2, 3)):
+                for sparse in (False, True):
+                    label = f"{name} {moves} dims {dim_form} heads {head_form}{' sparse' * sparse}"
+                    found[label] = (sides, moves, bf16, dim_form, head_form, sparse, TRAIN)
+        for label, chosen in features.items():
+            found[f"{name} {label}"] = (pair, "source", bf16, 4, 3, False, chosen)
+        for dtype in (fp16, fp32):
+            for moves, sides in (("source", pair), ("target", pair[::-1])):
+                for dim_form, head_form in ((2, 2), (4, 3)):
+                    label = f"{name} {moves} dims {dim_form} {str(dtype)[6:]}"
+                    found[label] = (sides, moves, dtype, dim_form, head_form, False, TRAIN)
+    return found
+
+
+class Recorder:
+    """Stands in for a kernel: notes the arguments of launches."""
+
+    def __init__(self, kernel: Any, launches: list) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple) -> Any:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def launches_of(problem: Problem, arch: int) -> list[tuple[Any, tuple, dict]]:
+    """(kernel, arguments, keyword arguments) of the loss forward and backward and of the projection, on ``arch``."""
+    from kvds.ops import triton_autograd, triton_launch
+
+    (source, target), moves, dtype, dim_form, head_form, sparse, features = problem
+    (lx, hx, dx), (ly, hy, dy) = source, target
+    batch, tokens, slots = 2, 512, 128
+
+    def leaf(*shape: int, dtype: torch.dtype = torch.float32, moves: bool = True) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, requires_grad=moves)
+
+    def states(layers: int, heads: int, dim: int, side: str) -> list[torch.Tensor]:
+        return [
+            leaf(batch, tokens, heads, dim, dtype=dtype, moves=moves in (side, "both")).transpose(1, 2)
+            for _ in range(layers)
+        ]
+
+    on = moves != "none"
+    maps = [
+        leaf(ly, moves=on) if sparse else leaf(ly, lx, moves=on),
+        leaf(*(ly,)[: head_form - 2], hy, hx, moves=on),
+        leaf(*(ly, hy)[: dim_form - 2], dx, dy, moves=on),
+        leaf(ly, hy, dy, moves=on) if features.get("bias") else None,
+    ]
+    indexed = features.get("index")
+    index = torch.empty(batch, slots, dtype=torch.int64) if indexed else None
+    shape = (batch, slots if indexed else tokens)
+    mask = torch.empty(shape, dtype=torch.bool) if features.get("mask") else None
+    scale = leaf(ly, moves=False) if features.get("scale") else None
+    launches: list = []
+    originals = {
+        (module, name): getattr(module, name)
+        for module in (triton_launch, triton_autograd)
+        for name in ("map_projection_kernel", "sum_partials_kernel", "scale_kernel", "processors", "is_hopper")
+        if hasattr(module, name)
+    }
+    try:
+        for (module, name), kernel in originals.items():
+            stand_in = {"processors": lambda device: 132, "is_hopper": lambda device: arch >= 90}
+            setattr(module, name, stand_in.get(name) or Recorder(kernel, launches))
+        x, y = states(ly if sparse else lx, hx, dx, "source"), states(ly, hy, dy, "target")
+        loss, _ = triton_autograd.map_projection_loss_triton(x, y, *maps, index, index, mask, scale, "mse")  # type: ignore[arg-type]
+        if loss.requires_grad:
+            loss.backward()
+        triton_autograd.map_projection_triton(x, *maps, index)  # type: ignore[arg-type]
+    finally:
+        for (module, name), kernel in originals.items():
+            setattr(module, name, kernel)
+    return launches
+
+
+def specialised(kernel: Any, args: tuple, kwargs: dict) -> tuple[dict, dict, dict, dict]:
+    """Signature, constants, attributes and options, as the JIT makes them of a launch's arguments."""
+    import triton
+
+    types = {
+        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+        torch.bool: "i1",
+    }  # fmt: skip
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    signature: dict[str, str] = {}
+    constants: dict[tuple, Any] = {}
+    attributes: dict[tuple, list] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        fixed = parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
+        if fixed:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + types[value.dtype]
+            divisible = True  # torch's allocator aligns
+        elif isinstance(value, float):
+            signature[parameter.name], divisible = "fp32", False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible and not parameter.do_not_specialize:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    assert triton.__version__ >= "3.6"
+    return signature, constants, attributes, options
+
+
+def compile_all(slow: bool) -> list[dict[str, Any]]:
+    """A row for every launch of every problem and architecture; equal launches are compiled once."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    rows: list[dict[str, Any]] = []
+    done: dict[str, dict[str, int]] = {}
+    for (name, problem), arch in itertools.product(problems(slow).items(), SHARED_LIMIT):
+        seen = set()
+        for kernel, args, kwargs in launches_of(problem, arch):
+            signature, constants, attributes, options = specialised(kernel, args, kwargs)
+            shown = {kernel.arg_names[i]: value for (i,), value in constants.items()}
+            launch = f"{kernel.__name__} {shown.get('MODE', '')} {signature} {constants} {attributes} {options}"
+            if not slow and kernel.__name__ != "map_projection_kernel":
+                launch = kernel.__name__  # sums and rescaling differ in sizes only: one of each is enough
+            if launch in seen:
+                continue
+            seen.add(launch)
+            key = f"{arch} {launch}"
+            if key not in done:
+                source = ASTSource(kernel, signature, constants, attributes)
+                with contextlib.redirect_stdout(io.StringIO()) as log:
+                    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
+                registers = re.findall(r"Used (\d+) registers", log.getvalue())
+                assert len(spills) == len(registers) == 1, log.getvalue()
+                done[key] = {"shared": made.metadata.shared, "spills": int(spills[0]), "registers": int(registers[0])}
+            label = f"{kernel.__name__} {shown.get('MODE', '')}".strip()
+            rows.append({"problem": name, "launch": label, "arch": arch} | done[key])
+            print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+    return rows
+
+
+def largest(rows: list[dict[str, Any]], column: str) -> dict[str, dict[str, int]]:
+    """The largest value per problem and architecture."""
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        at = found.setdefault(row["problem"], {})
+        at[str(row["arch"])] = max(at.get(str(row["arch"]), 0), row[column])
+    return found
+
+
+def main() -> None:
+    """Compile, print, and record if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slow", action="store_true", help="every problem (an hour), not only those of each commit")
+    parser.add_argument("--record", action="store_true", help="write the spills found to compile_gate.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        # An empty cache: ptxas speaks only when it runs.
+        os.environ |= {"TRITON_INTERPRET": "0", "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": cache}
+        rows = compile_all(options.slow)
+    if options.record:
+        known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        record = known | largest(rows, "spills")
+        RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

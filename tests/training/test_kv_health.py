@@ -1,0 +1,148 @@
+"""What is told about the student's keys and values, and how the weight of the KV loss is held."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from kvds.config.recipe import parse_run_config
+from kvds.data.tokenizer import train_problem_tokenizer
+from kvds.tracking.tracker import Tracker
+from kvds.training.kv_health import KVHealth, held_weight
+from kvds.training.run import train
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def measured(norm: float = 1.0, rank: float = 1.0, kv: float = 4.0, rest: float = 1.0, values: float = 1.0) -> Any:
+    return {
+        "kv/norm_keys": 3.0 * norm, "kv/norm_values": 5.0 * norm * values, "kv/effective_rank_keys": 7.0 * rank,
+        "kv/effective_rank_values": 2.0 * rank, "kv/gradient_squares_kv": kv, "kv/gradient_squares_rest": rest,
+    }  # fmt: skip
+
+
+def test_ratios_are_against_the_first_measurement() -> None:
+    health = KVHealth()
+    first, later = measured(), measured(norm=0.8, rank=0.6, kv=9.0, rest=4.0)
+    assert health.update(first) == {} and health.update(later) == {}
+    ratios = ("kv/norm_ratio", "kv/effective_rank_ratio", "kv/gradient_ratio")
+    assert [first[key] for key in ratios] == pytest.approx([1, 1, 2])
+    assert [later[key] for key in ratios] == pytest.approx([0.8, 0.6, 1.5])
+    assert not any("squares" in key for key in later)
+
+
+@pytest.mark.parametrize(
+    ("name", "fine", "fallen", "text"),
+    [
+        ("kv_norm", {"norm": 0.51}, {"norm": 0.49}, "the norm of the student's"),
+        ("kv_norm", {"values": 0.51}, {"values": 0.49}, "the norm of the student's values fell to 0.49"),
+        ("kv_norm", {}, {"norm": math.nan}, "nan"),
+        ("kv_effective_rank", {"rank": 0.51}, {"rank": 0.49}, "the effective rank of the student's"),
+        ("kv_gradient", {"kv": 4.1e-4}, {"kv": 3.9e-4}, "the KV loss's gradient vanishes"),
+        ("kv_gradient", {}, {"kv": 0.0}, "the KV loss's gradient vanishes: 0 times"),
+        ("kv_gradient", {}, {"kv": math.nan}, "vanishes: nan"),
+    ],
+)
+def test_what_falls_too_far_is_told_once(name: str, fine: Any, fallen: Any, text: str) -> None:
+    health = KVHealth()
+    assert health.update(measured()) == {}
+    assert health.update(measured(**fine)) == {}
+    told = health.update(measured(**fallen))
+    assert list(told) == [name] and text in told[name] and "(a " in told[name]
+    assert health.update(measured(**fallen)) == {}
+    # Another attempt knows the start and what was told.
+    again = KVHealth(health.state)
+    assert again.update(measured(**fallen)) == {}
+    assert list(KVHealth({**health.state, "told": []}).update(measured(**fallen))) == [name]
+
+
+def test_a_gradient_that_falls_with_its_schedule_is_fine() -> None:
+    health = KVHealth()
+    assert health.update(measured()) == {}
+    assert health.update(measured(kv=4e-6), schedule=1e-3) == {}
+    assert health.update(measured(kv=0.0), schedule=0.0) == {}
+    assert list(health.update(measured(kv=1e-9), schedule=1e-2)) == ["kv_gradient"]
+
+
+def test_no_gradient_from_the_beginning_is_told() -> None:
+    assert list(KVHealth().update(measured(kv=0.0))) == ["kv_gradient"]
+
+
+def test_steps_without_measurements_say_nothing() -> None:
+    health = KVHealth()
+    metrics = {"loss/task": 1.0}
+    assert health.update(metrics) == {} and metrics == {"loss/task": 1.0}
+    # A first batch whose rows do not vary is no start.
+    assert health.update(measured(rank=0.0)) == {} and health.update(measured()) == {}
+    assert list(health.update(measured(rank=0.4))) == ["kv_effective_rank"]
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-2, 10), st.floats(0, 3), st.floats(0.05, 20))
+def test_the_share_is_reached_slowly_and_kept(start: float, share: float, slope: float, sensitivity: float) -> None:
+    weight = start
+    # What the KV loss sends back grows with its weight; what it sends through the network counts with the rest.
+    scale = sensitivity / start
+
+    def ratio(weight: float) -> float:
+        return scale * weight / (1 + 0.05 * slope * scale * weight)
+
+    reachable = share * 1.01 < 1 / max(0.05 * slope, 1e-12) and 1 / 90 < share / sensitivity < 30
+    for _ in range(80):
+        following = held_weight(weight, ratio(weight), share, start)
+        assert 0.8 - 1e-9 <= following / weight <= 1.25 + 1e-9
+        weight = following
+        assert start / 100.001 <= weight <= start * 100.001
+    if reachable and ratio(100 * start) > share:
+        assert ratio(weight) == pytest.approx(share, rel=1e-2)
+
+
+@pytest.mark.parametrize("ratio", [0.0, math.nan, math.inf])
+def test_a_ratio_that_says_nothing_moves_nothing(ratio: float) -> None:
+    assert held_weight(3.0, ratio, 0.5, 2.0) == 3.0
+
+
+def test_a_tag_reaches_mlflow(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, params={}, tags={}, system_metrics=False)
+    tracker.set_tag("warning/kv_norm", "step 3: fell")
+    tracker.finish()
+    run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(tracker.run_id or "")
+    assert run.data.tags["warning/kv_norm"] == "step 3: fell"
+
+
+def test_a_collapsing_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The joint map towards the student with a large weight shrinks keys and values: told in log and MLflow."""
+    train_problem_tokenizer(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    values = {
+        "model_name": tmp_path / "model", "student_init": "random", "tokenizer_name": tmp_path / "tokenizer",
+        "synthetic_problems": 64, "max_length": 64, "eval_subset_size": 0, "direction": "teacher_to_student",
+        "kv_weight": 1000, "lr": 0.05, "batch_size": 8, "max_steps": 25, "logging_steps": 5, "save_steps": 0,
+        "lr_scheduler_type": "constant", "calibration_batches": 1, "seed": 1, "kv_parts": "kv",
+        "deepspeed_config": REPOSITORY / "ds_configs/zero3_cpu.json", "output_dir": tmp_path / "run",
+    }  # fmt: skip
+    log = logging.getLogger("kvds")
+    log.addHandler(caplog.handler)
+    try:
+        train(parse_run_config([token for key, value in values.items() for token in (f"--{key}", str(value))]))
+    finally:
+        log.removeHandler(caplog.handler)
+    lines = [record.getMessage() for record in caplog.records if "of the student's" in record.getMessage()]
+    [norm] = [line for line in lines if "the norm of" in line]
+    run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
+    tags = MlflowClient(f"sqlite:///{tmp_path / 'run/mlflow.db'}").get_run(run_id).data.tags
+    assert tags["warning/kv_norm"] == norm and norm.startswith("step ")
