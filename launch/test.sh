@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then linters, types and every test that needs no GPU.
+# Sets up what is missing, then linters, types, floors and every test that needs no GPU.
 #   bash launch/test.sh [pytest arguments]       for example: bash launch/test.sh tests/hostile/test_bad_input.py -k budget
 # Without arguments two files are tested at a time (KVDS_TEST_WORKERS; 0: one after the other).
 set -euo pipefail
@@ -25,5 +25,6 @@ failed=0
 step ruff check . || failed=1
 step ruff format --check . || failed=1
 step mypy || failed=1
+step lint-imports || failed=1
 step python -m pytest --durations=15 "$@" || failed=1
 exit "$failed"
