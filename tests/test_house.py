@@ -1,4 +1,4 @@
-"""The house stays as CONTRIBUTING.md draws it: few files at the root, none of them long, every room on a floor and told."""
+"""The house stays as CONTRIBUTING.md draws it: few files at the root, none long, every room on a floor and told."""
 
 import re
 import subprocess

@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config
 
 from kvds.align import build_aligner
-from kvds.cli import main
 from kvds.commands.plan import parse_size
-from kvds.config import RunConfig
 from kvds.config.deepspeed_file import load_deepspeed_config
-from kvds.config.recipe import parse_run_config
-from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection
 from kvds.models.architecture import load_config
@@ -26,43 +21,9 @@ from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.states import ModelSize, aligner_size, model_size, state_memory
 from kvds.plan.step import BatchShape, StepPlanner, kv_bytes, lean_workspace
 from kvds.plan.work import aligner_flops, checkpoint_bytes, disk_bytes
+from tests.harness.plan_recipe import QWEN, config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-QWEN = {
-    "teacher": {"num_hidden_layers": 28, "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12},
-    "student": {"num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14},
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """Configurations alone of Qwen2's 1.5B and 0.5B, and a small tokenizer."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, sizes in QWEN.items():
-        Qwen2Config(num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, **sizes).save_pretrained(
-            folder / name
-        )
-    train_problem_tokenizer(folder / "tokenizer")
-    return folder
-
-
-@pytest.fixture
-def recipe(models, tmp_path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(
-        f"teacher_name: {models / 'teacher'}\nstudent_name: {models / 'student'}\nmap_proj_share_dim: true\n"
-        f"tokenizer_name: {models / 'tokenizer'}\ndatasets: [synthetic]\nsynthetic_problems: 50\nmax_length: 64\n"
-        f"deepspeed_config: {REPOSITORY / 'ds_configs/zero3.json'}\nbatch_size: 4\nkv_parts: kv\n"
-    )
-    return file
-
-
-def config(recipe: Path, **changes: object) -> RunConfig:
-    flags = [token for key, value in changes.items() for token in (f"--{key}", str(value))]
-    return parse_run_config(["--config", str(recipe), "--output_dir", "outputs/x", *flags])
-
-
-# -- counting live memory ----------------------------------------------------------------------------------------------
 
 
 def test_live_memory_counts_storages_once_until_they_are_freed():
@@ -337,68 +298,6 @@ def test_an_epoch_of_known_work(recipe):
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
-
-
-def test_what_does_not_fit_is_changed_into_what_does(recipe, capsys):
-    """The advice, put into the recipe, fits; without it, it does not."""
-    wide = ["--set", "batch_size=16", "datasets=synthetic"]
-    assert main(["plan", str(recipe), "--gpus", "2", "--gpu-memory", "9GiB", *wide]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    advice = [line.strip().replace(": ", "=") for line in lines[lines.index("does not fit; in the recipe:") + 1 :]]
-    assert advice
-    settings = dict(line.split("=") for line in advice)
-    cfg = config(recipe, **{"batch_size": 16, **settings})
-    assert Plan(cfg, Machine(2, 1, 9 * 2**30)).fits
-    assert cfg.batch_size * cfg.gradient_accumulation_steps == 16
-
-
-def test_nothing_helps_on_a_tiny_gpu(recipe, capsys):
-    assert main(["plan", str(recipe), "--gpu-memory", "1GiB"]) == 1
-    assert "no setting here would make it; expected more GPUs" in capsys.readouterr().out
-
-
-def test_a_whole_student_has_to_fit_for_evaluation(recipe, capsys):
-    long = Plan(config(recipe, max_new_tokens=8000), Machine(8, 1, 80 * 2**30))
-    assert long.peak < long.evaluation_peak and long.evaluation_fits
-    between = int(((long.peak + long.evaluation_peak) / 2 + 2**30) / 0.95)
-    assert Plan(config(recipe, max_new_tokens=8), Machine(8, 1, between)).evaluation_fits
-    size = ["--gpus", "8", "--gpu-memory", f"{between}B"]
-    assert main(["plan", str(recipe), *size, "--set", "max_new_tokens=8000"]) == 1
-    told = capsys.readouterr().out
-    assert "evaluation does not fit: each GPU holds a whole student" in told and told.endswith("\ntraining fits\n")
-
-
-def test_without_the_data_rows_are_assumed(recipe, capsys, tmp_path):
-    missing = ["--set", "datasets=gsm8k", f"data_dir={tmp_path}"]
-    assert main(["plan", str(recipe), *missing]) == 0
-    text = capsys.readouterr().out
-    assert "every row taken as --max_length 64 tokens" in text and "work: unknown without rows (--rows N)" in text
-    assert main(["plan", str(recipe), "--rows", "400", *missing]) == 0
-    assert re.search(r"per epoch \(student .*\), 100 steps", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--gpus", "-1"], "--gpus, --nodes, --rows: expected"),
-        (["--gpu-memory", "80 apples"], "--gpu-memory 80 apples: expected a size such as 80GiB"),
-        (["--utilization", "2"], "a share in (0, 1]"),
-        (["--set", "batch_size"], "--set batch_size: expected KEY=VALUE"),
-        (["--set", "batchsize=1"], "unknown flag --batchsize"),
-        (["--set", "student_name=./nowhere"], "student_name=./nowhere"),
-    ],
-)
-def test_bad_input(recipe, capsys, arguments, message):
-    assert main(["plan", str(recipe), *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_several_teachers_are_refused(recipe, capsys):
-    recipe.write_text(
-        recipe.read_text().replace("teacher_name: ", "teacher_names: [gpt2, ").replace("teacher\n", "teacher]\n")
-    )
-    assert main(["plan", str(recipe)]) == 2
-    assert "kvds plan knows runs of one teacher; expected --teacher_name" in capsys.readouterr().err
 
 
 def test_sizes_are_read_as_they_are_written():

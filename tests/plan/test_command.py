@@ -1,0 +1,71 @@
+"""``kvds plan`` as a user calls it: what does not fit, what helps, what is refused."""
+
+import re
+
+import pytest
+
+from kvds.cli import main
+from kvds.plan.estimate import Machine, Plan
+from tests.harness.plan_recipe import config
+
+
+def test_what_does_not_fit_is_changed_into_what_does(recipe, capsys):
+    """The advice, put into the recipe, fits; without it, it does not."""
+    wide = ["--set", "batch_size=16", "datasets=synthetic"]
+    assert main(["plan", str(recipe), "--gpus", "2", "--gpu-memory", "9GiB", *wide]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    advice = [line.strip().replace(": ", "=") for line in lines[lines.index("does not fit; in the recipe:") + 1 :]]
+    assert advice
+    settings = dict(line.split("=") for line in advice)
+    cfg = config(recipe, **{"batch_size": 16, **settings})
+    assert Plan(cfg, Machine(2, 1, 9 * 2**30)).fits
+    assert cfg.batch_size * cfg.gradient_accumulation_steps == 16
+
+
+def test_nothing_helps_on_a_tiny_gpu(recipe, capsys):
+    assert main(["plan", str(recipe), "--gpu-memory", "1GiB"]) == 1
+    assert "no setting here would make it; expected more GPUs" in capsys.readouterr().out
+
+
+def test_a_whole_student_has_to_fit_for_evaluation(recipe, capsys):
+    long = Plan(config(recipe, max_new_tokens=8000), Machine(8, 1, 80 * 2**30))
+    assert long.peak < long.evaluation_peak and long.evaluation_fits
+    between = int(((long.peak + long.evaluation_peak) / 2 + 2**30) / 0.95)
+    assert Plan(config(recipe, max_new_tokens=8), Machine(8, 1, between)).evaluation_fits
+    size = ["--gpus", "8", "--gpu-memory", f"{between}B"]
+    assert main(["plan", str(recipe), *size, "--set", "max_new_tokens=8000"]) == 1
+    told = capsys.readouterr().out
+    assert "evaluation does not fit: each GPU holds a whole student" in told and told.endswith("\ntraining fits\n")
+
+
+def test_without_the_data_rows_are_assumed(recipe, capsys, tmp_path):
+    missing = ["--set", "datasets=gsm8k", f"data_dir={tmp_path}"]
+    assert main(["plan", str(recipe), *missing]) == 0
+    text = capsys.readouterr().out
+    assert "every row taken as --max_length 64 tokens" in text and "work: unknown without rows (--rows N)" in text
+    assert main(["plan", str(recipe), "--rows", "400", *missing]) == 0
+    assert re.search(r"per epoch \(student .*\), 100 steps", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "-1"], "--gpus, --nodes, --rows: expected"),
+        (["--gpu-memory", "80 apples"], "--gpu-memory 80 apples: expected a size such as 80GiB"),
+        (["--utilization", "2"], "a share in (0, 1]"),
+        (["--set", "batch_size"], "--set batch_size: expected KEY=VALUE"),
+        (["--set", "batchsize=1"], "unknown flag --batchsize"),
+        (["--set", "student_name=./nowhere"], "student_name=./nowhere"),
+    ],
+)
+def test_bad_input(recipe, capsys, arguments, message):
+    assert main(["plan", str(recipe), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_several_teachers_are_refused(recipe, capsys):
+    recipe.write_text(
+        recipe.read_text().replace("teacher_name: ", "teacher_names: [gpt2, ").replace("teacher\n", "teacher]\n")
+    )
+    assert main(["plan", str(recipe)]) == 2
+    assert "kvds plan knows runs of one teacher; expected --teacher_name" in capsys.readouterr().err
