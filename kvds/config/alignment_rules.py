@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
+from kvds.config.setting_rules import Rule, range_rules
 from kvds.config.settings import AlignmentSettings
 from kvds.errors import InputError
 
@@ -44,7 +44,7 @@ _OWN: dict[str, dict[str, object]] = {
 }
 
 
-def mode_rules(settings: AlignmentSettings) -> Iterator[tuple[bool, str, object, str]]:
+def mode_rules(settings: AlignmentSettings) -> Iterator[Rule]:
     """Rules of the mode that is set: whether one holds, the setting, its value, and what was expected."""
     mode = settings.alignment_mode
     for name, (value, reason) in _FIXED.get(mode, {}).items():
@@ -77,8 +77,6 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[tuple[bool, str, object,
             mode != "structural_kv", "align_tokens", "segment",
             "position with --alignment_mode structural_kv (attention is given to tokens)",
         )  # fmt: skip
-    heads = settings.relation_heads
-    yield heads is None or heads >= 1, "relation_heads", heads, "at least 1 (or leave --relation_heads away)"
     softmax = mode == "relation" and settings.relation_kind == "softmax"
     yield (
         not softmax or settings.kv_loss == "mse", "kv_loss", settings.kv_loss,
@@ -88,8 +86,6 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[tuple[bool, str, object,
         mode != "structural_kv" or settings.layer_map != "learned", "layer_map", settings.layer_map,
         "endpoint or last_aligned with --alignment_mode structural_kv, where a query meets one teacher layer's keys",
     )  # fmt: skip
-    weight = settings.attention_loss_weight
-    yield 0 <= weight < math.inf, "attention_loss_weight", weight, "a finite number, at least 0"
 
 
 def check_mode(settings: AlignmentSettings) -> None:
@@ -98,6 +94,6 @@ def check_mode(settings: AlignmentSettings) -> None:
     Raises:
         InputError: naming the setting, its value and what was expected.
     """
-    for holds, name, value, expected in mode_rules(settings):
+    for holds, name, value, expected in (*range_rules(settings), *mode_rules(settings)):
         if not holds:
             raise InputError(f"{name}={value}: expected {expected}")

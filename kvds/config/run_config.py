@@ -8,6 +8,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from kvds.config.alignment_rules import READS_KEYS, mode_rules
 from kvds.config.all_settings import AllSettings
 from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.setting_rules import range_rules
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 from kvds.config.teacher_rules import teacher_rules
 from kvds.config.values import number, parse_overrides, split_dataset_weight
@@ -26,23 +28,6 @@ from kvds.errors import InputError, near_miss, one_line
 __all__ = ["SECTIONS", "AlignmentSettings", "RunConfig", "parse_overrides", "split_dataset_weight"]
 
 SECTIONS = (ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings)
-
-_AT_LEAST_ONE = ("max_length", "max_new_tokens", "calibration_batches", "synthetic_problems", "batch_size",
-                 "gradient_accumulation_steps", "epochs", "logging_steps", "layer_groups", "head_groups",
-                 "max_bad_steps")  # fmt: skip
-_AT_LEAST_ZERO = (
-    "eval_subset_size",
-    "save_steps",
-    "eval_steps",
-    "seed",
-    "task_weight",
-    "logit_kd_weight",
-    "weight_decay",
-    "keep_checkpoints",
-)
-# Random states are numbers of 64 bits made of seed, step and rank; far more distinct problems would be searched for
-# without end.
-_AT_MOST = {"seed": 2**31 - 1, "synthetic_problems": 10**6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,39 +41,16 @@ class RunConfig(AllSettings):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_type(field, getattr(self, field.name))
-        self._check_numbers()
+        for rule in range_rules(self):
+            require(*rule)
+        self._check_datasets()
         self._check_alignment()
         self._check_step()
         for rule in teacher_rules(self):
             require(*rule)
         self._check_files()
 
-    def _check_numbers(self) -> None:
-        for name in _AT_LEAST_ONE:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number, at least 1")
-        for name in _AT_LEAST_ZERO:
-            require(getattr(self, name) >= 0, name, getattr(self, name), "a finite number, at least 0")
-        for name, most in _AT_MOST.items():
-            require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most}")
-        for name in ("subset_size", "max_steps", "observing_tokens"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, f"at least 1 (or leave --{name} away)")
-        for name in ("lr", "aligner_lr", "logit_kd_temperature"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "a number above 0, such as 5e-5")
-        minutes = self.max_minutes
-        require(minutes is None or minutes > 0, "max_minutes", minutes, "above 0 (or leave --max_minutes away)")
-        require(self.rank_timeout >= 5, "rank_timeout", self.rank_timeout, "at least 5 seconds")
-        require(
-            self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens, one to read and one to predict"
-        )
-        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share from 0 to below 1")
-        require(
-            self.max_grad_norm is None or self.max_grad_norm >= 0,
-            "max_grad_norm",
-            self.max_grad_norm,
-            "at least 0 (0: never clip)",
-        )
+    def _check_datasets(self) -> None:
         require(bool(self.datasets), "datasets", "", "at least one corpus, such as --datasets gsm8k")
         names = [split_dataset_weight(spec)[0] for spec in self.datasets]
         for name in names:
@@ -112,7 +74,6 @@ class RunConfig(AllSettings):
             )
         for rule in mode_rules(self):
             require(*rule)
-        require(0 <= self.rkv_lambda <= 1, "rkv_lambda", self.rkv_lambda, "a weight from 0 to 1")
         if self.kv_method in ("snapkv", "rkv_window") and isinstance(budget, int):
             window = self.observing_tokens or 8
             expected = f"more tokens than the {window} observing ones, all of which are kept (--observing_tokens)"
@@ -201,12 +162,20 @@ class RunConfig(AllSettings):
             raise InputError(
                 "--student_name is missing; expected a folder or a hub name (or --model_name for both models)"
             )
-        for name in ("teacher_config_overrides", "student_config_overrides"):
-            parse_overrides(getattr(self, name), flag=name)
+        for name, text in self._of_form("overrides"):
+            parse_overrides(text, flag=name)
         uri = self.tracking_uri
         folder = uri is not None and uri != "databricks" and ("://" not in uri or uri.startswith("file:"))
         remedy = "sqlite:///FILE.db or http(s)://SERVER, as MLflow writes to no folder (unset: OUTPUT_DIR/mlflow.db)"
         require(not folder, "tracking_uri", uri, remedy)
+
+    def _of_form(self, form: str) -> Iterator[tuple[str, str]]:
+        """Settings whose texts have this form, and each text that is given."""
+        for field in dataclasses.fields(self):
+            if field.metadata["form"] == form:
+                value = getattr(self, field.name)
+                texts = value if isinstance(value, tuple) else (value,)
+                yield from ((field.name, text) for text in texts if text)
 
     def check_paths(self) -> None:
         """Look at the local files that the run will read, before anything is loaded.
@@ -217,11 +186,9 @@ class RunConfig(AllSettings):
             InputError: one is missing, or the DeepSpeed configuration cannot work.
         """
         load_deepspeed_config(self.deepspeed_config)
-        single = ("model_name", "teacher_name", "student_name", "tokenizer_name")
-        for name, value in [*((name, getattr(self, name)) for name in single),
-                            *(("teacher_names", value) for value in self.teacher_names)]:  # fmt: skip
+        for name, value in self._of_form("model"):
             # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
-            if value and (value[0] in "./~" or value.count("/") > 1):
+            if value[0] in "./~" or value.count("/") > 1:
                 require(os.path.isdir(value), name, value, "an existing folder with a config.json (or a hub name)")
         if self.teacher_cache is not None:
             expected = "an existing folder written by `kvds cache` (or leave --teacher_cache away)"

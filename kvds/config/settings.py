@@ -6,9 +6,39 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 
-def setting(doc: str, default: Any = MISSING, *, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field whose text serves as documentation and as ``--help``."""
-    metadata = {"help": doc, "choices": choices}
+def setting(
+    doc: str,
+    default: Any = MISSING,
+    *,
+    choices: tuple[str, ...] = (),
+    form: str = "",
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    expected: str = "",
+    may_change: bool = False,
+    identity: bool = True,
+) -> Any:
+    """A dataclass field that carries all that is true of one setting by itself.
+
+    Args:
+        doc: Its meaning and unit, for ``--help``.
+        default: Its value where it is not given; without one it must be given.
+        choices: The texts that it may be; none: any.
+        form: What its text is: ``"model"`` (a folder or hub name), ``"overrides"`` (key=value,key=value), or any.
+        least: The smallest number it may be; ``above``: the number it must exceed.
+        most: The largest number it may be; ``below``: the number it must stay under.
+        expected: What a number out of range is answered with; unset: the bound that it breaks.
+        may_change: Whether a resumed run may have another value than its checkpoint. A setting that does not say so is
+            fixed: another value would make it another run.
+        identity: Whether it says what an experiment's run computes, so that a stored result with another value is not
+            the one asked for. A setting that does not deny it is: where a run lives and what it records are no part.
+    """
+    metadata = {
+        "help": doc, "choices": choices, "form": form, "least": least, "above": above, "most": most, "below": below,
+        "expected": expected, "may_change": may_change, "identity": identity,
+    }  # fmt: skip
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -16,29 +46,44 @@ def setting(doc: str, default: Any = MISSING, *, choices: tuple[str, ...] = ()) 
 class ModelSettings:
     """Teacher and student."""
 
-    model_name: str | None = setting("folder or hub name of teacher and student both", None)
-    teacher_name: str | None = setting("folder or hub name of the teacher", None)
-    teacher_names: tuple[str, ...] = setting("several teachers of one tokenizer, in place of teacher_name", ())
+    model_name: str | None = setting(
+        "folder or hub name of teacher and student both", None, form="model", may_change=True
+    )
+    teacher_name: str | None = setting("folder or hub name of the teacher", None, form="model", may_change=True)
+    teacher_names: tuple[str, ...] = setting(
+        "several teachers of one tokenizer, in place of teacher_name", (), form="model"
+    )
     teacher_weights: tuple[float, ...] = setting("factor of each one's KV loss; unset: the same, 1 in sum", ())
-    student_name: str | None = setting("folder or hub name of the student", None)
+    student_name: str | None = setting("folder or hub name of the student", None, form="model", may_change=True)
     teacher_init: str = setting("weights of the teacher", "pretrained", choices=("pretrained", "random"))
     student_init: str = setting("weights of the student", "pretrained", choices=("pretrained", "random"))
-    teacher_config_overrides: str = setting("changes of the teacher's config.json: key=value,key=value", "")
-    student_config_overrides: str = setting("changes of the student's config.json: key=value,key=value", "")
-    tokenizer_name: str | None = setting("folder or hub name; unset: the teacher's, else the student's", None)
+    teacher_config_overrides: str = setting(
+        "changes of the teacher's config.json: key=value,key=value", "", form="overrides"
+    )
+    student_config_overrides: str = setting(
+        "changes of the student's config.json: key=value,key=value", "", form="overrides"
+    )
+    tokenizer_name: str | None = setting(
+        "folder or hub name; unset: the teacher's, else the student's", None, form="model", may_change=True
+    )
     attn_implementation: str = setting("attention of transformers", "sdpa", choices=("sdpa", "eager"))
     gradient_checkpointing: bool = setting("recompute the student's layers in the backward pass", False)
     checkpoint_offload: bool = setting("gradient_checkpointing: keep the layers' inputs in host memory", False)
-    teacher_cache: str | None = setting("folder written by `kvds cache`, read instead of running the teacher", None)
+    teacher_cache: str | None = setting(
+        "folder written by `kvds cache`, read instead of running the teacher", None, may_change=True
+    )
     teacher_placement: str = setting(
         "whole on each rank, sharded by ZeRO-3, sharded and offloaded to host memory, or its heads dealt out to "
         "teacher_tp_size ranks", "replicated",
-        choices=("replicated", "zero3", "zero3_offload", "tensor_parallel"),
+        choices=("replicated", "zero3", "zero3_offload", "tensor_parallel"), may_change=True,
     )  # fmt: skip
-    teacher_tp_size: int = setting("tensor_parallel: ranks that share one teacher, best of one node", 2)
+    teacher_tp_size: int = setting(
+        "tensor_parallel: ranks that share one teacher, best of one node", 2, may_change=True
+    )
     teacher_overlap: bool = setting(
         "run a replicated teacher one micro-batch ahead, on a GPU on a stream of its own beside the student's backward "
         "pass; the same losses, and one more micro-batch of the teacher's keys and values in memory", False,
+        may_change=True,
     )  # fmt: skip
 
 
@@ -49,22 +94,32 @@ class DataSettings:
     datasets: tuple[str, ...] = setting(
         "gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT", ("synthetic",)
     )
-    data_dir: str | None = setting("folder with the publishers' files; unset: hub names through `datasets`", None)
-    data_cache: str | None = setting(
-        "folder for rows as tokens, which later runs read; never: keep none; unset: kvds below HF_DATASETS_CACHE", None
+    data_dir: str | None = setting(
+        "folder with the publishers' files; unset: hub names through `datasets`", None, may_change=True, identity=False
     )
-    subset_size: int | None = setting("training rows in all; unset: every row", None)
-    max_length: int = setting("tokens per row; longer rows are left out and counted", 512)
+    data_cache: str | None = setting(
+        "folder for rows as tokens, which later runs read; never: keep none; unset: kvds below HF_DATASETS_CACHE",
+        None,
+        may_change=True,
+    )
+    subset_size: int | None = setting("training rows in all; unset: every row", None, least=1)
+    max_length: int = setting(
+        "tokens per row; longer rows are left out and counted",
+        512,
+        least=2,
+        expected="at least 2 tokens, one to read and one to predict",
+    )
     packing: bool = setting("samples of a micro-batch share rows of max_length tokens; off: a padded row each", False)
     group_by_length: bool = setting("samples of a step are of like length, so that less is padding", False)
     pad_to_multiple_of: int = setting(
         "rows of a batch are as long as a multiple of this, at most max_length: a GPU meets fewer shapes, each of "
-        "which costs up to seconds the first time", 1,
+        "which costs up to seconds the first time", 1, may_change=True,
     )  # fmt: skip
-    on_bad_row: str = setting("what a malformed row does", "error", choices=("error", "skip"))
-    eval_subset_size: int = setting("held-out rows per corpus; 0: no evaluation", 200)
-    max_new_tokens: int = setting("tokens generated per held-out row", 256)
-    synthetic_problems: int = setting("training problems of the built-in corpus", 1000)
+    on_bad_row: str = setting("what a malformed row does", "error", choices=("error", "skip"), identity=False)
+    eval_subset_size: int = setting("held-out rows per corpus; 0: no evaluation", 200, least=0, may_change=True)
+    max_new_tokens: int = setting("tokens generated per held-out row", 256, least=1, may_change=True)
+    # Far more distinct problems would be searched for without end.
+    synthetic_problems: int = setting("training problems of the built-in corpus", 1000, least=1, most=10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +145,9 @@ class AlignmentSettings:
     )
     aligner_update: str = setting("whether the map learns", "trained", choices=("trained", "frozen"))
     map_start: str = setting("start of the dimension maps", "random", choices=("random", "pca", "procrustes", "ridge"))
-    calibration_batches: int = setting("steps of batches that statistics and closed-form starts are fitted on", 4)
+    calibration_batches: int = setting(
+        "steps of batches that statistics and closed-form starts are fitted on", 4, least=1
+    )
     align_tokens: str = setting(
         "what corresponds in teacher and student: token positions, or reasoning steps (means over the tokens of each; "
         "rows may then hold a teacher_rationale of another length)",
@@ -102,10 +159,16 @@ class AlignmentSettings:
         choices=("full", "right_crop", "uniform", "random", "snapkv", "keydiff", "rkv", "rkv_window"),
     )  # fmt: skip
     kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
-    rkv_lambda: float = setting("rkv, rkv_window: weight of importance against redundancy, from 0 to 1", 0.1)
+    rkv_lambda: float = setting(
+        "rkv, rkv_window: weight of importance against redundancy, from 0 to 1",
+        0.1,
+        least=0,
+        most=1,
+        expected="a weight from 0 to 1",
+    )
     observing_tokens: int | None = setting(
         "tokens per row whose queries say what is important; unset: 32 of the answer (rkv), the last 8 (snapkv, "
-        "rkv_window)", None,
+        "rkv_window)", None, least=1,
     )  # fmt: skip
     teacher_kv: str = setting(
         "teacher's keys and values of the row itself, or as a control of another row of the batch", "matched",
@@ -123,13 +186,14 @@ class AlignmentSettings:
     relation_heads: int | None = setting(
         "relation: pieces that the heads of a layer are cut into; unset: greatest common divisor of the head counts",
         None,
+        least=1,
     )
     relation_units: str = setting(
         "relation: states in units of their start, mean taken out, or raw as in the paper", "standard",
         choices=("standard", "raw"),
     )  # fmt: skip
     attention_loss_weight: float = setting(
-        "structural_kv: weight of the attention's KL divergence beside the cosines; 0: without", 1.0
+        "structural_kv: weight of the attention's KL divergence beside the cosines; 0: without", 1.0, least=0
     )
     kv_weight: str | float = setting(
         "weight of the KV loss: a number; or auto:SHARE of the task's gradient at the start; or hold:SHARE, moved so "
@@ -140,61 +204,100 @@ class AlignmentSettings:
     )
     kv_rope: str = setting("keys before or after rotary embedding", "pre", choices=("pre", "post"))
     mask_first_token: bool = setting("leave out the first token, an attention sink", True)
-    layer_groups: int = setting("structured: groups of layers that draw only from each other", 1)
-    head_groups: int = setting("structured: groups of KV heads that draw only from each other", 1)
+    layer_groups: int = setting("structured: groups of layers that draw only from each other", 1, least=1)
+    head_groups: int = setting("structured: groups of KV heads that draw only from each other", 1, least=1)
     impl: str = setting(
         "structured: implementation of the projection; auto: triton on a GPU, lean elsewhere", "auto",
-        choices=("auto", "reference", "lean", "compile", "triton"),
+        choices=("auto", "reference", "lean", "compile", "triton"), may_change=True,
     )  # fmt: skip
-    task_weight: float = setting("weight of the task cross entropy", 1.0)
-    logit_kd_weight: float = setting("weight of logit distillation (forward KL)", 0.0)
-    logit_kd_temperature: float = setting("temperature of logit distillation", 1.0)
+    task_weight: float = setting("weight of the task cross entropy", 1.0, least=0)
+    logit_kd_weight: float = setting("weight of logit distillation (forward KL)", 0.0, least=0)
+    logit_kd_temperature: float = setting(
+        "temperature of logit distillation", 1.0, above=0, expected="a number above 0, such as 5e-5"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationSettings:
     """Batches, steps, learning rate."""
 
-    batch_size: int = setting("rows per device and micro-batch", 8)
-    gradient_accumulation_steps: int = setting("micro-batches per optimizer step", 1)
-    epochs: int = setting("passes over the training rows", 3)
-    max_steps: int | None = setting("optimizer steps; overrides epochs", None)
-    lr: float = setting("peak learning rate", 5e-5)
-    aligner_lr: float | None = setting("peak learning rate of the map; unset: lr", None)
-    weight_decay: float = setting("AdamW's, on matrices of the student", 0.0)
+    # Their product with the number of ranks may not change: the checkpoint knows it.
+    batch_size: int = setting("rows per device and micro-batch", 8, least=1, may_change=True)
+    gradient_accumulation_steps: int = setting("micro-batches per optimizer step", 1, least=1, may_change=True)
+    epochs: int = setting("passes over the training rows", 3, least=1)
+    max_steps: int | None = setting("optimizer steps; overrides epochs", None, least=1)
+    lr: float = setting("peak learning rate", 5e-5, above=0, expected="a number above 0, such as 5e-5")
+    aligner_lr: float | None = setting(
+        "peak learning rate of the map; unset: lr", None, above=0, expected="a number above 0, such as 5e-5"
+    )
+    weight_decay: float = setting("AdamW's, on matrices of the student", 0.0, least=0)
     optimizer: str = setting("optimizer", "adamw", choices=("adamw", "sgd"))
     lr_scheduler_type: str = setting("schedule after warm-up", "linear", choices=("linear", "cosine", "constant"))
-    warmup_ratio: float = setting("share of the steps in which the learning rate rises", 0.0)
-    max_grad_norm: float | None = setting(
-        "clip the gradient to this norm, 0: never; unset: the DeepSpeed configuration's", None
+    warmup_ratio: float = setting(
+        "share of the steps in which the learning rate rises",
+        0.0,
+        least=0,
+        below=1,
+        expected="a share from 0 to below 1",
     )
-    seed: int = setting("of data order, random weights and dropout", 0)
+    max_grad_norm: float | None = setting(
+        "clip the gradient to this norm, 0: never; unset: the DeepSpeed configuration's",
+        None,
+        least=0,
+        expected="at least 0 (0: never clip)",
+    )
+    # Random states are numbers of 64 bits made of seed, step and rank.
+    seed: int = setting("of data order, random weights and dropout", 0, least=0, most=2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Where the run lives and what it records."""
 
-    output_dir: str = setting("folder of the run (required)")
-    deepspeed_config: str = setting("DeepSpeed configuration file", "ds_configs/zero3.json")
-    logging_steps: int = setting("steps between logged metrics", 10)
-    save_steps: int = setting("steps between checkpoints; 0: only at the end", 500)
-    eval_steps: int = setting("steps between evaluations; 0: only at the end", 0)
-    resume: str = setting("auto: go on from the output folder's last checkpoint; never; or that folder", "auto")
+    output_dir: str = setting("folder of the run (required)", may_change=True, identity=False)
+    deepspeed_config: str = setting("DeepSpeed configuration file", "ds_configs/zero3.json", may_change=True)
+    logging_steps: int = setting("steps between logged metrics", 10, least=1, may_change=True)
+    save_steps: int = setting(
+        "steps between checkpoints; 0: only at the end", 500, least=0, may_change=True, identity=False
+    )
+    eval_steps: int = setting("steps between evaluations; 0: only at the end", 0, least=0, may_change=True)
+    resume: str = setting(
+        "auto: go on from the output folder's last checkpoint; never; or that folder",
+        "auto",
+        may_change=True,
+        identity=False,
+    )
     change_global_batch: bool = setting(
         "resume with another number of rows per optimizer step; otherwise --gradient_accumulation_steps makes up for "
-        "another number of ranks", False,
+        "another number of ranks", False, may_change=True,
     )  # fmt: skip
-    keep_checkpoints: int = setting("newest checkpoints that stay on the disk; 0: all", 0)
+    keep_checkpoints: int = setting("newest checkpoints that stay on the disk; 0: all", 0, least=0, may_change=True)
     max_minutes: float | None = setting(
-        "minutes after its start at which the run saves a checkpoint and ends with exit code 85; unset: never", None
+        "minutes after its start at which the run saves a checkpoint and ends with exit code 85; unset: never",
+        None,
+        above=0,
+        may_change=True,
     )
-    max_bad_steps: int = setting("steps in a row with a loss or gradient that is not finite before the run stops", 10)
-    rank_timeout: int = setting("seconds without a sign of life from one rank after which the others end", 120)
-    report_to: str = setting("tracker beside metrics.jsonl", "mlflow", choices=("mlflow", "none"))
-    tracking_uri: str | None = setting("MLflow tracking URI; unset: sqlite in the output folder", None)
-    experiment_name: str = setting("MLflow experiment", "kvds")
-    run_name: str | None = setting("MLflow run; unset: the output folder's name", None)
+    max_bad_steps: int = setting(
+        "steps in a row with a loss or gradient that is not finite before the run stops", 10, least=1, may_change=True
+    )
+    rank_timeout: int = setting(
+        "seconds without a sign of life from one rank after which the others end",
+        120,
+        least=5,
+        expected="at least 5 seconds",
+        may_change=True,
+    )
+    report_to: str = setting(
+        "tracker beside metrics.jsonl", "mlflow", choices=("mlflow", "none"), may_change=True, identity=False
+    )
+    tracking_uri: str | None = setting(
+        "MLflow tracking URI; unset: sqlite in the output folder", None, may_change=True, identity=False
+    )
+    experiment_name: str = setting("MLflow experiment", "kvds", may_change=True, identity=False)
+    run_name: str | None = setting("MLflow run; unset: the output folder's name", None, may_change=True, identity=False)
     dry_run: bool = setting(
-        "do everything but train: read the data, build the models without weights, check files, space and memory", False
+        "do everything but train: read the data, build the models without weights, check files, space and memory",
+        False,
+        may_change=True,
     )

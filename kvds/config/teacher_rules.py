@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from kvds.config.alignment_rules import READS_KEYS
 from kvds.config.all_settings import AllSettings
-
-Rule = tuple[bool, str, object, str]
+from kvds.config.setting_rules import Rule
 
 
 def teacher_rules(cfg: AllSettings) -> Iterator[Rule]:

@@ -28,11 +28,7 @@ _KEYS = (
     "base", "settings", "primary", "better", "seeds", "baseline", "comparisons", "prepare", "tuning_seeds",
     "tuned_from",
 )  # fmt: skip
-# Where a run lives and what it records beside the numbers is no part of what it is.
-_NOT_IDENTITY = {
-    "output_dir", "resume", "report_to", "tracking_uri", "experiment_name", "run_name", "save_steps", "data_dir",
-    "on_bad_row",
-}  # fmt: skip
+_IDENTITY = {field.name: field.metadata["identity"] for field in dataclasses.fields(RunConfig)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -180,7 +176,7 @@ def _hash(parts: dict[str, dict[str, Any]]) -> str:
     def identity(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {key: identity(item) for key, item in value.items() if key not in _NOT_IDENTITY}
+        return {key: identity(item) for key, item in value.items() if _IDENTITY.get(key, True)}
 
     return hashlib.sha256(json.dumps(identity(parts), sort_keys=True).encode()).hexdigest()[:12]
 
