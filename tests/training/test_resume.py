@@ -70,7 +70,7 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
     values = {
         "teacher_name": models / "teacher", "student_name": models / "student", "tokenizer_name": models / "tokenizer",
         "datasets": "synthetic", "synthetic_problems": 10, "max_length": 64, "eval_subset_size": 0, "report_to": "none",
-        "alignment_mode": "structured", "kv_weight": "auto:1.5", "kv_weight_schedule": "linear", 
+        "alignment_mode": "structured", "kv_weight": "auto:1.5", "kv_weight_schedule": "linear",
         "map_start": "procrustes", "kv_parts": "kv",
         "calibration_batches": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 3,
         "lr": 0.01,
