@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": ("plan", "memory, time and disk of a recipe before it is queued, and what to change where it does not fit"),
     "prefetch": ("prefetch", "models, tokenizers and data sets of a recipe into a folder, for nodes without internet"),
     "profile": ("profile", "what an aligner is made of and what it has learned"),
+    "prune": ("prune", "a smaller student of some of a model's own layers, chosen by hand or by what each is worth"),
     "report": ("report", "table and loss curves of one or more runs"),
     "track": ("track", "hand the records of a run to MLflow, where it lacks them"),
 }

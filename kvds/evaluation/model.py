@@ -88,7 +88,7 @@ def evaluate_model(
     bar = tqdm(total=2 * len(share), desc="evaluate", unit="row", disable=not progress or rank != 0, mininterval=0.5)
     with torch.no_grad(), _evaluation_mode(model), bar:
         for rows in _batches(share, batch_size, largest_share, between_batches):
-            for row, loss in zip(rows, _completion_losses(model, rows, pad), strict=True):
+            for row, loss in zip(rows, completion_losses(model, rows, pad), strict=True):
                 losses[row.example] = (loss, row.label_count)
             bar.update(len(rows))
         share = sorted(share, key=lambda sample: -_prompt_length(sample))
@@ -178,7 +178,7 @@ def _greedy_defaults(model: Any, tokenizer: PreTrainedTokenizerBase, pad: int, b
         model.generation_config = own
 
 
-def _completion_losses(model: nn.Module, rows: Sequence[EncodedSample], pad: int) -> list[float]:
+def completion_losses(model: nn.Module, rows: Sequence[EncodedSample], pad: int) -> list[float]:
     """Σ −log p(token) over rationale and answer of each row; only counted positions go through the head, in chunks."""
     device = next(model.parameters()).device
     batch = collate(rows, [row.example for row in rows], pad, 1.0, 1.0)
