@@ -18,7 +18,7 @@ from kvds.kv import HiddenStates, KVShape, KVStates, Selection, common_steps, op
 from kvds.kv.families import backbone
 from kvds.teacher.teacher import Teacher, TeacherOutput
 from kvds.training.calibration import calibrate_aligner
-from tests.distillation.test_module import CPU, qwen2, results
+from tests.harness.distillation_setup import CPU, qwen2, results
 from tests.harness.kv_settings import both_parts
 
 

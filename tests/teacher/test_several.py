@@ -24,7 +24,8 @@ from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput, TeacherKV
 from kvds.errors import InputError
 from kvds.kv import KVShape, select_tokens
-from tests.distillation.test_module import ALL, SELECTION, Setup, batch_of, counts, results, samples, setup, step_input
+from tests.distillation.test_module import ALL
+from tests.harness.distillation_setup import SELECTION, Setup, batch_of, counts, results, samples, setup, step_input
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WEIGHTS = LossWeights(task=0.7, kv=1.5)
