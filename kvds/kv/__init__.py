@@ -2,12 +2,13 @@
 
 from kvds.kv.capture import KVCapture
 from kvds.kv.draws import row_draws
+from kvds.kv.forward_capture import Capture
 from kvds.kv.gather import gather_positions, group_slices
 from kvds.kv.hidden import HiddenCapture, HiddenStates, hidden_shape
 from kvds.kv.observed import Observed, ObservingRows
 from kvds.kv.pool import common_steps, pool_steps
 from kvds.kv.queries import AttentionStates, LayerQueries
-from kvds.kv.reading import Capture, States, open_capture
+from kvds.kv.reading import States, open_capture
 from kvds.kv.select import Selection, observing_rows, select_tokens, selected_count, selected_shares
 from kvds.kv.shuffle import shuffled_states
 from kvds.kv.states import KVShape, KVStates

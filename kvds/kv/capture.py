@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,11 +10,12 @@ from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
 from kvds.kv.families import FAMILIES, AttentionLayout
+from kvds.kv.forward_capture import Capture
 from kvds.kv.observed import ObservedLayer, Rotation, gather_rows
 from kvds.kv.states import KV_PARTS, KVShape, KVStates
 
 
-class KVCapture:
+class KVCapture(Capture[KVStates]):
     """Context manager: after a forward of ``model`` inside it, ``states`` holds every layer's keys and values.
 
     The tensors are views of the projections' outputs, ``[B, num_key_value_heads, T, head_dim]`` with a contiguous last
@@ -60,7 +61,7 @@ class KVCapture:
         if rope not in ("pre", "post"):
             raise InputError(f"kv_rope={rope}: expected pre or post")
         family = FAMILIES[config.model_type]
-        self._backbone: nn.Module = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        super().__init__(model)
         attentions = [getattr(layer, family.attention) for layer in getattr(self._backbone, family.layers)]
         self._layers = list(range(len(attentions)) if layers is None else layers)
         if absent := [layer for layer in self._layers if not 0 <= layer < len(attentions)]:
@@ -71,58 +72,28 @@ class KVCapture:
         self._query_rows = query_rows
         self._wants_keys = "keys" in parts or query_rows is not None
         self._wants_values = "values" in parts
-        self._handles: list[RemovableHandle] = []
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._queries: dict[int, Tensor] = {}
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
-        self._states: KVStates | None = None
         self._forget()
 
-    def __enter__(self) -> KVCapture:
-        if self._handles:
-            raise RuntimeError("this KVCapture is already open: nest another one over the same model instead")
-        self._forget()
-        # A forward begins at the backbone; a recomputed layer comes without that, and finds its slot taken.
-        self._handles.append(self._backbone.register_forward_pre_hook(lambda *_: self._forget()))
+    def _hook_layers(self) -> Iterator[RemovableHandle]:
         for layer, layout in self._layouts.items():
             if layout.rotary is not None and self._wants_keys and self._rotates:
                 hook = self._rotation_hook(layer)
-                self._handles.append(self._attentions[layer].register_forward_pre_hook(hook, with_kwargs=True))
+                yield self._attentions[layer].register_forward_pre_hook(hook, with_kwargs=True)
             if self._wants_keys:
-                self._handles.append(layout.key_module.register_forward_hook(self._output_hook(self._keys, layer)))
+                yield layout.key_module.register_forward_hook(self._output_hook(self._keys, layer))
             if self._wants_values:
-                self._handles.append(layout.value_module.register_forward_hook(self._output_hook(self._values, layer)))
+                yield layout.value_module.register_forward_hook(self._output_hook(self._values, layer))
             if self._query_rows is not None:
-                self._handles.append(
-                    layout.query_module.register_forward_hook(self._query_hook(layer, self._query_rows))
-                )
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if exc_type is not None:
-            self._forget()
-            return
-        try:
-            _ = self.states
-        except BaseException:
-            self._forget()
-            raise
+                yield layout.query_module.register_forward_hook(self._query_hook(layer, self._query_rows))
 
     @property
     def one_projection(self) -> bool:
         """Whether a module gives keys and values both, so that a view of either keeps the other alive."""
         return any(layout.key_module is layout.value_module for layout in self._layouts.values())
-
-    @property
-    def states(self) -> KVStates:
-        """Keys and values of the last forward; readable inside the context too, once that forward has run."""
-        if self._states is None:
-            self._states = self._collect()
-        return self._states
 
     @property
     def watched(self) -> list[tuple[Tensor, Tensor, slice]]:
@@ -132,6 +103,7 @@ class KVCapture:
         return [(view, *output) for view, output in zip(views, outputs, strict=True)]
 
     def _forget(self) -> None:
+        super()._forget()
         # Emptied in place: the open hooks hold these very dictionaries.
         self._keys.clear()
         self._values.clear()
@@ -141,7 +113,6 @@ class KVCapture:
         self.key_outputs: list[tuple[Tensor, slice]] = []
         self.value_outputs: list[tuple[Tensor, slice]] = []
         self.key_heads: list[Tensor] = []
-        self._states = None
 
     @staticmethod
     def _output_hook(slots: dict[int, Tensor], layer: int) -> Callable[..., None]:

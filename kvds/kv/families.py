@@ -116,5 +116,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The transformer without its language-model head."""
-    return getattr(model, str(model.base_model_prefix))
+    """The transformer without its language-model head; the model itself where it has none."""
+    return getattr(model, str(getattr(model, "base_model_prefix", "")), model)

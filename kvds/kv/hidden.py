@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
 from kvds.kv.families import FAMILIES
+from kvds.kv.forward_capture import Capture
 from kvds.kv.states import KVShape
 
 
@@ -53,7 +54,7 @@ def hidden_shape(shape: KVShape) -> KVShape:
     return replace(shape, num_key_value_heads=1, head_dim=shape.hidden_size)
 
 
-class HiddenCapture:
+class HiddenCapture(Capture[HiddenStates]):
     """Context manager: after a forward of ``model`` inside it, ``states`` holds every decoder layer's output.
 
     Views of the residual stream behind each layer, before the final norm. Gradients sent into them reach the layer and
@@ -72,50 +73,25 @@ class HiddenCapture:
     def __init__(self, model: nn.Module, *, require_grad: bool = False) -> None:
         config: Any = model.config
         KVShape.from_config(config)
-        self._backbone: nn.Module = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        super().__init__(model)
         self._layers: list[nn.Module] = list(getattr(self._backbone, FAMILIES[config.model_type].layers))
         self._require_grad = require_grad
-        self._handles: list[RemovableHandle] = []
         self._outputs: dict[int, Tensor] = {}
-        self._states: HiddenStates | None = None
 
-    def __enter__(self) -> HiddenCapture:
-        if self._handles:
-            raise RuntimeError("this HiddenCapture is already open: nest another one over the same model instead")
-        self._forget()
-        # A forward begins at the backbone; a recomputed layer comes without that, and finds its slot taken.
-        self._handles.append(self._backbone.register_forward_pre_hook(lambda *_: self._forget()))
+    def _hook_layers(self) -> Iterator[RemovableHandle]:
         for number, layer in enumerate(self._layers):
-            self._handles.append(layer.register_forward_hook(self._output_hook(number)))
-        return self
+            yield layer.register_forward_hook(self._output_hook(number))
 
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if exc_type is not None:
-            self._forget()
-            return
-        try:
-            _ = self.states
-        except BaseException:
-            self._forget()
-            raise
-
-    @property
-    def states(self) -> HiddenStates:
-        """Hidden states of the last forward; readable inside the context too, once that forward has run."""
-        if self._states is None:
-            if missing := [i for i in range(len(self._layers)) if i not in self._outputs]:
-                raise RuntimeError(f"no forward ran through decoder layers {missing} inside HiddenCapture")
-            bare = [i for i, output in self._outputs.items() if output.grad_fn is None]
-            if self._require_grad and bare:
-                raise RuntimeError(
-                    f"captured hidden states of layers {bare} carry no graph, so an alignment would train nothing: the "
-                    "forward ran under no_grad or on frozen weights"
-                )
-            self._states = HiddenStates(tuple(self._outputs[i].unsqueeze(1) for i in range(len(self._layers))))
-        return self._states
+    def _collect(self) -> HiddenStates:
+        if missing := [i for i in range(len(self._layers)) if i not in self._outputs]:
+            raise RuntimeError(f"no forward ran through decoder layers {missing} inside HiddenCapture")
+        bare = [i for i, output in self._outputs.items() if output.grad_fn is None]
+        if self._require_grad and bare:
+            raise RuntimeError(
+                f"captured hidden states of layers {bare} carry no graph, so an alignment would train nothing: the "
+                "forward ran under no_grad or on frozen weights"
+            )
+        return HiddenStates(tuple(self._outputs[i].unsqueeze(1) for i in range(len(self._layers))))
 
     @property
     def watched(self) -> list[tuple[Tensor, Tensor, slice]]:
@@ -123,8 +99,8 @@ class HiddenCapture:
         return [(view, self._outputs[i], slice(None)) for i, view in enumerate(self.states.hidden_states)]
 
     def _forget(self) -> None:
+        super()._forget()
         self._outputs.clear()
-        self._states = None
 
     def _output_hook(self, number: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> None:

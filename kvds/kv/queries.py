@@ -56,20 +56,11 @@ class AttentionCapture(KVCapture):
     """
 
     def __init__(self, model: nn.Module, *, rope: str = "pre", require_grad: bool = False) -> None:
-        self._attention: AttentionStates | None = None
         super().__init__(model, rope=rope, require_grad=require_grad, query_rows="all")
 
-    @property
-    def states(self) -> AttentionStates:  # type: ignore[override]
-        """Keys, values and queries of the last forward."""
-        if self._attention is None:
-            keys, values = super().states
-            self._attention = AttentionStates(keys, values, tuple(map(self._layer_queries, self.observed)))
-        return self._attention
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._attention = None
+    def _collect(self) -> AttentionStates:  # type: ignore[override]  # its keys and values are those of KVStates
+        keys, values = super()._collect()
+        return AttentionStates(keys, values, tuple(map(self._layer_queries, self.observed)))
 
     def _layer_queries(self, layer: ObservedLayer) -> LayerQueries:
         rotation, queries = layer.rotation, layer.unrotated_queries

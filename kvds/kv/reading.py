@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from kvds.kv.capture import KVCapture
+from kvds.kv.forward_capture import Capture
 from kvds.kv.hidden import HiddenCapture, HiddenStates
 from kvds.kv.queries import AttentionCapture, AttentionStates
 from kvds.kv.states import KVStates
 
 States = KVStates | HiddenStates | AttentionStates
-Capture = KVCapture | HiddenCapture | AttentionCapture
 
 
-def open_capture(model: nn.Module, reads: str, *, rope: str = "pre", require_grad: bool = False) -> Capture:
+def open_capture(model: nn.Module, reads: str, *, rope: str = "pre", require_grad: bool = False) -> Capture[States]:
     """A context manager whose ``states`` hold, after a forward of ``model`` inside it, what ``reads`` names.
 
     Args:
@@ -24,7 +22,6 @@ def open_capture(model: nn.Module, reads: str, *, rope: str = "pre", require_gra
         rope: ``"pre"`` or ``"post"``, of keys.
         require_grad: Raise where a captured tensor has no graph.
     """
-    options: dict[str, Any] = {"require_grad": require_grad}
     if reads == "hidden":
-        return HiddenCapture(model, **options)
-    return (AttentionCapture if reads == "attention" else KVCapture)(model, rope=rope, **options)
+        return HiddenCapture(model, require_grad=require_grad)
+    return (AttentionCapture if reads == "attention" else KVCapture)(model, rope=rope, require_grad=require_grad)
