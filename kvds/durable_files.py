@@ -1,13 +1,39 @@
-"""Files that are whole or not there: written aside, flushed to the disk, put in place by one rename."""
+"""Files that are whole or not there: written aside, flushed to the disk, put in place by one rename; and the one form
+in which kvds writes JSON.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = ".unfinished"
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """``value`` as JSON, which knows neither NaN nor infinity: null stands in their place, at any depth.
+
+    Args:
+        value: Of dictionaries, lists, tuples, texts, numbers, booleans and None.
+        options: Of :func:`json.dumps`.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync_file(path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from kvds.durable_files import write_durably
+from kvds.durable_files import json_text, write_durably
 
 MANIFEST_FILE = "manifest.json"
 
@@ -90,7 +90,7 @@ def write_manifest(folder: Path, files: Mapping[str, FileEntry]) -> None:
         OSError: it could not be written.
     """
     content = {"version": 1, "files": {name: vars(entry) for name, entry in sorted(files.items())}}
-    write_durably(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
+    write_durably(folder / MANIFEST_FILE, json_text(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from kvds.checkpoint.folder import CHECKPOINTS, step_tag
 from kvds.checkpoint.manifest import ChecksummedFile, FileEntry
 from kvds.config import RunConfig
+from kvds.durable_files import json_text
 from kvds.errors import InputError
 
 log = logging.getLogger("kvds")
@@ -46,7 +47,7 @@ def write_origin(folder: Path, origin: Origin) -> dict[Path, FileEntry]:
     path = folder / ORIGIN_FILE
     with path.open("wb") as plain:
         file = ChecksummedFile(plain)
-        file.write((json.dumps(asdict(origin)) + "\n").encode())
+        file.write((json_text(asdict(origin)) + "\n").encode())
         return {path: file.finish()}
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvds.config.settings import DataSettings
+from kvds.durable_files import json_text
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(_table(results))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (output / "eval.json").write_text(json_text(results, indent=1) + "\n", encoding="utf-8")
         print("written:", output / "eval.json", output / "predictions.jsonl")
     return 0
 

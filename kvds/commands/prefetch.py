@@ -18,6 +18,7 @@ from pathlib import Path
 
 from kvds.config import RunConfig
 from kvds.config.values import split_dataset_weight
+from kvds.durable_files import json_text
 from kvds.errors import InputError, one_line
 
 
@@ -197,13 +198,13 @@ def main(argv: list[str]) -> int:
                 problem = missing(item)
             except Exception as error:
                 problem = one_line(error)[:300]
-        print(json.dumps([number, problem]), flush=True)
+        print(json_text([number, problem]), flush=True)
     return 0
 
 
 def as_json(items: list[Item]) -> str:
     """The list as :func:`main` reads it."""
-    return json.dumps([dataclasses.asdict(item) for item in items])
+    return json_text([dataclasses.asdict(item) for item in items])
 
 
 if __name__ == "__main__":

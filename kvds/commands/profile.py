@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from kvds.config.settings import AlignmentSettings
+from kvds.durable_files import json_text
 from kvds.errors import InputError
 
 MODES = ("flat", "structured", "structural_kv", "relation", "hidden")
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             written.append(save_fit(fit, output / "aligner_fit.png"))
         written.append(output / "profile.json")
         content = {**description, "learned_parameters_by_mode": counts, "spectra": spectra, "fit": fit}
-        written[-1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        written[-1].write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
         print("written:", *written)
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvds.config.settings import DataSettings
-from kvds.durable_files import write_durably
+from kvds.durable_files import json_text, write_durably
 from kvds.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _extend_order(
     gone = [layer for layer, _ in record["removed"]]
     for layer, loss in removal_order(model, samples, missing, removed=gone, **how):
         record["removed"].append((layer, loss))
-        write_durably(so_far, json.dumps(record, indent=1) + "\n")
+        write_durably(so_far, json_text(record, indent=1) + "\n")
 
 
 def _write(
@@ -166,7 +166,7 @@ def _write(
     student = prune_layers(model, keep)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_student(student, tokenizer, output)
-    text = json.dumps(record | {"kept": list(keep)}, indent=1) + "\n"
+    text = json_text(record | {"kept": list(keep)}, indent=1) + "\n"
     write_durably(output / ORDER_FILE, text)
     output.with_name(f"{output.name}.{ORDER_FILE}").unlink(missing_ok=True)
     depth, parameters = record["num_hidden_layers"], sum(p.numel() for p in student.parameters())

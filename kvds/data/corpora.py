@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvds.data.example import plain_number
+from kvds.data.example import LINE_END, plain_number
 from kvds.data.rows import BadRow
 
 # Prompt, rationale, answer, and where there is one the teacher's own rationale.
@@ -137,6 +137,7 @@ def _arc_choices(row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
 def plain(row: dict[str, Any]) -> Parts:
     """A row that already has ``prompt``, ``rationale`` (may be empty or missing) and ``answer`` (text or number).
 
+    An answer of several lines, such as code, keeps them, with line feeds between them, and its blanks.
     With ``teacher_rationale``, too, the teacher reads that where steps are matched (``--align_tokens segment``).
     """
     rationale = _text(row, "rationale", empty=True) if row.get("rationale") is not None else ""
@@ -144,7 +145,7 @@ def plain(row: dict[str, Any]) -> Parts:
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = _number(answer, "answer")
     else:
-        answer = " ".join(_text(row, "answer").split())
+        answer = "\n".join(LINE_END.split(_text(row, "answer")))
     parts = _text(row, "prompt"), rationale, answer
     return parts if row.get("teacher_rationale") is None else (*parts, _text(row, "teacher_rationale"))
 

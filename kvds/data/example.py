@@ -6,11 +6,14 @@ The text is ``prompt⏎ rationale⏎ #### answer``; a row without rationale goes
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 
 ANSWER_MARK = "####"
 
+LINE_END = re.compile(r"\r\n|\r|\n")
+_AMOUNT = re.compile(r"([-+]?)(?:\s*\$\s*)?(.*?)(?:\s*[$%])?")
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?(e[-+]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 
 
@@ -21,7 +24,7 @@ class Example:
     Attributes:
         prompt: What is asked.
         rationale: The steps to the answer; may be empty. Never holds the answer mark.
-        answer: The answer alone, on one line.
+        answer: The answer alone, in one line or several. Never holds the answer mark.
         corpus: Name of the corpus it came from.
         place: Where it stood, such as ``"train.jsonl:12"``.
         teacher_rationale: What the teacher reads in place of ``rationale`` where steps, not positions, are matched;
@@ -67,20 +70,31 @@ def plain_number(text: str) -> str | None:
 
 
 def normalise_answer(answer: str) -> str:
-    """An answer in the form in which two are compared.
+    """An answer in the form in which two are compared; ``""`` for blanks alone.
 
-    Numbers lose ``$``, ``%``, thousands commas, trailing zeros and a full stop: ``"$1,080.00."`` → ``"1080"``. Other
-    texts, among them digits behind a leading zero, lose case, repeated and outer blanks, and a full stop.
+    Numbers lose ``$`` before and ``$`` or ``%`` behind them, thousands commas, trailing zeros and a full stop:
+    ``"$1,080.00."`` → ``"1080"``. Other texts of one line, among them digits behind a leading zero, lose case, repeated
+    and outer blanks, and a full stop. Texts of several lines, such as code, keep all but blanks at the ends of lines.
     """
-    text = " ".join(answer.lower().replace("\N{MINUS SIGN}", "-").split()).rstrip(". ")
-    bare = re.sub("[$%]", "", text).strip().rstrip(".")
+    answer = unicodedata.normalize("NFC", answer)
+    lines = LINE_END.split(answer.strip())
+    if len(lines) > 1:
+        return "\n".join(line.rstrip() for line in lines)
+    text = " ".join(unicodedata.normalize("NFC", answer.lower()).replace("\N{MINUS SIGN}", "-").split())
+    text = text.rstrip(". ") or text  # "..." is an answer, if a strange one, and no answer is not it
+    amount = _AMOUNT.fullmatch(text)
+    bare = "".join(amount.groups()) if amount else text
     if re.match(r"[-+]?0\d", bare, re.ASCII):  # a code, or reversed digits as in the built-in problems
         return text
     return plain_number(bare) or text
 
 
-def extract_answer(completion: str) -> str:
-    """The normalised answer of a completion: the line behind the first mark, or ``""`` where there is none."""
+def extract_answer(completion: str, *, whole: bool = False) -> str:
+    """The normalised answer of a completion, or ``""`` where there is none.
+
+    Args:
+        completion: What a model wrote.
+        whole: Whether the answer is all that stands behind the first mark; otherwise it is the first line there.
+    """
     _, mark, behind = completion.partition(ANSWER_MARK)
-    lines = behind.strip().splitlines()
-    return normalise_answer(lines[0]) if mark and lines else ""
+    return normalise_answer(behind if whole else LINE_END.split(behind.strip())[0]) if mark else ""

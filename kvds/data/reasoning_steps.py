@@ -1,7 +1,7 @@
 """The reasoning steps of a rationale: where they begin in its text, and which of its tokens belong to each.
 
-A step is a line; where the whole rationale is one line, an equation of it: ``68-2=48-1=38`` has two, each ending behind
-its result. What follows the last equation belongs to it. Steps are counted from 1; 0 is no step.
+A step is a line that is not blank; where the whole rationale is one line, an equation of it: ``68-2=48-1=38`` has two,
+each ending behind its result. What follows the last equation belongs to it. Steps are counted from 1; 0 is no step.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kvds.data.example import LINE_END
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# A line end and the blank lines behind it.
+_BREAK = re.compile(r"(?:\r\n?|\n)(?:[^\S\r\n]*(?:\r\n?|\n))*")
 # An equals sign and the number behind it, as corpora write numbers: "= $1,080.50", "=-3%", "=48".
 _RESULT = re.compile(r"=\s*[$€£]?[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?", re.ASCII)
 
@@ -27,22 +30,25 @@ def step_starts(rationale: str) -> list[int]:
     """
     if not rationale.strip():
         return []
-    ends = [match.end() for match in re.finditer(r"\n+", rationale)]
-    if rationale.strip().count("\n") == 0:
+    ends = [match.end() for match in _BREAK.finditer(rationale)]
+    if not LINE_END.search(rationale.strip()):
         ends = [match.end() for match in _RESULT.finditer(rationale)]
         ends = ends[:-1]  # what follows the last result stays with it
     return [0, *(end for end in ends if rationale[end:].strip() and rationale[:end].strip())]
 
 
 def step_ids(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """The step of each token of ``text``, by where the token begins.
+    """The step of each token of ``text``, by where the token begins. Each step owns at least one.
+
+    A step in which no token begins gets the one that reaches into it, where the step before has another. Where it
+    cannot have one, it and all that follows are no steps: their numbers would meet others in the teacher's own text.
 
     Args:
         text: A rationale.
         offsets: Begin and end of each token in it, as a fast tokenizer maps them.
 
     Returns:
-        Numbers from 1, not descending; all 0 where the text has no step.
+        Numbers from 1 without gaps, not descending, then zeros; all 0 where the text has no step.
     """
     starts = step_starts(text)
     ids, last = [], min(1, len(starts))
@@ -50,6 +56,12 @@ def step_ids(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         if end > begin:  # a token of no letters belongs where the one before it does
             last = max(last, bisect_right(starts, begin))
         ids.append(last)
+    for step in sorted(set(range(1, len(starts) + 1)) - set(ids)):
+        before = [i for i, own in enumerate(ids) if own == step - 1]
+        reach = next((i for i in before[1:] if offsets[i][0] < offsets[i][1] > starts[step - 1]), None)
+        if reach is None:
+            return tuple(own if own < step else 0 for own in ids)
+        ids[reach : before[-1] + 1] = [step] * (before[-1] + 1 - reach)
     return tuple(ids)
 
 

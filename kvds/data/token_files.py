@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import uuid
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from kvds.data.encoding import EncodedCorpus, EncodedSample, encode_examples
 from kvds.data.example import Example
+from kvds.durable_files import json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,13 +96,13 @@ def _fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
         _FORMAT, tokenizers.__version__, transformers.__version__, tokenizer.bos_token_id, tokenizer.eos_token_id,
         max_length, steps,
     )  # fmt: skip
-    digest = hashlib.sha256(json.dumps(options).encode())
+    digest = hashlib.sha256(json_text(options).encode())
     backend = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
     # Before its tokens stand the padding and truncation of the last call, which each call sets anew.
     digest.update((backend.partition('"added_tokens"')[2] or backend).encode())
     for example in examples:
         texts = (example.prompt, example.rationale, example.answer, example.teacher_rationale)
-        digest.update(json.dumps(texts).encode())
+        digest.update(json_text(texts).encode())
     return digest.hexdigest()[:32]
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from torch import distributed as dist
 
+from kvds.durable_files import json_text
 from kvds.errors import InputError, RunError, one_line
 
 log = logging.getLogger("kvds")
@@ -67,7 +68,7 @@ class RankWatch:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"kvds/{attempt}/{_attempts}", store)
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": _start_ticks(os.getpid())}
-        self._store.set(f"who{self._rank}", json.dumps(who))
+        self._store.set(f"who{self._rank}", json_text(who))
         self._store.set(f"beat{self._rank}", "0")
         if self._rank == 0:
             self._store.set("verdict", "none")
@@ -102,7 +103,7 @@ class RankWatch:
                 self._store.set("hurry", "yes")
             self._thread.join(_EXPLANATION_SECONDS)
         code = 2 if isinstance(error, InputError) else 1
-        verdict = json.dumps({"rank": self._rank, "code": code, "text": f"ended with {text}", "shared": told})
+        verdict = json_text({"rank": self._rank, "code": code, "text": f"ended with {text}", "shared": told})
         self._stopped.set()
         self._thread.join()
         try:
@@ -153,7 +154,7 @@ class RankWatch:
             self._who[rank] = json.loads(self._store.get(f"who{rank}"))
         verdict = self._verdict(rank, f"no sign of life for {silent:.0f} s")
         with contextlib.suppress(Exception):
-            self._store.compare_set("verdict", "none", json.dumps(verdict))
+            self._store.compare_set("verdict", "none", json_text(verdict))
         self._end(verdict)
 
     def _verdict(self, rank: int, sign: str) -> dict[str, Any]:

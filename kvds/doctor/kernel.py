@@ -12,9 +12,10 @@ from kvds.doctor.finding import Finding, last_line, run_bounded
 # Worst difference, relative to the largest value: rounding, not a formula.
 _BOUND = 1e-4
 _SCRIPT = """
-import json, sys
+import sys
+from kvds.durable_files import json_text
 from kvds.doctor.kernel import worst_difference
-print(json.dumps(worst_difference(sys.argv[1], sys.argv[2])))
+print(json_text(worst_difference(sys.argv[1], sys.argv[2])))
 """
 
 

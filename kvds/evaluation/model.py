@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from kvds.data.batches import collate
 from kvds.data.encoding import EncodedSample, Segment, encode_examples
 from kvds.data.example import Example, answer_text, extract_answer
 from kvds.data.labels import LabelledPositions
+from kvds.durable_files import json_text
 from kvds.kv.families import backbone
 
 log = logging.getLogger("kvds")
@@ -230,4 +230,4 @@ def _write_predictions(
                 "correct": correct[i], "completion": completions[i],
                 "cross_entropy": loss / tokens if math.isfinite(loss) else None, "tokens": tokens,
             }  # fmt: skip
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json_text(record, ensure_ascii=False) + "\n")

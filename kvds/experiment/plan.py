@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import yaml
 from kvds.config import RunConfig
 from kvds.config.recipe import checked_settings, load_recipe
 from kvds.config.yaml_file import load_mapping
+from kvds.durable_files import json_text
 from kvds.errors import InputError, near_miss, one_line
 
 PREPARED = "prepared:"
@@ -178,7 +178,7 @@ def _hash(parts: dict[str, dict[str, Any]]) -> str:
             return value
         return {key: identity(item) for key, item in value.items() if _IDENTITY.get(key, True)}
 
-    return hashlib.sha256(json.dumps(identity(parts), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json_text(identity(parts), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_plan(path: str | Path, overrides: dict[str, Any] | None = None) -> Plan:

@@ -6,7 +6,6 @@ Trains like ``launch/distill.py``, draws no report of the single run, and leaves
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -18,6 +17,7 @@ if __name__ == "__main__" and os.environ.get("DS_ACCELERATOR") == "cpu":
 
 from kvds.config import RunConfig
 from kvds.distributed.preemption import StopRequest
+from kvds.durable_files import json_text
 from kvds.training.rank import run_rank
 
 MEASURED_FILE = "ab.json"
@@ -56,7 +56,7 @@ def train_measured(cfg: RunConfig, stop: StopRequest | None = None) -> None:
             "parameters/student": _parameters(folder / STUDENT_FOLDER),
             "parameters/aligner": sum(parameter.numel() for parameter in map_parameters),
         }
-        (folder / MEASURED_FILE).write_text(json.dumps(measured) + "\n", encoding="utf-8")
+        (folder / MEASURED_FILE).write_text(json_text(measured) + "\n", encoding="utf-8")
 
 
 def _parameters(model_folder: Path) -> int:

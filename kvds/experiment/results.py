@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvds.durable_files import json_text
 from kvds.errors import InputError
 from kvds.experiment.plan import Job
 from kvds.tracking.run_report import RunRecord
@@ -58,7 +59,7 @@ class ResultStore:
     def append(self, row: Row) -> None:
         """Add one result; it is on the disk when the call returns."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+            file.write(json_text(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.rows.append(row)
@@ -74,15 +75,6 @@ class ResultStore:
         wanted, done = {job.key for job in jobs}, self.finished(jobs)
         latest = {key_of(row): row for row in self.rows if row["status"] == FAILED}
         return [row for key, row in latest.items() if key in wanted and key not in done]
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: null, read as missing."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def identity(job: Job) -> Row:
@@ -162,6 +154,7 @@ def write_curves_csv(rows: Sequence[Row], path: Path) -> None:
         for row in rows:
             curves = row.get("curves") or {}
             steps, losses = curves.get("cross_entropy", [[], []])
-            matches = curves.get("exact_match", [[], []])[1]
-            for step, match, loss in zip(steps, matches, losses, strict=True):
-                writer.writerow([row["arm"], row["seed"], step, f"{match:.4f}", f"{loss:.5f}"])
+            matches = dict(zip(*curves.get("exact_match", [[], []]), strict=True))
+            for step, loss in zip(steps, losses, strict=True):
+                match = f"{matches[step]:.4f}" if step in matches else ""  # there are losses without a judged answer
+                writer.writerow([row["arm"], row["seed"], step, match, f"{loss:.5f}"])

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from kvds.config import RunConfig
 from kvds.distributed.preemption import EXIT_CODE, Preempted
+from kvds.durable_files import json_text
 from kvds.experiment.launcher import launch
 from kvds.experiment.rank_process import MEASURED_FILE, train_measured
 from kvds.experiment.results import FAILED, FINISHED, summarise
@@ -60,7 +61,7 @@ def serve(jobs: TextIO, answers: TextIO) -> None:
             traceback.print_exc()
             answer = {"status": FAILED, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
         gc.collect()  # engines hold themselves in cycles
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json_text(answer) + "\n")
         answers.flush()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvds.distributed.preemption import EXIT_CODE
+from kvds.durable_files import json_text
 from kvds.errors import InputError
 from kvds.experiment.launcher import check_devices
 
@@ -114,7 +115,7 @@ class Worker:
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.write(json_text(job) + "\n")
             self._process.stdin.flush()
         try:
             line = self._answers.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from kvds.align.loss import state_names
 from kvds.config import RunConfig
 from kvds.data.encoding import EncodedSample
+from kvds.durable_files import json_text
 from kvds.errors import InputError
 from kvds.kv.states import KV_PARTS
 
@@ -39,7 +39,7 @@ def cache_fingerprint(
     """
     rows = hashlib.sha256()
     for sample in samples:
-        rows.update(json.dumps([sample.input_ids, sample.segment_ids]).encode())
+        rows.update(json_text([sample.input_ids, sample.segment_ids]).encode())
     own = {
         key: value for key, value in teacher.to_dict().items() if key not in ("_name_or_path", "transformers_version")
     }
@@ -87,7 +87,7 @@ def check_fingerprint(
 
 
 def _short(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json_text(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _weights(cfg: RunConfig, config: Any) -> str:

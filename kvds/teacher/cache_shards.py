@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvds.durable_files import json_text
 from kvds.errors import InputError
 from kvds.kv.states import KV_PARTS
 
@@ -38,7 +39,7 @@ def _hash(path: Path) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Replace ``path`` as a whole: processes that write the same, on one node or several, do not disturb each other."""
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.write_text(json_text(content, indent=1) + "\n")
     os.replace(unfinished, path)
 
 

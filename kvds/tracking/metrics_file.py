@@ -8,17 +8,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvds.durable_files import json_text
 from kvds.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
-
-
-def _plain(value: float | None) -> float | None:
-    """JSON knows no NaN and no infinity: such a value is written as null and read as NaN."""
-    if value is None or isinstance(value, int):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _parse(text: str) -> list[dict[str, float | None]]:
@@ -79,9 +72,14 @@ class MetricsFile:
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one record; it is in the file when the call returns."""
-        new = {key: _plain(value) for key, value in metrics.items() if (step, key) not in self._said}
+        # Tensors of one number become numbers.
+        new = {
+            key: value if value is None or isinstance(value, int) else float(value)
+            for key, value in metrics.items()
+            if (step, key) not in self._said
+        }
         if new:
-            self._file.write(json.dumps({"step": step, **new}, allow_nan=False) + "\n")
+            self._file.write(json_text({"step": step, **new}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -103,5 +101,5 @@ class MetricsFile:
         kept = [record for record in records if record["step"] <= resume_step]  # type: ignore[operator]
         self._said = {(resume_step, key) for record in kept if record["step"] == resume_step for key in record}
         unfinished = self._path.with_name(self._path.name + ".unfinished")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        unfinished.write_text("".join(json_text(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(unfinished, self._path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from kvds.durable_files import json_text
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -18,7 +19,7 @@ def write_provenance(folder: Path, facts: Mapping[str, str]) -> None:
     """Write ``facts`` and the command line of this process, without what the launcher added to it."""
     flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     content = {**facts, "command": shlex.join([sys.argv[0], *flags])}
-    (folder / PROVENANCE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / PROVENANCE_FILE).write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
 
 
 def collect_versions() -> dict[str, str]:

@@ -62,8 +62,9 @@ def read_run(run_dir: str | Path) -> RunRecord:
     if not (folder / METRICS_FILE).is_file():
         raise InputError(f"{folder}: holds no {METRICS_FILE}; expected the --output_dir of a run")
     held_out = _mapping(folder / "eval.json", json.loads).get("all", {})
-    if not isinstance(held_out, dict) or not all(isinstance(value, int | float) for value in held_out.values()):
+    if not isinstance(held_out, dict) or not all(isinstance(value, int | float | None) for value in held_out.values()):
         raise InputError(f'{folder / "eval.json"}: "all" holds no numbers; expected the file that a run writes')
+    held_out = {name: math.nan if value is None else value for name, value in held_out.items()}
     settings = _mapping(folder / "config.yaml", yaml.safe_load)
     provenance = _mapping(folder / PROVENANCE_FILE, json.loads)
     return RunRecord(folder.resolve().name, settings, read_metrics(folder / METRICS_FILE), held_out, provenance)

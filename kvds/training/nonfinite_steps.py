@@ -10,7 +10,6 @@ too. A loss that is not finite is made to spoil the gradient on the device
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import defaultdict
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from kvds.data.batches import TokenBatch
-from kvds.durable_files import write_durably
+from kvds.durable_files import json_text, write_durably
 from kvds.errors import RunError
 
 log = logging.getLogger("kvds")
@@ -160,7 +159,7 @@ class BadSteps:
         folder = self._folder / "bad_steps"
         folder.mkdir(exist_ok=True)
         write_durably(
-            folder / f"step-{step.number:06d}-rank{dist.get_rank()}.json", json.dumps(content, indent=1) + "\n"
+            folder / f"step-{step.number:06d}-rank{dist.get_rank()}.json", json_text(content, indent=1) + "\n"
         )
         return folder
 

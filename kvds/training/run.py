@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -31,6 +30,7 @@ from kvds.distillation.step import LossWeights, StepInput
 from kvds.distillation.step_inputs import StepInputs
 from kvds.distributed.preemption import StopRequest
 from kvds.distributed.process_group import init_distributed
+from kvds.durable_files import json_text
 from kvds.models.architecture import run_model_config
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.teacher.cached import CachedTeacher
@@ -355,7 +355,7 @@ class TrainingRun:
         if self.data.eval_examples:
             results = self._evaluate(model)
             if self.rank == 0:
-                (self.output_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+                (self.output_dir / "eval.json").write_text(json_text(results, indent=1) + "\n")
                 log.info(
                     "held-out: cross entropy %.4f, exact match %.1f %%",
                     results["all"]["cross_entropy"],

@@ -28,7 +28,8 @@ NUMBERS = {
 }  # fmt: skip
 TEXTS = {
     "Yes.": "yes", " NO ": "no", "B": "b", "a  b": "a b", "1,08": "1,08", "1.2.3": "1.2.3", "e5": "e5", "4 8": "4 8",
-    "04": "04", "00": "00", "-007": "-007", "": "", "...": "", "$": "$",
+    "04": "04", "00": "00", "-007": "-007", "": "", "...": "...", ".": ".", "1%00": "1%00", "$": "$", "%5": "%5",
+    "$-5": "-5",
     "\N{ARABIC-INDIC DIGIT FIVE}": "\N{ARABIC-INDIC DIGIT FIVE}",
 }  # fmt: skip
 
@@ -53,6 +54,32 @@ def test_answers_are_compared_in_one_form(written, expected):
 )
 def test_the_answer_is_the_line_behind_the_first_mark(completion, answer):
     assert extract_answer(completion) == answer
+
+
+CODE = "def f(x):\n    if x:\n        return  X\n\n    return 0"
+
+
+def test_an_answer_of_several_lines_is_compared_line_by_line():
+    row = Example("p", "", CODE, "c", "f:1")
+    assert answer_text(row) == f"#### {CODE}"
+    assert extract_answer(answer_text(row), whole=True) == normalise_answer(CODE) == CODE
+    assert extract_answer(f"####\n{CODE}".replace("\n", " \r\n"), whole=True) == CODE  # blanks at line ends alone
+    for other in (CODE.replace("    if", "  if"), CODE.replace("X", "x"), CODE.replace("\n\n", "\n"), CODE + "\nf"):
+        assert extract_answer(f"#### {other}", whole=True) != CODE
+
+
+@given(st.text(min_size=1).filter(str.strip))
+def test_no_answer_is_not_equal_to_an_answer(answer):
+    """What is more than blanks never normalises to what a completion without any answer gives."""
+    assert normalise_answer(answer) and extract_answer(f"#### {answer}") and not extract_answer(answer.replace("#", ""))
+
+
+@given(st.integers(0, 10**6), st.text("$%, .", max_size=3), st.integers(0, 10**6))
+def test_signs_inside_a_number_are_no_ornament(left, between, right):
+    """Two groups of digits are the number that they make together only by a thousands comma or a decimal point."""
+    found = plain_number(normalise_answer(f"{left}{between}{right:03}"))
+    if any(sign in between for sign in "$% "):
+        assert found is None
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**20), max_value=10**20))

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from kvds.data.batches import collate
@@ -37,6 +40,9 @@ def steps_of(text: str) -> list[str]:
         ("3 * 4 = $12.50, and 12.50 / 2 = 6.25% of it\n", ["3 * 4 = $12.50", ", and 12.50 / 2 = 6.25% of it\n"]),
         ("x = 1,080 and y = -2.\n", ["x = 1,080", " and y = -2.\n"]),
         ("no number = here\n", ["no number = here\n"]),
+        ("First\r\n\r\nSecond\r\n \r\nThird", ["First\r\n\r\n", "Second\r\n \r\n", "Third"]),
+        ("First\n \nSecond\n\t\n\n", ["First\n \n", "Second\n\t\n\n"]),
+        ("a\rb", ["a\r", "b"]),
     ],
 )
 def test_steps_are_lines_or_the_equations_of_one(text, steps):
@@ -48,6 +54,35 @@ def test_a_token_belongs_to_the_step_it_begins_in():
     assert step_ids("a=1 b=2\n", [(0, 3), (3, 5), (5, 7), (7, 7), (7, 8)]) == (1, 2, 2, 2, 2)
     assert step_ids("a=1 b=2", [(0, 0), (0, 4), (4, 7)]) == (1, 1, 2)  # a token over the border: where it begins
     assert step_ids("\n", [(0, 1)]) == (0,) and step_ids("", []) == ()
+
+
+def test_a_step_owns_a_token_or_is_none():
+    text = "a\nb\nc"
+    assert step_ids(text, [(0, 1), (1, 4), (4, 5)]) == (1, 2, 3)  # the second reaches into b, where none begins
+    assert step_ids(text, [(0, 1), (1, 4), (4, 4), (4, 5)]) == (1, 2, 2, 3)
+    # None is left for b: what stands behind it must not be called the second step.
+    assert step_ids(text, [(0, 4), (4, 5)]) == (1, 0)
+    assert step_ids(text, [(2, 4), (4, 5)]) == (0, 0)
+
+
+PIECES = st.text(st.sampled_from("ab1=+ \r\n\t\u2028é"), max_size=30)
+
+
+@given(text=PIECES, cuts=st.sets(st.integers(1, 29)), dropped=st.sets(st.integers(0, 30), max_size=3))
+def test_whatever_the_tokens_are_steps_have_no_gap_and_no_blank_line_is_one(text, cuts, dropped):
+    starts = step_starts(text)
+    assert all(part.strip() for part in steps_of(text)) and "".join(steps_of(text)) in (text, "")
+    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    assert len(lines) < 2 or len(starts) == len(lines)
+    borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    offsets = [pair for i, pair in enumerate(zip(borders, borders[1:], strict=False)) if i not in dropped]
+    ids = step_ids(text, offsets)
+    numbered = [i for i in ids if i]
+    assert numbered == sorted(numbered) and list(ids) == numbered + [0] * (len(ids) - len(numbered))
+    assert set(numbered) == set(range(1, max(numbered, default=0) + 1))
+    for step in set(numbered):  # each owns a token that stands in it, at least with one letter
+        end = starts[step] if step < len(starts) else len(text)
+        assert any(own == step and b < end and e > starts[step - 1] for own, (b, e) in zip(ids, offsets, strict=True))
 
 
 @pytest.fixture(scope="module")

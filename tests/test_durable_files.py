@@ -1,0 +1,48 @@
+"""What kvds writes as JSON, any reader of JSON reads."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvds
+from kvds.durable_files import json_text
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+# Messages show a value as the user's file has it.
+_SHOWN = {"config/deepspeed_file.py", "config/deepspeed_keys.py"}
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def with_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: with_nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@given(VALUES)
+def test_numbers_that_are_not_finite_are_null_and_all_else_is_itself(value):
+    assert json.loads(json_text(value), parse_constant=refuse) == with_nulls(value)
+    assert json.loads(json_text(value, indent=1, ensure_ascii=False), parse_constant=refuse) == with_nulls(value)
+
+
+def test_json_is_written_in_one_place():
+    package = Path(kvds.__file__).parent
+    writers = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps") and ast.unparse(node.value) == "json":
+                writers.add(path.relative_to(package).as_posix())
+    assert writers - _SHOWN == {"durable_files.py"}
