@@ -68,7 +68,7 @@ def test_arc_takes_a_numeric_key():
 
 
 def test_plain_rows():
-    assert plain({"prompt": "p ", "rationale": " r\nr2", "answer": "a\n b"}) == ("p", "r\nr2", "a b")
+    assert plain({"prompt": "p ", "rationale": " r\nr2", "answer": " a\r\n b  c\rd\n"}) == ("p", "r\nr2", "a\n b  c\nd")
     assert plain({"prompt": "p", "answer": 12345678901}) == ("p", "", "12345678901")
     assert plain({"prompt": "p", "rationale": None, "answer": 2.50}) == ("p", "", "2.5")
     assert plain({"prompt": "p", "rationale": "", "answer": "x", "id": 3}) == ("p", "", "x")

@@ -87,7 +87,7 @@ def test_any_row_is_an_example_or_an_input_error(folder, corpus, data):
         assert told(error)
         return
     assert found.prompt.strip() and found.answer.strip() and "####" not in found.rationale
-    assert "\n" not in found.answer
+    assert "\r" not in found.answer and (corpus == "own" or "\n" not in found.answer)
     (found.prompt + found.rationale + found.answer).encode()
 
 
