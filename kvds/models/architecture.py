@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -130,18 +132,31 @@ def kv_shape(config: PreTrainedConfig) -> KVShape:
     return KVShape.from_config(config)
 
 
-def run_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
-    """The architecture of a run's model, checked against the run: all that can be said without its weights.
+class ModelConfigs(NamedTuple):
+    """The architectures of a run: the student's, and the teachers' in the order of ``cfg.teachers``, as far as a loss
+    reads them.
+    """
+
+    student: PreTrainedConfig
+    teachers: list[PreTrainedConfig]
+
+
+def load_model_configs(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfigs:
+    """The architectures of a run's models, checked against the run: all that can be said without their weights.
 
     Args:
         cfg: The run.
         tokenizer: Of the run.
-        name: Folder or hub name.
-        flag: ``"teacher"`` or ``"student"``.
 
     Raises:
         InputError: no such model, or one that this run cannot use.
     """
+    teachers = cfg.teachers if cfg.uses_teacher else ()
+    student = _load_model_config(cfg, tokenizer, cfg.student, flag="student")
+    return ModelConfigs(student, [_load_model_config(cfg, tokenizer, name, flag="teacher") for name in teachers])
+
+
+def _load_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
     overrides = getattr(cfg, f"{flag}_config_overrides")
     if overrides and getattr(cfg, f"{flag}_init") == "pretrained":
         log.info("%s: configuration overrides on pretrained weights: their shapes must still fit", flag)

@@ -17,7 +17,7 @@ from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
 from kvds.distillation.losses import head_chunk_count
 from kvds.distillation.module import DistillationModule
-from kvds.models.architecture import kv_shape
+from kvds.models.architecture import ModelConfigs, kv_shape
 from kvds.models.loading import TORCH_DTYPES, load_model
 from kvds.teacher.build import build_teachers
 from kvds.teacher.cache_fingerprint import cache_fingerprint
@@ -74,8 +74,7 @@ def build_run_models(
     cfg: RunConfig,
     raw: dict[str, Any],
     *,
-    student_config: Any,
-    teacher_configs: list[Any],
+    model_configs: ModelConfigs,
     engine_config: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     loader: BatchLoader,
@@ -87,8 +86,7 @@ def build_run_models(
     Args:
         cfg: The run.
         raw: The DeepSpeed configuration file.
-        student_config: The student's architecture.
-        teacher_configs: The teachers', in the order of ``cfg.teachers``.
+        model_configs: The models' architectures.
         engine_config: The student's DeepSpeed configuration.
         tokenizer: Of the run.
         loader: Of the training rows, which a cache must have been made of.
@@ -102,7 +100,9 @@ def build_run_models(
     # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
     aligner: Any = None
     if cfg.uses_kv:
-        members = [build_aligner(kv_shape(student_config), kv_shape(config), cfg) for config in teacher_configs]
+        members = [
+            build_aligner(kv_shape(model_configs.student), kv_shape(config), cfg) for config in model_configs.teachers
+        ]
         aligner = AlignerGroup(members, cfg.weights_of_teachers) if cfg.teacher_names else members[0]
         if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
             for member in members:
@@ -111,9 +111,11 @@ def build_run_models(
     def made_of(config: Any) -> dict[str, str]:
         return cache_fingerprint(cfg, tokenizer, config, loader.samples, compute_dtype(raw))
 
-    teachers = build_teachers(cfg, teacher_configs, raw, device=device, observe=choice.observing, made_of=made_of)
+    teachers = build_teachers(
+        cfg, model_configs.teachers, raw, device=device, observe=choice.observing, made_of=made_of
+    )
     student: Any = load_model(
-        cfg.student or "", student_config, init=cfg.student_init, dtype=dtype,
+        cfg.student or "", model_configs.student, init=cfg.student_init, dtype=dtype,
         attn_implementation=cfg.attn_implementation, seed=cfg.seed, flag="student", engine_config=engine_config,
     )  # fmt: skip
     student.config.use_cache = False

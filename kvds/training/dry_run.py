@@ -31,7 +31,7 @@ from kvds.data.loader import BatchLoader
 from kvds.data.run_data import load_run_data
 from kvds.durable_files import existing_parent
 from kvds.errors import InputError, one_line
-from kvds.models.architecture import kv_shape, run_model_config
+from kvds.models.architecture import kv_shape, load_model_configs
 from kvds.models.loading import TORCH_DTYPES
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.estimate import Machine, Plan
@@ -63,7 +63,8 @@ def dry_run(cfg: RunConfig) -> None:
     _check_engine(cfg, raw, machine.ranks)
     tokenizer = load_tokenizer(cfg)
     check_same_tokenizer(cfg, tokenizer)
-    student, teachers = _models(cfg, tokenizer)
+    student, teachers = load_model_configs(cfg, tokenizer)
+    _check_weights(cfg)
     data = load_run_data(cfg, tokenizer, rank=0, world_size=machine.ranks)
     _check_aligners(cfg, student, teachers, raw)
     if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
@@ -135,16 +136,12 @@ def _resumed_step(cfg: RunConfig) -> int | None:
     )
 
 
-def _models(cfg: RunConfig, tokenizer: Any) -> tuple[Any, list[Any]]:
-    names = cfg.teachers if cfg.uses_teacher else ()
-    student = run_model_config(cfg, tokenizer, cfg.student, flag="student")
-    teachers = [run_model_config(cfg, tokenizer, name, flag="teacher") for name in names]
+def _check_weights(cfg: RunConfig) -> None:
     if cfg.student_init == "pretrained":
         check_weight_files(cfg.student, flag="student")
     if cfg.teacher_init == "pretrained" and cfg.teacher_cache is None:
-        for name in names:
+        for name in cfg.teachers if cfg.uses_teacher else ():
             check_weight_files(name, flag="teacher")
-    return student, teachers
 
 
 def check_weight_files(name: str, *, flag: str) -> None:

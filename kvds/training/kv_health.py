@@ -1,4 +1,4 @@
-"""Watches over the student's keys and values during training: what is told, and the weight of the KV loss that is held.
+"""Health of the student's keys and values during training: what fell too far against its start is told.
 
 Plain numbers, read at logging steps after they were reduced over all ranks: every rank comes to the same conclusions.
 """
@@ -12,12 +12,6 @@ FALL = 0.5
 """A norm or an effective rank below this part of its start is told."""
 VANISHED = 0.01
 """As ``FALL``, for the gradient of the KV loss against what else arrives at keys and values."""
-GAIN = 0.5
-"""Of the way to the weight that would have given the share asked for, on a logarithmic scale."""
-LARGEST_CHANGE = 1.25
-"""The weight changes by at most this factor at a logging step,"""
-LARGEST_DRIFT = 100.0
-"""and over the run by at most this one."""
 
 _NORMS = ("kv/norm_keys", "kv/norm_values", "kv/norm_hidden_states")
 _RANKS = ("kv/effective_rank_keys", "kv/effective_rank_values", "kv/effective_rank_hidden_states")
@@ -28,23 +22,6 @@ _REMEDIES = {
     "kv_effective_rank": _COLLAPSE,
     "kv_gradient": "(a larger --kv_weight, or --kv_weight hold:SHARE)",
 }
-
-
-def held_weight(weight: float, ratio: float, share: float, start: float) -> float:
-    """The next weight of the KV loss under ``--kv_weight hold:SHARE``.
-
-    ``weight · (share / ratio) ^ GAIN``, bounded per call and over the run; unchanged where the ratio says nothing.
-
-    Args:
-        weight: As it was when ``ratio`` was measured.
-        ratio: ``‖KV gradient‖ / ‖all else‖`` at keys and values.
-        share: What it should be.
-        start: The weight that the run began with.
-    """
-    if not (math.isfinite(ratio) and ratio > 0):
-        return weight
-    change = min(max((share / ratio) ** GAIN, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
-    return min(max(weight * change, start / LARGEST_DRIFT), start * LARGEST_DRIFT)
 
 
 class KVHealth:

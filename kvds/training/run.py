@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from kvds.align import aligner_config_dict
@@ -25,27 +26,27 @@ from kvds.config import RunConfig
 from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.engine_config import student_engine_config
 from kvds.data.batches import TokenBatch
-from kvds.data.run_data import load_run_data
+from kvds.data.run_data import RunData, load_run_data
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.distillation.step_inputs import StepInputs
 from kvds.distributed.preemption import StopRequest
 from kvds.distributed.process_group import init_distributed
 from kvds.durable_files import json_text
-from kvds.models.architecture import run_model_config
+from kvds.models.architecture import ModelConfigs, load_model_configs
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.token_selection import TokenChoice
-from kvds.tracking.provenance import collect_versions, git_revision, write_provenance
-from kvds.tracking.tracker import Tracker, ui_command
-from kvds.training.build import build_run_models
+from kvds.training.build import RunModels, build_run_models
 from kvds.training.calibration import calibrate_kv_weight
 from kvds.training.engine import build_engine, check_engine_config
 from kvds.training.guard import guarded
 from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
-from kvds.training.kv_health import KVHealth, held_weight
+from kvds.training.kv_health import KVHealth
+from kvds.training.kv_weight import KVWeight
 from kvds.training.meters import IntervalMeter, PhaseTimer
 from kvds.training.nonfinite_steps import BadSteps
 from kvds.training.results import RunResults
+from kvds.training.run_log import RunLog
 
 log = logging.getLogger("kvds")
 
@@ -94,42 +95,78 @@ class TrainingRun:
     def __init__(
         self, cfg: RunConfig, raw: dict[str, Any], device: torch.device, stop: StopRequest | None = None
     ) -> None:
-        self.cfg, self.device = cfg, device
-        self.stop = StopRequest() if stop is None else stop
+        self.device, self.stop = device, StopRequest() if stop is None else stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.output_dir = Path(cfg.output_dir)
-        self.tracker: Tracker | None = None
-        self.choice = TokenChoice(cfg)
+        cfg, engine_config, resume_step = self._open(cfg, raw)
+        self.cfg = cfg
+
+        self.tokenizer, model_configs, self.data = self._load_data()
+        self.loader = self.data.loader
+        self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
+
+        choice = TokenChoice(cfg)
+        models = self._build_models(raw, engine_config, model_configs, choice, calibrate=resume_step is None)
+        self.teacher = models.teachers[0] if models.teachers else None
+        self.inputs = StepInputs(cfg, models.teachers, choice, device)
+        self.aligner_config = None if models.aligner is None else aligner_config_dict(models.aligner)
+
+        self.engine = build_engine(models.module(cfg, self.tokenizer), cfg, engine_config, self.total_steps)
+        self.results = RunResults(cfg, self.tokenizer, self.data, self.engine, self.inputs, device, self.stop.check)
+        self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints)
+        self.bad_steps = BadSteps(self.engine, self.output_dir, cfg.max_bad_steps)
+
+        self.step = 0
+        self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
+        self.evaluation_pending = False
+        self.meter = IntervalMeter(device)
+        self.kv_weight, self.kv_health = KVWeight(cfg), KVHealth()
+        mlflow_run_id = self._restore(resume_step)
+        self.run_log = RunLog(
+            cfg, self.engine.module, self.bad_steps, rank=self.rank, world_size=self.world_size,
+            kv_weight=self.kv_weight.value, total_steps=self.total_steps, resume_step=resume_step,
+            mlflow_run_id=mlflow_run_id,
+        )  # fmt: skip
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    def _open(self, cfg: RunConfig, raw: dict[str, Any]) -> tuple[RunConfig, dict[str, Any], int | None]:
+        """The run as these ranks train it, the engine's settings and the step to go on from; makes its folder."""
         asked, resume_step = cfg, find_checkpoint(cfg)
         if resume_step is not None:
             origin, stage = read_origin(self.output_dir, resume_step), raw["zero_optimization"]["stage"]
-            self.cfg = cfg = fit_to_origin(cfg, origin, step=resume_step, world_size=self.world_size, zero_stage=stage)
-        self.engine_config = student_engine_config(raw, cfg, self.world_size)
-        check_engine_config(self.engine_config, cfg.deepspeed_config)
+            cfg = fit_to_origin(cfg, origin, step=resume_step, world_size=self.world_size, zero_stage=stage)
+        engine_config = student_engine_config(raw, cfg, self.world_size)
+        check_engine_config(engine_config, cfg.deepspeed_config)
         for warning in cfg.warnings:
             log.warning("%s", warning)
         open_run_folder(asked, resume_step, main_rank=self.rank == 0)
+        return cfg, engine_config, resume_step
 
-        self.tokenizer = load_tokenizer(cfg)
-        check_same_tokenizer(cfg, self.tokenizer)
-        student_config = run_model_config(cfg, self.tokenizer, cfg.student, flag="student")
-        teachers = cfg.teachers if cfg.uses_teacher else ()
-        teacher_configs = [run_model_config(cfg, self.tokenizer, name, flag="teacher") for name in teachers]
+    def _load_data(self) -> tuple[PreTrainedTokenizerBase, ModelConfigs, RunData]:
+        """Tokenizer, architectures that go with it, and rows."""
+        cfg, tokenizer = self.cfg, load_tokenizer(self.cfg)
+        check_same_tokenizer(cfg, tokenizer)
+        model_configs = load_model_configs(cfg, tokenizer)
         first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        self.data = load_run_data(
-            cfg, self.tokenizer, rank=self.rank, world_size=self.world_size, first=first_of_node, wait=dist.barrier
+        data = load_run_data(
+            cfg, tokenizer, rank=self.rank, world_size=self.world_size, first=first_of_node, wait=dist.barrier
         )
-        self.loader = self.data.loader
-        self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
+        return tokenizer, model_configs, data
+
+    def _build_models(
+        self, raw: dict[str, Any], engine_config: dict[str, Any], model_configs: ModelConfigs, choice: TokenChoice, *,
+        calibrate: bool,
+    ) -> RunModels:  # fmt: skip
+        """Student, aligner and teachers; what turning a checkpoint into plain models takes is left beside them."""
+        cfg = self.cfg
         models = build_run_models(
-            cfg, raw, student_config=student_config, teacher_configs=teacher_configs, engine_config=self.engine_config,
-            tokenizer=self.tokenizer, loader=self.loader, choice=self.choice, device=device,
+            cfg, raw, model_configs=model_configs, engine_config=engine_config, tokenizer=self.tokenizer,
+            loader=self.loader, choice=choice, device=self.device,
         )  # fmt: skip
-        self.teacher = models.teachers[0] if models.teachers else None
-        self.inputs = StepInputs(cfg, models.teachers, self.choice, device)
         aligner = models.aligner
-        if aligner is not None and resume_step is None:
-            models.calibrate(cfg, self.loader, self.choice, device, self.stop.check)
+        if aligner is not None and calibrate:
+            models.calibrate(cfg, self.loader, choice, self.device, self.stop.check)
             if self.rank == 0:  # `kvds profile` tells what training made of it
                 start = self.output_dir / ALIGNER_START_FILE
                 save_aligner(aligner_config_dict(aligner), aligner.state_dict(), start)
@@ -137,77 +174,30 @@ class TrainingRun:
             models.student.gradient_checkpointing_enable({"use_reentrant": False})
         if self.rank == 0:
             save_architecture(self.output_dir, models.student.config, self.tokenizer, aligner)
-        self.aligner_config = None if aligner is None else aligner_config_dict(aligner)
-        module = models.module(cfg, self.tokenizer)
-        self.engine = build_engine(module, cfg, self.engine_config, self.total_steps)
-        self.results = RunResults(cfg, self.tokenizer, self.data, self.engine, self.inputs, device, self.stop.check)
-        self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints)
-        self.bad_steps = BadSteps(self.engine, self.output_dir, cfg.max_bad_steps)
-        self.meter = IntervalMeter(device)
-        self.step = 0
-        self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
-        self.evaluation_pending = False
-        self.kv_weight = self.start_kv_weight = 0.0
-        self.kv_health = KVHealth()
-        run_id = None
-        if resume_step is not None:
-            state = load_checkpoint(self.engine, self.output_dir, resume_step)
-            self.step, self.kv_weight, self.kv_health = state["step"], state["kv_weight"], KVHealth(state["kv_health"])
-            self.start_kv_weight = state["start_kv_weight"]
-            run_id = state["mlflow_run_id"]
-            self.saved_step, self.evaluation_pending = self.step, state["evaluation_pending"]
-            self.meter.restore(state["meters"])
-            log.info("resumed from step %d of %d", self.step, self.total_steps)
-        elif cfg.uses_kv:
-            self.kv_weight = self.start_kv_weight = self._initial_kv_weight()
-        self._start_tracking(run_id, resume_step)
+        return models
 
-    # -- construction ---------------------------------------------------------------------------------------------
+    def _restore(self, resume_step: int | None) -> str | None:
+        """Go on from a checkpoint, whose MLflow run is returned, or begin."""
+        if resume_step is None:
+            self.kv_weight.begin(self._calibrated_kv_weight)
+            return None
+        state = load_checkpoint(self.engine, self.output_dir, resume_step)
+        self.step = self.saved_step = state["step"]
+        self.evaluation_pending = state["evaluation_pending"]
+        self.meter.restore(state["meters"])
+        self.kv_weight.restore(state)
+        self.kv_health = KVHealth(state["kv_health"])
+        log.info("resumed from step %d of %d", self.step, self.total_steps)
+        return state["mlflow_run_id"]
 
-    def _initial_kv_weight(self) -> float:
-        cfg = self.cfg
-        if cfg.kv_weight_value is not None:
-            return cfg.kv_weight_value
+    def _calibrated_kv_weight(self, share: float) -> float:
         steps = [self.inputs(batch) for batch in self.loader.step(0)]
-        weight = calibrate_kv_weight(self.engine, steps, cfg.kv_weight_share or 0.0, cfg.task_weight or 1.0)
-        log.info("kv_weight %s: calibrated to %.4g", cfg.kv_weight, weight)
-        return weight
-
-    def _start_tracking(self, run_id: str | None, resume_step: int | None) -> None:
-        cfg, module = self.cfg, self.engine.module
-        trained = {
-            "student": sum(getattr(p, "ds_numel", p.numel()) for p in module.student.parameters()),
-            "aligner": 0
-            if module.aligner is None
-            else sum(getattr(p, "ds_numel", p.numel()) for p in module.aligner.parameters()),
-        }
-        log.info(
-            "mode %s | kv_method %s | kv_weight %.4g | student %s parameters, aligner %s | %d steps of %d rows on %d "
-            "ranks",
-            cfg.alignment_mode if cfg.uses_kv else "none", cfg.kv_method, self.kv_weight,
-            f"{trained['student']:,}", f"{trained['aligner']:,}", self.total_steps,
-            cfg.batch_size * cfg.gradient_accumulation_steps * self.world_size, self.world_size,
-        )  # fmt: skip
-        if self.rank == 0:
-            tags = {**collect_versions(), "world_size": str(self.world_size), "kv_weight": f"{self.kv_weight:.6g}"}
-            write_provenance(self.output_dir, {"git_revision": git_revision() or "unknown", **tags})
-            params = {
-                **cfg.to_dict(),
-                "parameters_student": trained["student"],
-                "parameters_aligner": trained["aligner"],
-            }
-            self.tracker = Tracker(
-                self.output_dir, enabled=cfg.report_to == "mlflow", tracking_uri=cfg.tracking_uri,
-                experiment_name=cfg.experiment_name, run_name=cfg.run_name or self.output_dir.name,
-                params=params, tags=tags, run_id=run_id, resume_step=resume_step,
-            )  # fmt: skip
+        return calibrate_kv_weight(self.engine, steps, share, self.cfg.task_weight or 1.0)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def _weights(self, step: int) -> LossWeights:
-        cfg, kv = self.cfg, self.kv_weight
-        if cfg.kv_weight_schedule == "linear":
-            kv *= 1 - step / self.total_steps
+    def _weights(self) -> LossWeights:
+        cfg, kv = self.cfg, self.kv_weight.at(self.step, self.total_steps)
         return LossWeights(task=cfg.task_weight, kv=kv, logit_kd=cfg.logit_kd_weight)
 
     def fit(self) -> None:
@@ -247,7 +237,7 @@ class TrainingRun:
         while self.step < self.total_steps:
             self.stop.check()
             watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
-            weights = self._weights(self.step)
+            weights = self._weights()
             for _ in range(cfg.gradient_accumulation_steps):
                 micro, inputs = feed.take(weights, watch=watch)
                 with timer.phase("forward"):
@@ -263,9 +253,9 @@ class TrainingRun:
             self.step += 1
             bar.update()
             self.bad_steps.end_step(self.step)
-            self._tell_bad_steps(wait=watch)
+            self.run_log.record_bad_steps(wait=watch)
             if watch:
-                self._log(meter.read(timer.read()), weights, bar)
+                self._record(meter.read(timer.read()), weights, bar)
             if self._due(cfg.eval_steps):
                 self._evaluate_on_the_way()
             if self._due(cfg.save_steps) or self.step == self.total_steps:
@@ -274,44 +264,28 @@ class TrainingRun:
                 meter.restart_clock()
         bar.close()
 
-    def _tell_bad_steps(self, *, wait: bool = True) -> None:
-        """Log the steps left out since the last call; without ``wait`` only where the host knows of them by itself."""
-        for step, count in self.bad_steps.read(wait=wait):
-            if self.tracker is not None:
-                self.tracker.log(step, {"bad_steps": count})
-
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0 and self.step < self.total_steps
 
-    def _log(self, metrics: dict[str, float], weights: LossWeights, bar: tqdm) -> None:
+    def _record(self, metrics: dict[str, float], weights: LossWeights, bar: tqdm) -> None:
+        """Log a step, and see to keys and values; the same on all ranks."""
         metrics["lr"] = self.engine.get_lr()[0]
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             metrics["grad_norm"] = float(norm)
         if self.cfg.uses_kv:
             metrics["kv/weight"] = weights.kv
-            self._watch_kv(metrics, weights)
-        if self.tracker is not None:
-            self.tracker.log(self.step, metrics)
+            fallen = self.kv_health.update(metrics, schedule=self.kv_weight.part_of(weights.kv))
+            self.run_log.warn(self.step, fallen)
+            self.kv_weight.hold(metrics)
+        self.run_log.record(self.step, metrics)
         shown = {
             name: f"{metrics[key]:.4f}" for name, key in (("task", "loss/task"), ("kv", "loss/kv")) if key in metrics
         }
         bar.set_postfix(shown, refresh=False)
 
-    def _watch_kv(self, metrics: dict[str, float], weights: LossWeights) -> None:
-        """Tell what fell too far, and hold the share of the KV gradient if asked; the same on all ranks."""
-        cfg = self.cfg
-        schedule = weights.kv / self.kv_weight if self.kv_weight else 1.0
-        for name, text in self.kv_health.update(metrics, schedule=schedule).items():
-            log.warning("step %d: %s", self.step, text)
-            if self.tracker is not None:
-                self.tracker.set_tag(f"warning/{name}", f"step {self.step}: {text}")
-        if cfg.kv_weight_held and "kv/gradient_ratio" in metrics:
-            share = cfg.kv_weight_share or 0.0
-            self.kv_weight = held_weight(self.kv_weight, metrics["kv/gradient_ratio"], share, self.start_kv_weight)
-
     def _evaluate_on_the_way(self) -> None:
-        self._tell_bad_steps()
+        self.run_log.record_bad_steps()
         self.evaluation_pending = True  # what a stop in the middle of it leaves for the resumed run
         self._evaluate(self.results.plain_student())
         self.evaluation_pending = False
@@ -323,14 +297,13 @@ class TrainingRun:
             self._save()
 
     def _save(self) -> None:
-        self._tell_bad_steps()  # their count and records go with the checkpoint
+        self.run_log.record_bad_steps()  # their count and records go with the checkpoint
         state = {
             "evaluation_pending": self.evaluation_pending,
             "meters": self.meter.states(),
-            "kv_weight": self.kv_weight,
-            "start_kv_weight": self.start_kv_weight,
+            **self.kv_weight.state,
             "kv_health": self.kv_health.state,
-            "mlflow_run_id": self.tracker.run_id if self.tracker is not None else None,
+            "mlflow_run_id": self.run_log.mlflow_run_id,
         }
         # Rank 0 alone tracks; the other ranks' states must not disagree with its file.
         shared = [state]
@@ -342,10 +315,7 @@ class TrainingRun:
 
     def _evaluate(self, model: torch.nn.Module) -> dict[str, dict[str, float]]:
         results = self.results.evaluate(model)
-        if self.tracker is not None:
-            self.tracker.log(
-                self.step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()}
-            )
+        self.run_log.record_evaluation(self.step, results)
         return results
 
     def finish(self, *, draw_report: bool = True) -> None:
@@ -361,22 +331,8 @@ class TrainingRun:
                     results["all"]["cross_entropy"],
                     100 * results["all"]["exact_match"],
                 )
-        if self.tracker is not None and draw_report:
-            self._log_artifacts()
-        log.info("student, aligner and records are in %s", self.output_dir)
-        cfg = self.cfg
-        if cfg.report_to == "mlflow" and (cfg.tracking_uri or "sqlite:").startswith("sqlite:"):  # no server yet
-            log.info("look through them: %s", ui_command(self.output_dir, cfg.tracking_uri))
-
-    def _log_artifacts(self) -> None:
-        from kvds.tracking.run_report import write_report
-
-        assert self.tracker is not None
-        self.tracker.flush()
-        for path in [*write_report([self.output_dir], self.output_dir / "report"), self.output_dir / "config.yaml"]:
-            self.tracker.log_artifact(path)
+        self.run_log.conclude(draw_report=draw_report)
 
     def close(self, status: str) -> None:
         """Say to the tracker how it ended."""
-        if self.tracker is not None:
-            self.tracker.finish(status)
+        self.run_log.close(status)

@@ -1,0 +1,125 @@
+"""Run log: what a run tells on its way, as lines on the screen, records, tags and artifacts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from kvds.config import RunConfig
+from kvds.distillation.module import DistillationModule
+from kvds.tracking.provenance import collect_versions, git_revision, write_provenance
+from kvds.tracking.tracker import Tracker, ui_command
+from kvds.training.nonfinite_steps import BadSteps
+
+log = logging.getLogger("kvds")
+
+
+def parameter_count(module: nn.Module | None) -> int:
+    """Parameters of a module, whether they lie here or in ZeRO-3's shards; 0 for none."""
+    return 0 if module is None else sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+class RunLog:
+    """The log of one run. Every rank has one and calls the same methods; rank 0 alone writes.
+
+    Construction tells what the run is and writes ``provenance.json``.
+
+    Args:
+        cfg: The run.
+        module: Student and aligner, whose parameters are counted.
+        bad_steps: The steps that were left out.
+        rank: This rank.
+        world_size: Number of ranks.
+        kv_weight: Of the KV loss, when this attempt begins.
+        total_steps: Optimizer steps of the run.
+        resume_step: The optimizer step that a checkpoint was loaded from; None for a new run.
+        mlflow_run_id: MLflow's run to go on with; None: see :class:`kvds.tracking.tracker.Tracker`.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        module: DistillationModule,
+        bad_steps: BadSteps,
+        *,
+        rank: int,
+        world_size: int,
+        kv_weight: float,
+        total_steps: int,
+        resume_step: int | None = None,
+        mlflow_run_id: str | None = None,
+    ) -> None:
+        self._cfg, self._output_dir, self._bad_steps = cfg, Path(cfg.output_dir), bad_steps
+        self._tracker: Tracker | None = None
+        student, aligner = parameter_count(module.student), parameter_count(module.aligner)
+        log.info(
+            "mode %s | kv_method %s | kv_weight %.4g | student %s parameters, aligner %s | %d steps of %d rows on %d "
+            "ranks",
+            cfg.alignment_mode if cfg.uses_kv else "none", cfg.kv_method, kv_weight, f"{student:,}", f"{aligner:,}",
+            total_steps, cfg.batch_size * cfg.gradient_accumulation_steps * world_size, world_size,
+        )  # fmt: skip
+        if rank == 0:
+            tags = {**collect_versions(), "world_size": str(world_size), "kv_weight": f"{kv_weight:.6g}"}
+            write_provenance(self._output_dir, {"git_revision": git_revision() or "unknown", **tags})
+            self._tracker = Tracker(
+                self._output_dir, enabled=cfg.report_to == "mlflow", tracking_uri=cfg.tracking_uri,
+                experiment_name=cfg.experiment_name, run_name=cfg.run_name or self._output_dir.name,
+                params={**cfg.to_dict(), "parameters_student": student, "parameters_aligner": aligner},
+                tags=tags, run_id=mlflow_run_id, resume_step=resume_step,
+            )  # fmt: skip
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """MLflow's id of the run; None where there is none yet, and on other ranks than 0."""
+        return None if self._tracker is None else self._tracker.run_id
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record ``metrics`` after ``step`` optimizer steps."""
+        if self._tracker is not None:
+            self._tracker.log(step, metrics)
+
+    def record_evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Record what an evaluation gave: corpus → metric → value."""
+        self.record(step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()})
+
+    def warn(self, step: int, warnings: Mapping[str, str]) -> None:
+        """Tell of what turned up at ``step``: short name → one line, in the log and as the tag ``warning/NAME``."""
+        for name, text in warnings.items():
+            log.warning("step %d: %s", step, text)
+            if self._tracker is not None:
+                self._tracker.set_tag(f"warning/{name}", f"step {step}: {text}")
+
+    def record_bad_steps(self, *, wait: bool = True) -> None:
+        """Record the steps left out since the last call; without ``wait`` only where the host knows of them by itself.
+        All ranks call it.
+
+        Raises:
+            RunError: there were too many of them in a row.
+        """
+        for step, count in self._bad_steps.read(wait=wait):
+            self.record(step, {"bad_steps": count})
+
+    def conclude(self, *, draw_report: bool = True) -> None:
+        """Say where everything is; with ``draw_report`` draw ``report/`` and hand it to the tracker."""
+        if self._tracker is not None and draw_report:
+            self._log_artifacts(self._tracker)
+        log.info("student, aligner and records are in %s", self._output_dir)
+        cfg = self._cfg
+        if cfg.report_to == "mlflow" and (cfg.tracking_uri or "sqlite:").startswith("sqlite:"):  # no server yet
+            log.info("look through them: %s", ui_command(self._output_dir, cfg.tracking_uri))
+
+    def _log_artifacts(self, tracker: Tracker) -> None:
+        from kvds.tracking.run_report import write_report
+
+        folder = self._output_dir
+        tracker.flush()
+        for path in [*write_report([folder], folder / "report"), folder / "config.yaml"]:
+            tracker.log_artifact(path)
+
+    def close(self, status: str) -> None:
+        """Say to the tracker how the run ended: ``FINISHED``, ``KILLED`` or ``FAILED``."""
+        if self._tracker is not None:
+            self._tracker.finish(status)

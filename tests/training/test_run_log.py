@@ -1,0 +1,110 @@
+"""A run's log: what rank 0 writes, what the others do not, and that both read the steps left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from torch import nn
+
+from kvds.config.recipe import parse_run_config
+from kvds.training.run_log import RunLog, parameter_count
+
+
+class LeftOut:
+    """Stands for the steps that were left out: those given, in one go."""
+
+    def __init__(self, *told: tuple[int, int]) -> None:
+        self.told, self.waits = list(told), list[bool]()
+
+    def read(self, *, wait: bool = True) -> Iterator[tuple[int, int]]:
+        self.waits.append(wait)
+        while self.told:
+            yield self.told.pop(0)
+
+
+def log_of(folder: Path, *, rank: int = 0, bad_steps: Any = None, aligner: Any = None, **flags: Any) -> RunLog:
+    folder.mkdir(exist_ok=True)
+    flags = {"model_name": "m", "output_dir": folder, "report_to": "none", **flags}
+    cfg = parse_run_config([token for key, value in flags.items() for token in (f"--{key}", str(value))])
+    module: Any = SimpleNamespace(student=nn.Linear(3, 2), aligner=aligner)
+    return RunLog(cfg, module, bad_steps or LeftOut(), rank=rank, world_size=2, kv_weight=0.125, total_steps=9)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_parameters_are_counted_where_zero3_has_them() -> None:
+    module = nn.Linear(3, 2)
+    assert parameter_count(None) == 0 and parameter_count(module) == 8
+    module.weight.ds_numel = 600  # type: ignore[assignment]  # this rank's share lies elsewhere
+    assert parameter_count(module) == 602
+
+
+def test_records_and_provenance_are_rank_zeros(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        run_log = log_of(tmp_path / str(rank), rank=rank, bad_steps=LeftOut((3, 1), (4, 2)))
+        run_log.record(2, {"loss/task": 0.5})
+        run_log.record_bad_steps(wait=False)
+        run_log.record_evaluation(4, {"all": {"perplexity": 7.0}, "gsm8k": {"exact_match": 0.25}})
+        run_log.warn(4, {"kv_norm": "fell"})
+        run_log.conclude()
+        run_log.close("FINISHED")
+        assert run_log.mlflow_run_id is None
+    assert records(tmp_path / "0") == [
+        {"step": 2, "loss/task": 0.5},
+        {"step": 3, "bad_steps": 1},
+        {"step": 4, "bad_steps": 2},
+        {"step": 4, "eval/all/perplexity": 7.0, "eval/gsm8k/exact_match": 0.25},
+    ]
+    provenance = json.loads((tmp_path / "0/provenance.json").read_text())
+    assert provenance["world_size"] == "2" and provenance["kv_weight"] == "0.125" and "torch" in provenance
+    assert list((tmp_path / "1").iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_reads_the_steps_left_out_to_their_end(tmp_path: Path, rank: int) -> None:
+    """What is read may end the run, and must end it on all ranks."""
+    left_out = LeftOut((3, 1), (4, 2))
+    run_log = log_of(tmp_path, rank=rank, bad_steps=left_out)
+    run_log.record_bad_steps(wait=False)
+    run_log.record_bad_steps()
+    assert left_out.told == [] and left_out.waits == [False, True]
+    run_log.close("FINISHED")
+
+
+@pytest.mark.parametrize("draw_report", [True, False])
+def test_a_report_is_drawn_on_request(tmp_path: Path, draw_report: bool) -> None:
+    run_log = log_of(tmp_path)
+    for step in (1, 2):
+        run_log.record(step, {"loss/task": 1.0 / step, "loss/total": 1.0 / step})
+    (tmp_path / "config.yaml").write_text("output_dir: x\n")
+    run_log.conclude(draw_report=draw_report)
+    run_log.close("FINISHED")
+    assert (tmp_path / "report/report.md").exists() == draw_report
+
+
+def test_mlflow_gets_params_tags_warnings_and_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kvds")
+    run_log = log_of(tmp_path / "run", aligner=nn.Linear(4, 1, bias=False), report_to="mlflow", experiment_name="tried")
+    run_log.warn(5, {"kv_norm": "the norm fell (a smaller --kv_weight)"})
+    run_log.conclude(draw_report=False)
+    run_log.close("KILLED")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'run/mlflow.db'}")
+    run = client.get_run(run_log.mlflow_run_id or "")
+    assert run.info.status == "KILLED" and run.info.run_name == "run"
+    assert client.get_experiment(run.info.experiment_id).name == "tried"
+    assert run.data.tags["warning/kv_norm"] == "step 5: the norm fell (a smaller --kv_weight)"
+    assert run.data.tags["world_size"] == "2" and run.data.tags["kv_weight"] == "0.125"
+    assert run.data.params["parameters_student"] == "8" and run.data.params["parameters_aligner"] == "4"
+    lines = [record.getMessage() for record in caplog.records]
+    assert "step 5: the norm fell (a smaller --kv_weight)" in lines
+    assert any("kv_weight 0.125 | student 8 parameters, aligner 4 | 9 steps of" in line for line in lines)
+    assert lines[-1].startswith("look through them: mlflow ui") and "mlflow.db" in lines[-1]
