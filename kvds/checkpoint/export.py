@@ -19,6 +19,7 @@ from kvds.checkpoint.manifest import folder_faults
 from kvds.checkpoint.origin import read_origin
 from kvds.durable_files import UNFINISHED, put_in_place
 from kvds.errors import InputError, one_line
+from kvds.kv.row_attention import plain_attention
 
 STUDENT_FOLDER = "student"
 
@@ -49,8 +50,9 @@ def plain_student(config: PreTrainedConfig, state: dict[str, Tensor]) -> nn.Modu
     """A transformers model of its own with the gathered weights: for evaluation, generation and export."""
     dtype = next(iter(state.values())).dtype
     config = copy.deepcopy(config)  # the training model keeps its own
+    attention = plain_attention(config._attn_implementation)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = True  # training turns it off; who loads this model generates
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()

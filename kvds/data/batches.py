@@ -54,6 +54,7 @@ class TokenBatch:
         teacher_text: The same rows as the teacher reads them; None = these.
         packing: Where the samples lie; None = one in each row.
         row_samples: For each row its samples' positions among the loader's, in order; known without asking a device.
+        pads_right: Padding is known to stand behind the samples alone, so that causal attention needs no mask.
     """
 
     input_ids: Tensor
@@ -68,6 +69,7 @@ class TokenBatch:
     teacher_text: TokenBatch | None = None
     packing: Packing | None = None
     row_samples: tuple[tuple[int, ...], ...] = ()
+    pads_right: bool = False
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
@@ -120,7 +122,7 @@ def collate(
     row_samples = tuple(() if row is None else (i,) for row, i in zip(rows, sample_ids, strict=True))
     batch = TokenBatch(
         input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer,
-        row_samples=row_samples,
+        row_samples=row_samples, pads_right=True,
     )  # fmt: skip
     return _with_steps(batch, rows, pad_token_id, width)
 
@@ -157,12 +159,26 @@ def collate_packed(
     *,
     capacity: int,
     width: RowWidth = AS_LONGEST,
+    one_row: bool = False,
+    longest: int | None = None,
 ) -> TokenBatch:
-    """As :func:`collate`, with samples sharing rows of at most ``capacity`` tokens; None takes no place at all."""
+    """As :func:`collate`, with samples sharing rows of at most ``capacity`` tokens; None takes no place at all.
+
+    Args:
+        rows: As for :func:`collate`.
+        sample_ids: As for :func:`collate`.
+        pad_token_id: As for :func:`collate`.
+        label_normalizer: As for :func:`collate`.
+        position_normalizer: As for :func:`collate`.
+        capacity: Tokens of a row.
+        width: How long rows are made for the longest.
+        one_row: All samples in one row, which must hold them.
+        longest: No sample of the run has more tokens; None: ``capacity``.
+    """
     samples = [row for row in rows if row is not None]
     lengths = [len(row.input_ids) for row in samples]
-    dealt = pack_lengths(lengths, capacity)
-    packing, places = place_samples(dealt, lengths, width)
+    dealt = [list(range(len(samples)))] if one_row else pack_lengths(lengths, capacity)
+    packing, places = place_samples(dealt, lengths, width, longest=capacity if longest is None else longest)
     input_ids = torch.full(packing.document_ids.shape, pad_token_id)
     segment_ids = torch.zeros_like(input_ids)
     first = torch.zeros_like(input_ids, dtype=torch.bool)

@@ -9,22 +9,36 @@ import torch
 from torch import Tensor
 
 from kvds.data.batches import TokenBatch
+from kvds.kv.families import sliding_window_of
 from kvds.kv.packed import packed_selection
+from kvds.kv.row_attention import ROW_ATTENTION, bounds_as_mask
 from kvds.kv.select import Selection
 
 
-def model_inputs(batch: TokenBatch, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+def model_inputs(batch: TokenBatch, config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """What a backbone is called with for ``batch``.
+
+    Where padding stands behind the samples, attention gets no mask: it is causal, so that no real token sees padding.
 
     Args:
         batch: On the model's device.
         config: The model's, for its attention.
         dtype: The model's.
     """
-    if batch.packing is None:
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    mask = batch.packing.attention_mask(config._attn_implementation, dtype)
-    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.packing.position_ids}
+    packing = batch.packing
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+    by_bounds = config._attn_implementation == ROW_ATTENTION
+    if packing is None:
+        mask: Tensor | None = batch.attention_mask
+        if batch.pads_right:
+            mask = bounds_as_mask(None, batch.input_ids.device) if by_bounds else None
+        return inputs | {"attention_mask": mask}
+    inputs["position_ids"] = packing.position_ids
+    if by_bounds:
+        mask = bounds_as_mask(packing.bounds, batch.input_ids.device)
+        return inputs | {"attention_mask": mask, "max_length_q": packing.longest}
+    mask = packing.attention_mask(config._attn_implementation, dtype, sliding_window_of(config))
+    return inputs | {"attention_mask": mask}
 
 
 def unpacked(batch: TokenBatch) -> TokenBatch:

@@ -19,7 +19,7 @@ from torch import Tensor
 _ATTENTION_TOKENS = 1024
 # Of any dtype, so that rows begin at multiples of 16 bytes, as a GPU's attention wants.
 _ALIGNED_ELEMENTS = 8
-_TENSORS = ("document_ids", "position_ids", "token_index", "token_mask")
+_TENSORS = ("document_ids", "position_ids", "token_index", "token_mask", "bounds")
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,19 @@ class Packing:
         token_index: ``[N, S]`` int64, for each sample the flat positions in ``[B · T]`` of its tokens, in order; ``S``
             is the longest sample's length.
         token_mask: ``[N, S]`` bool, True where the sample has a token.
+        bounds: ``[N' + 1]`` int32, where the samples of the flat ``[B · T]`` begin, in order, and the end; padding
+            stands in samples of its own.
         samples_per_row: Most samples that share a row.
+        longest: No sample has more tokens; the same for all batches of a run.
     """
 
     document_ids: Tensor
     position_ids: Tensor
     token_index: Tensor
     token_mask: Tensor
+    bounds: Tensor
     samples_per_row: int
+    longest: int
 
     def to(self, device: torch.device) -> Packing:
         """The same with its tensors on ``device``."""
@@ -49,19 +54,24 @@ class Packing:
         """The same in host memory that a GPU can copy from while it computes."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
-    def attention_mask(self, implementation: str, dtype: torch.dtype) -> Tensor:
+    def attention_mask(self, implementation: str, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """``[B, 1, T, T]``: what is added to the attention logits, 0 where a token sees another.
 
-        Made once for all layers: of a bool mask torch's attention makes such a tensor in every layer, and on a GPU
-        another one with rows that begin at multiples of 16 bytes, and keeps them for the backward pass.
+        For attention that takes no bounds (:mod:`kvds.kv.row_attention`). Made once for all layers: of a bool mask
+        torch's attention makes such a tensor in every layer, and on a GPU another one with rows that begin at multiples
+        of 16 bytes, and keeps them for the backward pass.
 
         Args:
             implementation: ``"sdpa"`` (-inf where it does not see) or ``"eager"`` (the dtype's least number).
             dtype: Of the attention logits.
+            window: A token sees itself and the ``window - 1`` before it; None = all before it.
         """
         tokens = self.document_ids.shape[1]
         same = self.document_ids[:, :, None] == self.document_ids[:, None, :]
-        sees = (same & torch.ones(tokens, tokens, dtype=torch.bool, device=same.device).tril())[:, None]
+        near = torch.ones(tokens, tokens, dtype=torch.bool, device=same.device).tril()
+        if window is not None:
+            near = near.triu(1 - window)
+        sees = (same & near)[:, None]
         if implementation == "eager":
             hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=same.device)
             return torch.where(sees, hidden.new_zeros(()), hidden)
@@ -105,7 +115,11 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def place_samples(
-    rows: Sequence[Sequence[int]], lengths: Sequence[int], width: Callable[[int], int] = lambda longest: longest
+    rows: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    width: Callable[[int], int] = lambda longest: longest,
+    *,
+    longest: int | None = None,
 ) -> tuple[Packing, list[tuple[int, int]]]:
     """The layout of samples dealt out to rows, and each sample's row and first column.
 
@@ -113,14 +127,17 @@ def place_samples(
         rows: For each row its samples in order; at least one row, which may be empty.
         lengths: Tokens of each sample.
         width: Tokens of the longest row, or sample → those that all are given.
+        longest: No sample has more tokens; None: as many as the longest of these.
     """
     tokens = width(max(1, max(sum(lengths[i] for i in row) for row in rows)))
     document_ids = torch.full((len(rows), tokens), -1)
     position_ids = torch.zeros(len(rows), tokens, dtype=torch.int64)
-    longest = width(max(lengths, default=1))
-    token_index = torch.zeros(max(1, len(lengths)), longest, dtype=torch.int64)
-    token_mask = torch.zeros(max(1, len(lengths)), longest, dtype=torch.bool)
+    slots = width(max(lengths, default=1))
+    longest = slots if longest is None else longest
+    token_index = torch.zeros(max(1, len(lengths)), slots, dtype=torch.int64)
+    token_mask = torch.zeros(max(1, len(lengths)), slots, dtype=torch.bool)
     places = [(0, 0)] * len(lengths)
+    bounds = [0]
     for number, row in enumerate(rows):
         begin = 0
         for i in row:
@@ -130,5 +147,11 @@ def place_samples(
             token_index[i, : lengths[i]] = torch.arange(number * tokens + begin, number * tokens + end)
             token_mask[i, : lengths[i]] = True
             places[i] = (number, begin)
+            bounds.append(number * tokens + end)
             begin = end
-    return Packing(document_ids, position_ids, token_index, token_mask, max(1, *map(len, rows))), places
+        while begin < tokens:
+            begin = min(tokens, begin + longest)
+            bounds.append(number * tokens + begin)
+    ends = torch.tensor(bounds, dtype=torch.int32)
+    shared = max(1, *map(len, rows))
+    return Packing(document_ids, position_ids, token_index, token_mask, ends, shared, longest), places

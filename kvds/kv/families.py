@@ -115,6 +115,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def sliding_window_of(config: Any) -> int | None:
+    """How many positions a query sees, itself included, where all layers are of one kind; None = all before it."""
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) if not kinds or kinds[0] == "sliding_attention" else None
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The transformer without its language-model head; the model itself where it has none."""
     return getattr(model, str(getattr(model, "base_model_prefix", "")), model)

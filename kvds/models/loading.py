@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvds.errors import InputError, one_line
+from kvds.kv.row_attention import run_attention
 from kvds.models.hub import from_hub
 
 log = logging.getLogger("kvds")
@@ -52,6 +53,8 @@ def load_model(
 ) -> nn.Module:
     """A causal language model in ``dtype``.
 
+    With ``"sdpa"`` its attention takes samples by their bounds, too (:mod:`kvds.kv.row_attention`).
+
     Args:
         name: Folder or hub name (read only where ``init`` is ``"pretrained"``).
         config: Its architecture, overrides applied.
@@ -66,11 +69,12 @@ def load_model(
     Raises:
         InputError: the weights are missing, or their shapes are not the configuration's.
     """
+    attention = run_attention(attn_implementation)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
             except (KeyError, ValueError) as error:
                 raise InputError(
                     f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected "
@@ -80,7 +84,7 @@ def load_model(
         try:
             model, info = from_hub(
                 AutoModelForCausalLM, name, "model with weights", f"--{flag}_name",
-                config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
+                config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True,
             )  # fmt: skip
         except RuntimeError as error:
             raise InputError(

@@ -26,10 +26,12 @@ from kvds.config import RunConfig
 from kvds.config.alignment_rules import READS_KEYS
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import LabelledPositions
+from kvds.data.model_inputs import model_inputs
 from kvds.distillation.losses import head_chunk_count
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape
 from kvds.kv.families import backbone
+from kvds.kv.row_attention import run_attention
 from kvds.ops.lean import CHUNK_ELEMENTS
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.stand_ins import FusedStandIn, PlannedModule
@@ -144,7 +146,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _model(config: PreTrainedConfig, cfg: RunConfig, dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=cfg.attn_implementation)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=run_attention(cfg.attn_implementation)
+    )
 
 
 class StepPlanner:
@@ -302,16 +306,20 @@ class StepPlanner:
             forward_end = []
             hook = backbone(student).register_forward_hook(lambda *_: forward_end.append(memory.live))
             with memory:
-                # The mask as the attention gets it; transformers would read the data to make it of padding.
-                kind = self.dtype if cfg.packing else torch.bool
-                mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=kind)
-                inputs = replace(inputs, batch=replace(inputs.batch, attention_mask=mask))
-                loss, _ = module(step=inputs)
+                loss, _ = module(step=replace(inputs, batch=self._masked(inputs.batch)))
                 between = memory.live
                 if backward:
                     loss.backward()
             hook.remove()
         return forward_end[0], memory.peak, module.host.bytes, between
+
+    def _masked(self, batch: TokenBatch) -> TokenBatch:
+        """With the mask that attention gets where it takes one; transformers would read data to make it."""
+        if self.cfg.attn_implementation != "eager":
+            return batch
+        rows, tokens = batch.input_ids.shape
+        kind = self.dtype if self.cfg.packing else torch.bool
+        return replace(batch, attention_mask=torch.ones(rows, 1, tokens, tokens, dtype=kind), pads_right=False)
 
     def _inputs(self, batch: BatchShape, aligned: bool) -> StepInput:
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
@@ -332,7 +340,7 @@ class StepPlanner:
                 return rows @ weight.T
 
         labelled = torch.zeros(batch.labelled, dtype=torch.int64)
-        tokens = TokenBatch(ids, ids, ids, ids, ids[:, 0], 1.0, 1.0)
+        tokens = TokenBatch(ids, ids, ids, ids, ids[:, 0], 1.0, 1.0, pads_right=True)
         weights = LossWeights(self.cfg.task_weight, 1.0 if aligned else 0.0, self.cfg.logit_kd_weight)
         teacher = TeacherOutput(states, hidden)
         return StepInput(tokens, LabelledPositions(labelled, labelled), selection, teacher, head, weights)
@@ -344,7 +352,7 @@ class StepPlanner:
             model = _model(_with_layers(self.teacher, 2), self.cfg, self.dtype).eval()
             ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
             memory.ignore(iter([*model.parameters(), *model.buffers(), ids]))
+            tokens = TokenBatch(ids, ids, ids, ids, ids[:, 0], 1.0, 1.0, pads_right=True)
             with memory:
-                mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
-                backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+                backbone(model)(**model_inputs(self._masked(tokens), model.config, self.dtype), use_cache=False)
         return memory.peak

@@ -110,11 +110,14 @@ class HeadShards:
         """
         sizes = self._sizes(batch, index)
         mine: KVStates | None = None
-        for owner, (rows, tokens, columns, positions) in enumerate(sizes):
+        for owner, (rows, tokens, columns, positions, ends, longest) in enumerate(sizes):
             own = owner == self._rank
+            bounds = None
+            if ends:
+                bounds = self._from(owner, _bounds(batch) if own else None, (ends,))
             shared = self._from(owner, _columns(batch) if own else None, (columns, rows, tokens))
             chosen = self._from(owner, index if own else None, (rows, positions)) if positions >= 0 else None
-            inputs = model_inputs(_batch_of(batch, shared), self._backbone.config, self._dtype)
+            inputs = model_inputs(_batch_of(batch, shared, bounds, longest), self._backbone.config, self._dtype)
             deliver = self._delivery(owner)
             capture = SelectedCapture(self._backbone, chosen, rope=rope, parts=parts, deliver=deliver)
             with capture, only_keys_and_values(self._backbone), _torch_collectives():
@@ -125,9 +128,13 @@ class HeadShards:
         return mine
 
     def _sizes(self, batch: TokenBatch, index: Tensor | None) -> list[list[int]]:
-        """Rows, tokens, columns and positions of each rank's batch. The host waits here: it must know the shapes."""
-        columns = 2 if batch.packing is None else 4
-        own = torch.tensor([*batch.input_ids.shape, columns, -1 if index is None else index.shape[1]])
+        """Rows, tokens, columns, positions, bounds and longest sample of each rank's batch. The host waits here: it
+        must know the shapes.
+        """
+        packing = batch.packing
+        packed = [2, 0, 0] if packing is None else [4, len(packing.bounds), packing.longest]
+        positions = -1 if index is None else index.shape[1]
+        own = torch.tensor([*batch.input_ids.shape, packed[0], positions, *packed[1:]])
         own = own.to(batch.input_ids.device)
         gathered = [torch.empty_like(own) for _ in range(self._size)]
         dist.all_gather(gathered, own, group=self._group)
@@ -171,9 +178,15 @@ def _columns(batch: TokenBatch) -> Tensor:
     return torch.stack(own)
 
 
-def _batch_of(like: TokenBatch, columns: Tensor) -> TokenBatch:
+def _bounds(batch: TokenBatch) -> Tensor:
+    assert batch.packing is not None
+    return batch.packing.bounds.long()
+
+
+def _batch_of(like: TokenBatch, columns: Tensor, bounds: Tensor | None, longest: int) -> TokenBatch:
     """The inverse of :func:`_columns`, for the backbone's eyes alone: of ``like`` nothing else is meant."""
     ids, mask, *packed = columns.unbind(0)
-    nothing = ids.new_zeros(0, 0)
-    packing = Packing(packed[0], packed[1], nothing, nothing.bool(), 1) if packed else None
+    nothing, packing = ids.new_zeros(0, 0), None
+    if bounds is not None:
+        packing = Packing(packed[0], packed[1], nothing, nothing.bool(), bounds.int(), 1, longest)
     return replace(like, input_ids=ids, attention_mask=mask, packing=packing, step_ids=None, teacher_text=None)

@@ -15,6 +15,7 @@ from kvds.commands.plan import parse_size
 from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection
+from kvds.kv.row_attention import ROW_ATTENTION
 from kvds.models.architecture import load_config
 from kvds.plan.estimate import Machine, Plan
 from kvds.plan.live_memory import LiveMemory, drop_gradients
@@ -160,7 +161,7 @@ def test_a_step_without_data_takes_what_a_step_with_data_takes(recipe, models):
     activations = []
     for checkpointing, kind in ((False, DistillationModule), (True, DistillationModule), (True, OnHost)):
         planned = (on_gpu if kind is OnHost else planner).plan(batch, checkpointing=checkpointing)
-        model = AutoModelForCausalLM.from_config(student, attn_implementation="sdpa").train()
+        model = AutoModelForCausalLM.from_config(student, attn_implementation=ROW_ATTENTION).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         inputs = planner._inputs(batch, aligned=False)
