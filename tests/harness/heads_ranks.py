@@ -14,6 +14,7 @@ from kvds.data.encoding import EncodedSample
 from kvds.data.model_inputs import repacked, unpacked
 from kvds.distributed.process_group import init_distributed, leave_distributed
 from kvds.kv import select_tokens
+from kvds.kv.row_attention import ROW_ATTENTION
 from kvds.teacher.teacher import Teacher
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
@@ -25,7 +26,7 @@ def model_of(family: str) -> torch.nn.Module:
         family, vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config, attn_implementation=ROW_ATTENTION)
 
 
 def batches(rank: int) -> list[TokenBatch]:
