@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
-from kvds.checkpoint.folder import CHECKPOINTS, resumable_steps, saved_steps
-from kvds.checkpoint.loading import choose_checkpoint
+from kvds.checkpoint.folder import CHECKPOINTS, resumable_steps, saved_steps, step_tag
+from kvds.checkpoint.manifest import folder_faults
 from kvds.config import RunConfig
 from kvds.config.resume_rules import check_resumable
 from kvds.durable_files import remove_leftovers
 from kvds.errors import InputError, one_line
 
+log = logging.getLogger("kvds")
+
 
 def find_checkpoint(cfg: RunConfig) -> int | None:
-    """Say which checkpoint of the output folder to go on from; writes nothing; all ranks call it.
+    """Say which checkpoint of the output folder to go on from; all ranks call it and read a share of the files.
 
     Returns:
-        Its step, or None to start fresh.
+        Its step, the same on all ranks, or None to start fresh.
+
+    Raises:
+        InputError: as :func:`checkpoints_to_try` and :func:`first_whole`.
+    """
+    steps = [checkpoints_to_try(cfg)]
+    dist.barrier()  # every rank has looked before one writes
+    dist.broadcast_object_list(steps, src=0)  # all ranks try the same ones
+    return first_whole(Path(cfg.output_dir), steps[0], _faults_seen_by_all)
+
+
+def checkpoints_to_try(cfg: RunConfig) -> list[int]:
+    """The steps to go on from, best first; none: the run starts fresh. Writes nothing and asks no other rank.
 
     Raises:
         InputError: nothing to resume where a folder is named, or a run of other settings.
@@ -28,13 +45,41 @@ def find_checkpoint(cfg: RunConfig) -> int | None:
     folder = Path(cfg.output_dir)
     check_writable(folder)
     named = check_resume_folder(cfg)
-    there = cfg.resume != "never" and bool(resumable_steps(folder))
-    if named and not there:
+    steps = [] if cfg.resume == "never" else resumable_steps(folder)
+    if named and not steps:
         raise InputError(f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)")
-    if there:
+    if steps:
         check_resumable(cfg, folder / "config.yaml")
-    dist.barrier()  # every rank has looked before one writes
-    return choose_checkpoint(folder) if there else None
+    return steps
+
+
+def first_whole(
+    run_dir: Path, steps: Sequence[int], faults_of: Callable[[Path], list[str]] = folder_faults
+) -> int | None:
+    """The first of the checkpoints that is as its manifest says, or None of none.
+
+    One that is not is named in a warning. Nothing is unpickled here, and nothing that fails here is unpickled later.
+
+    Raises:
+        InputError: there are checkpoints and none is whole.
+    """
+    told = ""
+    for step in steps:
+        folder = run_dir / CHECKPOINTS / step_tag(step)
+        if not (faults := faults_of(folder)):
+            return step
+        fault = f"{folder}: not whole, {faults[0]}"
+        log.warning("%s; the checkpoint before is taken", fault)
+        told = told or fault
+    if told:
+        raise InputError(f"{told}, and none before it is whole; expected a whole checkpoint (or --resume never)")
+    return None
+
+
+def _faults_seen_by_all(folder: Path) -> list[str]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, folder_faults(folder, part=dist.get_rank(), parts=len(everyone)))
+    return [fault for of_rank in everyone for fault in of_rank]
 
 
 def open_run_folder(cfg: RunConfig, step: int | None, *, main_rank: bool) -> None:

@@ -79,7 +79,7 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
         device = torch.device("cpu")
     model = load_model(
         name, config, init=cfg.teacher_init, dtype=TORCH_DTYPES[dtype], attn_implementation=cfg.attn_implementation,
-        seed=cfg.seed + 1, flag="teacher",
+        seed=cfg.teacher_seed(), flag="teacher",
     )  # fmt: skip
     begun = time.monotonic()
 

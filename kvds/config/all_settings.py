@@ -27,6 +27,10 @@ class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSe
         """Factor of each teacher's KV loss."""
         return self.teacher_weights or (1 / len(self.teachers),) * len(self.teachers)
 
+    def teacher_seed(self, number: int = 0) -> int:
+        """Of the random weights of teacher ``number`` of :attr:`teachers`; ``seed`` itself is the student's."""
+        return self.seed + 1 + number
+
     @property
     def student(self) -> str:
         """Folder or hub name of the student; construction refuses a run without one."""

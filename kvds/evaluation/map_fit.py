@@ -77,7 +77,8 @@ def _model(cfg: RunConfig, side: str) -> nn.Module:
     name, overrides = getattr(cfg, side), getattr(cfg, f"{side}_config_overrides")
     model: Any = load_model(
         name, load_config(name, overrides, flag=side), init=getattr(cfg, f"{side}_init"), dtype=torch.float32,
-        attn_implementation=cfg.attn_implementation, seed=cfg.seed + (side == "teacher"), flag=side,
+        attn_implementation=cfg.attn_implementation, flag=side,
+        seed=cfg.seed if side == "student" else cfg.teacher_seed(),
     )  # fmt: skip
     return model
 

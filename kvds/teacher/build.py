@@ -61,7 +61,7 @@ def build_teachers(
         placed = None if whole else teacher_engine_config(raw, cfg, dist.get_world_size())
         model = load_model(
             cfg.teachers[number], config, init=cfg.teacher_init, dtype=dtype,
-            attn_implementation=cfg.attn_implementation, seed=cfg.seed + 1 + number, flag="teacher",
+            attn_implementation=cfg.attn_implementation, seed=cfg.teacher_seed(number), flag="teacher",
             engine_config=placed,
         )  # fmt: skip
         teachers.append(

@@ -92,7 +92,7 @@ def _short(value: Any) -> str:
 
 def _weights(cfg: RunConfig, config: Any) -> str:
     if cfg.teacher_init == "random":
-        return f"random, seed {cfg.seed + 1}"
+        return f"random, seed {cfg.teacher_seed()}"
     folder = Path(cfg.teacher or "")
     if not folder.is_dir():
         return f"{cfg.teacher} {getattr(config, '_commit_hash', None)}"

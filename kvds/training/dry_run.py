@@ -19,14 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvds.align import build_aligner
-from kvds.checkpoint.folder import CHECKPOINTS, resumable_steps, step_tag
-from kvds.checkpoint.manifest import folder_faults
+from kvds.checkpoint.folder import step_tag
 from kvds.checkpoint.origin import fit_to_origin, read_origin
-from kvds.checkpoint.run_folder import check_resume_folder, check_writable
+from kvds.checkpoint.run_folder import checkpoints_to_try, first_whole
 from kvds.config import RunConfig
 from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
 from kvds.config.engine_config import student_engine_config, teacher_engine_config
-from kvds.config.resume_rules import check_resumable
 from kvds.data.loader import BatchLoader
 from kvds.data.run_data import load_run_data
 from kvds.durable_files import existing_parent
@@ -55,7 +53,7 @@ def dry_run(cfg: RunConfig) -> None:
     log.setLevel(logging.WARNING)
     machine = this_machine()
     raw = load_deepspeed_config(cfg.deepspeed_config)
-    step = _resumed_step(cfg)
+    step = first_whole(Path(cfg.output_dir), checkpoints_to_try(cfg))
     lines = {"output": f"{cfg.output_dir}: " + ("a new run" if step is None else f"goes on from {step_tag(step)}")}
     if step is not None:
         origin, stage = read_origin(Path(cfg.output_dir), step), raw["zero_optimization"]["stage"]
@@ -112,28 +110,6 @@ def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
     check_engine_config(config, cfg.deepspeed_config)
     if cfg.uses_teacher and cfg.teacher_placement in ("zero3", "zero3_offload"):
         check_engine_config(teacher_engine_config(raw, cfg, 1), cfg.deepspeed_config)
-
-
-def _resumed_step(cfg: RunConfig) -> int | None:
-    folder = Path(cfg.output_dir)
-    check_writable(folder)
-    named = check_resume_folder(cfg)
-    steps = [] if cfg.resume == "never" else resumable_steps(folder)
-    if not steps:
-        if named:
-            raise InputError(
-                f"resume={cfg.resume}: no checkpoint there; expected checkpoints/latest (or --resume auto)"
-            )
-        return None
-    check_resumable(cfg, folder / "config.yaml")
-    for step in steps:
-        faults = folder_faults(folder / CHECKPOINTS / step_tag(step))
-        if not faults:
-            return step
-    raise InputError(
-        f"{folder / CHECKPOINTS / step_tag(step)}: not whole, {faults[0]}, and no other is; expected a whole "
-        "checkpoint (or --resume never)"
-    )
 
 
 def _check_weights(cfg: RunConfig) -> None:

@@ -128,6 +128,12 @@ def test_which_losses_need_what(changes, kv, teacher):
     assert (cfg.uses_kv, cfg.uses_teacher) == (kv, teacher)
 
 
+def test_every_model_of_a_run_has_a_seed_of_its_own():
+    cfg = RunConfig(student_name="gpt2", teacher_names=("a", "b", "c"), output_dir="x", seed=7)
+    assert [cfg.seed, *(cfg.teacher_seed(number) for number in range(len(cfg.teachers)))] == [7, 8, 9, 10]
+    assert cfg.teacher_seed() == cfg.teacher_seed(0)
+
+
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig(**REQUIRED).lr = 1.0

@@ -131,13 +131,14 @@ RUNS: dict[str, Case] = {
     "damaged settings": (
         {"output_dir": "@/damaged_settings"}, ("damaged_settings/config.yaml: not YAML", "key: value")),
     "checkpoint without manifest": (
-        {"output_dir": "@/unlisted"}, ("step-000003: not whole, manifest.json is missing", "--resume never")),
+        {"output_dir": "@/unlisted"},
+        ("step-000003: not whole, manifest.json is missing, and none before it is whole", "--resume never")),
     "checkpoint of files elsewhere": (
         {"output_dir": "@/escaping"},
         ("manifest.json names '../../../x'", "no file of this checkpoint", "--resume never")),
     "checkpoint with a flipped bit": (
         {"output_dir": "@/flipped"},
-        ("step-000003: not whole, states.pt does not have the checksum", "--resume never")),
+        ("step-000003: not whole, states.pt does not have the checksum", "none before it is whole", "--resume never")),
     "resume elsewhere": ({"resume": "@/data"}, ("resume=@/data", "--output_dir")),
     "nothing to resume": ({"resume": "@/data", "output_dir": "@/data"}, ("resume=@/data: no checkpoint there", "auto")),
     **{f"resumed with another {name}": ({"output_dir": f"@/trained_with_{name}"},
