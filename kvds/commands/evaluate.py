@@ -83,8 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
+
+    from kvds.models.weight_check import check_weights
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -93,16 +95,16 @@ def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:
     except Exception as error:  # a damaged folder can fail anywhere in its readers
         raise _unloadable("tokenizer", tokenizer_folder, error) from error
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            model_folder, local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
+        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise _unloadable("model", model_folder, error) from error
+    check_weights(model_folder, config, f"--model {model_folder}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder, local_files_only=True, trust_remote_code=False, dtype="auto", use_safetensors=True
         )
     except Exception as error:
         raise _unloadable("model", model_folder, error) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"--model {model_folder}: {len(missing)} weights are missing (first: {missing[0]}); expected a whole model"
-        )
     largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if rows <= largest:
         raise InputError(

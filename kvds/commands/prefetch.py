@@ -20,6 +20,7 @@ from kvds.config import RunConfig
 from kvds.config.values import split_dataset_weight
 from kvds.durable_files import json_text
 from kvds.errors import InputError, one_line
+from kvds.models.weight_files import WEIGHT_PATTERNS, UnusableWeights, weight_parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _ARC = ("arc_easy", "arc_challenge")
 
@@ -142,10 +142,8 @@ def fetch(item: Item) -> None:
         return
     from huggingface_hub import snapshot_download
 
-    patterns = _SMALL_FILES + (_WEIGHTS if item.kind == "model" else [])
-    folder = Path(snapshot_download(item.name, allow_patterns=patterns))
-    if item.kind == "model" and not any(folder.glob("*.safetensors")):
-        raise RuntimeError("it has no safetensors; expected a model saved in that form")
+    patterns = _SMALL_FILES + (list(WEIGHT_PATTERNS) if item.kind == "model" else [])
+    snapshot_download(item.name, allow_patterns=patterns)
 
 
 def missing(item: Item) -> str | None:
@@ -166,15 +164,11 @@ def missing(item: Item) -> str | None:
         return "config.json is missing"
     if item.kind != "model":
         return None
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            parts = {str(part) for part in json.loads(index.read_text())["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return f"{index.name} is damaged"
-        absent = sorted(part for part in parts if not (folder / part).is_file())
-        if absent:
-            return f"{absent[0]} is missing"
-    return None if any(folder.glob("*.safetensors")) else "its weights (*.safetensors) are missing"
+    try:
+        weight_parts(folder)
+    except UnusableWeights as error:
+        return str(error)
+    return None
 
 
 def write_environment(folder: Path) -> Path:

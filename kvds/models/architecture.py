@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,10 @@ from kvds.config.values import parse_overrides
 from kvds.errors import InputError, one_line
 from kvds.kv import KVShape
 from kvds.kv.families import FAMILIES
-from kvds.models.hub import from_hub
-from kvds.models.loading import log
+from kvds.models.hub import folder_at_hand, from_hub
 from kvds.models.tokenizer import check_vocabulary
+from kvds.models.weight_check import check_weights
+from kvds.models.weight_files import ADAPTER_FILE, adapter_fault
 
 # Overriding the left side makes the right side stale: it is dropped, so that the family's own default is computed anew.
 _DERIVED_KEYS = {
@@ -34,6 +37,8 @@ def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfi
     Raises:
         InputError: nothing there, an unknown key, or a value of another type than the configuration's.
     """
+    if os.path.isfile(os.path.join(name, ADAPTER_FILE)) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise InputError(f"--{flag}_name={name}: {adapter_fault(Path(name))}")
     config = from_hub(AutoConfig, name, "config.json", f"--{flag}_name")
     changes = parse_overrides(overrides)
     if not changes:
@@ -142,7 +147,7 @@ class ModelConfigs(NamedTuple):
 
 
 def load_model_configs(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfigs:
-    """The architectures of a run's models, checked against the run: all that can be said without their weights.
+    """The architectures of a run's models, checked against the run and the headers of their weight files.
 
     Args:
         cfg: The run.
@@ -157,12 +162,12 @@ def load_model_configs(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Mo
 
 
 def _load_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
-    overrides = getattr(cfg, f"{flag}_config_overrides")
-    if overrides and getattr(cfg, f"{flag}_init") == "pretrained":
-        log.info("%s: configuration overrides on pretrained weights: their shapes must still fit", flag)
-    config = load_config(name, overrides, flag=flag)
+    config = load_config(name, getattr(cfg, f"{flag}_config_overrides"), flag=flag)
     kv_shape(config)
     check_vocabulary(config, tokenizer, flag=flag)
     check_positions(config, cfg.max_length, flag=flag)
     check_buildable(name, config, flag=flag)
+    cached = flag == "teacher" and cfg.teacher_cache is not None  # nobody reads its weights
+    if getattr(cfg, f"{flag}_init") == "pretrained" and not cached and (folder := folder_at_hand(name)) is not None:
+        check_weights(folder, config, f"--{flag}_name={name}", remedy=f"or --{flag}_init random")
     return config

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvds.errors import InputError, one_line
 from kvds.kv.row_attention import run_attention
-from kvds.models.hub import from_hub
+from kvds.models.hub import from_hub, model_folder
+from kvds.models.weight_check import check_weights
 
 log = logging.getLogger("kvds")
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,7 +68,7 @@ def load_model(
             None.
 
     Raises:
-        InputError: the weights are missing, or their shapes are not the configuration's.
+        InputError: its weights are not those of the configuration, see :func:`kvds.models.weight_check.check_weights`.
     """
     attention = run_attention(attn_implementation)
     if init == "random":
@@ -80,21 +81,11 @@ def load_model(
                     f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected "
                     f"a config.json that fits (see --{flag}_config_overrides)"
                 ) from error
+    place = f"--{flag}_name"
+    folder = model_folder(name, place)
+    check_weights(folder, config, f"{place}={name}", remedy=f"or --{flag}_init random")
     with _partitioned_loading(engine_config):
-        try:
-            model, info = from_hub(
-                AutoModelForCausalLM, name, "model with weights", f"--{flag}_name",
-                config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True,
-            )  # fmt: skip
-        except RuntimeError as error:
-            raise InputError(
-                f"--{flag}_name={name}: its weights do not have the shapes of its configuration "
-                f"({' '.join(str(error).split())[:200]}); expected matching files, or --{flag}_init random"
-            ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(
-            f"--{flag}_name={name}: {len(missing)} weights are missing (first: {missing[0]}); expected a whole "
-            f"checkpoint, or --{flag}_init random"
-        )
-    return model
+        return from_hub(
+            AutoModelForCausalLM, str(folder), "model with weights", place,
+            config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+        )  # fmt: skip

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from kvds.align import build_aligner
 from kvds.checkpoint.folder import step_tag
@@ -28,7 +27,7 @@ from kvds.config.engine_config import student_engine_config, teacher_engine_conf
 from kvds.data.loader import BatchLoader
 from kvds.data.run_data import load_run_data
 from kvds.durable_files import existing_parent
-from kvds.errors import InputError, one_line
+from kvds.errors import InputError
 from kvds.models.architecture import kv_shape, load_model_configs
 from kvds.models.loading import TORCH_DTYPES
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
@@ -62,7 +61,6 @@ def dry_run(cfg: RunConfig) -> None:
     tokenizer = load_tokenizer(cfg)
     check_same_tokenizer(cfg, tokenizer)
     student, teachers = load_model_configs(cfg, tokenizer)
-    _check_weights(cfg)
     data = load_run_data(cfg, tokenizer, rank=0, world_size=machine.ranks)
     _check_aligners(cfg, student, teachers, raw)
     if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
@@ -110,38 +108,6 @@ def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
     check_engine_config(config, cfg.deepspeed_config)
     if cfg.uses_teacher and cfg.teacher_placement in ("zero3", "zero3_offload"):
         check_engine_config(teacher_engine_config(raw, cfg, 1), cfg.deepspeed_config)
-
-
-def _check_weights(cfg: RunConfig) -> None:
-    if cfg.student_init == "pretrained":
-        check_weight_files(cfg.student, flag="student")
-    if cfg.teacher_init == "pretrained" and cfg.teacher_cache is None:
-        for name in cfg.teachers if cfg.uses_teacher else ():
-            check_weight_files(name, flag="teacher")
-
-
-def check_weight_files(name: str, *, flag: str) -> None:
-    """Read the headers of a folder's safetensors: a file that is missing or cut short is told without reading weights.
-
-    Raises:
-        InputError: there are no weights, or a file is damaged.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return  # a hub name: its configuration was found, and nobody knows here where its weights will be
-    files = sorted(folder.glob("*.safetensors"))
-    fault = "" if files or any(folder.glob("pytorch_model*.bin")) else "there is no model.safetensors"
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            fault = fault or f"{file.name}: {error}"
-    if fault:
-        raise InputError(
-            f"--{flag}_name={name}: the folder holds no loadable model with weights ({one_line(fault)}); expected the "
-            f"files that save_pretrained writes (or --{flag}_init random)"
-        )
 
 
 def _check_aligners(cfg: RunConfig, student: Any, teachers: list[Any], raw: dict[str, Any]) -> None:

@@ -85,7 +85,6 @@ def test_fetch_asks_the_hub_for_what_is_read_and_no_more(tmp_path, monkeypatch):
 
     def snapshot(name, **kwargs):
         calls.append((name, tuple(kwargs["allow_patterns"])))
-        (tmp_path / "model.safetensors").touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
@@ -94,13 +93,13 @@ def test_fetch_asks_the_hub_for_what_is_read_and_no_more(tmp_path, monkeypatch):
     fetch(Item("config", "a/c"))
     fetch(Item("dataset", "d/e", "main", ("train", "test")))
     assert [call[0] for call in calls] == ["a/b", "a/c", "d/e", "d/e"]
-    assert "*.safetensors" in calls[0][1] and "*.safetensors" not in calls[1][1]
+    assert [any("safetensors" in pattern for pattern in patterns) for _, patterns in calls[:2]] == [True, False]
     assert not any("bin" in pattern or "*.py" in pattern for call in calls[:2] for pattern in call[1])  # pickles, code
     assert calls[2:] == [("d/e", "main", "train"), ("d/e", "main", "test")]
-    (tmp_path / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: str(tmp_path))
-    with pytest.raises(RuntimeError, match="no safetensors"):
-        fetch(Item("model", "a/b"))
+    (tmp_path / "config.json").touch()
+    assert "there is no model.safetensors" in missing(Item("model", "a/b"))
+    assert missing(Item("config", "a/b")) is None
 
 
 def test_a_data_set_that_is_not_there_is_missing(monkeypatch):

@@ -105,6 +105,19 @@ def _make_models(folder: Path) -> None:
     weights = load_file(folder / "one_missing/model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "one_missing/model.safetensors", metadata={"format": "pt"})
+    for name, more in {
+        "own_head": "lm_head.weight", "surplus_layer": "model.layers.2.mlp.up_proj.weight",
+        "surplus_bias": "model.layers.0.mlp.up_proj.bias",
+    }.items():  # fmt: skip
+        weights = load_file(folder / "model/model.safetensors")
+        weights[more] = torch.ones_like(weights["model.embed_tokens.weight"])
+        _copy(folder / "model", folder / name, {})
+        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+    _copy(folder / "no_weights", folder / "pickled", {"pytorch_model.bin": b"never read"})
+    _copy(folder / "model", folder / "two_sets", {"other.safetensors": b""})
+    _copy(folder / "model", folder / "adapter", {"adapter_config.json": b'{"base_model_name_or_path": "some/base"}'})
+    index = json.dumps({"weight_map": {"x": "../model/model.safetensors"}}).encode()
+    _copy(folder / "no_weights", folder / "index_leads_away", {"model.safetensors.index.json": index})
     whole = (folder / "cut_off/model.safetensors").read_bytes()
     (folder / "cut_off/model.safetensors").write_bytes(whole[:999])
 

@@ -102,6 +102,23 @@ RUNS: dict[str, Case] = {
     "weights cut off": ({"teacher_name": "@/cut_off"}, ("--teacher_name=@/cut_off", "no loadable model", "the files")),
     "weights of no bytes": ({"student_name": "@/weights_empty"}, ("weights_empty", "no loadable model", "the files")),
     "weights of noise": ({"student_name": "@/weights_noise"}, ("weights_noise", "no loadable model", "the files")),
+    "a head of its own": (
+        {"student_name": "@/own_head"}, ("lm_head.weight differs from model.embed_tokens.weight", "in config.json")),
+    "a surplus layer": (
+        {"teacher_name": "@/surplus_layer"},
+        ("1 tensors have no place in its configuration (first: model.layers.2.mlp.up_proj.weight)", "whole model")),
+    "a surplus bias": (
+        {"student_name": "@/surplus_bias"}, ("@/surplus_bias: 1 tensors have no place", "mlp.up_proj.bias")),
+    "pickled weights": (
+        {"teacher_name": "@/pickled"}, ("only pytorch_model.bin", "safetensors alone", "save_pretrained")),
+    "two sets of weights": ({"student_name": "@/two_sets"}, ("other.safetensors is no part of the model", "move them")),
+    "an adapter": (
+        {"teacher_name": "@/adapter"}, ("@/adapter: ", "it is an adapter of some/base", "merge_and_unload")),
+    "an index that leads away": (
+        {"student_name": "@/index_leads_away"}, ("lies in '../model/model.safetensors'", "of the folder itself")),
+    "fewer layers of pretrained weights": (
+        {"student_config_overrides": "num_hidden_layers=1"},
+        ("num_hidden_layers=1 for pretrained weights of 2 layers", "use kvds prune (or --student_init random)")),
 
     "batch arithmetic": ({"deepspeed_config": "@/batch.json"}, ("train_batch_size", "7", "4")),
     "what DeepSpeed refuses": (
@@ -153,10 +170,8 @@ RUNS: dict[str, Case] = {
     "cache of something else": (
         {"teacher_cache": "@/cache_of_something"}, ("its tokenizer is another, the run's ", "the run's own flags")),
 }
-READS_WEIGHTS = {"no weights", "a weight is missing", "weights cut off", "weights of no bytes", "weights of noise",
-                 "quantized model"}
-# What a dry run does not see: it makes no folder and reads no weights but the headers of their files.
-NOT_DRY = {"output nowhere", "a weight is missing", "quantized model"}
+# What a dry run does not see: it makes no folder.
+NOT_DRY = {"output nowhere"}
 
 # `kvds …`
 COMMANDS = {
@@ -168,7 +183,10 @@ COMMANDS = {
     "doctor --ranks 0": ("--ranks 0", "at least 1"),
     "eval --model @/nowhere": ("--model @/nowhere: no such folder", "expected"),
     "eval --model @/weights_noise --tokenizer @/tokenizer":
-        ("--model @/weights_noise: holds no loadable model", "expected"),
+        ("--model @/weights_noise: the folder holds no loadable model", "expected"),
+    "eval --model @/own_head --tokenizer @/tokenizer": ("--model @/own_head: lm_head.weight differs", "expected"),
+    "eval --model @/surplus_bias --tokenizer @/tokenizer": ("1 tensors have no place in its", "expected"),
+    "eval --model @/adapter --tokenizer @/tokenizer": ("it is an adapter of some/base", "expected it merged"),
     "eval --model @/one_missing --tokenizer @/tokenizer":
         ("1 weights are missing (first: model.norm.weight)", "whole model"),
     "eval --model @/model --tokenizer @/tokenizer_nested":
