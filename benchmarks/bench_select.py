@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.records import RESULTS, command
+from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import Segment
 from kvds.kv import observing_rows, row_draws, select_tokens
-from kvds.kv.select import METHODS
 from kvds.teacher.teacher import Teacher
 from kvds.tracking.provenance import collect_versions, git_revision
 
@@ -122,7 +122,7 @@ def main() -> None:
     }  # fmt: skip
     rows = []
     print(f"{'method':<12}{'forward s':>12}{'select s':>12}{'share':>9}{'worst':>9}")
-    for method in METHODS:
+    for method in SELECTION_METHODS:
         row = measure(method, args, device, dtype)
         print(
             f"{method:<12}{row['forward_seconds']:>12.4f}{row['select_seconds']:>12.4f}{row['share']:>9.2%}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -46,3 +46,8 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     """``, did you mean X?`` for the known name most like ``name``, or nothing."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def listed(names: Sequence[str], between: str) -> str:
+    """``"a, b or c"`` of names and the word before the last."""
+    return f" {between} ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

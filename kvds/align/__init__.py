@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvds.align.aligner import KVAligner
-from kvds.align.build import ALIGNERS, aligner_config_dict, aligner_from_config_dict, build_aligner, what_is_read
+from kvds.align.aligner import KVAligner, aligner_settings
+from kvds.align.build import ALIGNERS, aligner_config_dict, aligner_from_config_dict, build_aligner
 from kvds.align.flat import FlatAligner
 from kvds.align.group import AlignerGroup, members_of
 from kvds.align.hidden import HiddenAligner
@@ -23,8 +23,8 @@ __all__ = [
     "RelationAligner",
     "aligner_config_dict",
     "aligner_from_config_dict",
+    "aligner_settings",
     "StructuralKVLoss",
     "build_aligner",
     "members_of",
-    "what_is_read",
 ]

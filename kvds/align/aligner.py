@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from kvds.align.aligner_part import AlignerPart
 from kvds.align.loss import PART_NAMES, AlignmentLoss, average_parts, parts_of
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.alignment_rules import check_mode
+from kvds.config.settings import AlignmentSettings
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection, States
 
 log = logging.getLogger(__name__)
+
+
+def aligner_settings(settings: AlignmentSettings) -> AlignmentSettings:
+    """The alignment's section alone, with the mode's own layer map and parts where they are left open."""
+    mode = ALIGNMENT_MODES[settings.alignment_mode]
+    parts = mode.parts if settings.kv_parts == "auto" else settings.kv_parts
+    return replace(settings.alignment(), layer_map=settings.layer_map or mode.layer_map, kv_parts=parts)
 
 
 class KVAligner(nn.Module):
@@ -26,7 +36,8 @@ class KVAligner(nn.Module):
     Args:
         student: Its KV shape.
         teacher: Its KV shape.
-        settings: Fields of :class:`kvds.config.settings.AlignmentSettings`, and ``seed`` where there is one.
+        settings: As :func:`aligner_settings` has them.
+        seed: Of the random start.
 
     Attributes:
         parts: ``"key"`` and ``"value"``, or one of them (:func:`kvds.align.loss.parts_of`).
@@ -38,14 +49,13 @@ class KVAligner(nn.Module):
     """
 
     part_class: ClassVar[type[AlignerPart]]
-    reads: ClassVar[str] = "kv"
-    teacher_reads: ClassVar[str] = "kv"
 
-    def __init__(self, student: KVShape, teacher: KVShape, settings: Any) -> None:
+    def __init__(self, student: KVShape, teacher: KVShape, settings: AlignmentSettings, seed: int = 0) -> None:
         super().__init__()
         self._check(student, teacher, settings)
-        self.student_shape, self.teacher_shape, self.settings = student, teacher, settings
-        seed = int(getattr(settings, "seed", 0))
+        self.student_shape, self.teacher_shape, self.settings, self.seed = student, teacher, settings, seed
+        mode = ALIGNMENT_MODES[settings.alignment_mode]
+        self.reads, self.teacher_reads = mode.reads, mode.teacher_reads
         # Keys and values start from different maps, each the same on every rank.
         self.parts = nn.ModuleDict(
             {
@@ -106,9 +116,21 @@ class KVAligner(nn.Module):
         teacher.check(self.seen_shape(self.teacher_shape), side="teacher")
 
     @classmethod
-    def part_names(cls, settings: Any) -> tuple[str, ...]:
+    def part_names(cls, settings: AlignmentSettings) -> tuple[str, ...]:
         """The parts, as the settings ask for them."""
         return parts_of(settings)
+
+    @classmethod
+    def parameter_count(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> int:
+        """Numbers of all maps, of the aligner that the same arguments would build."""
+        own, seen = aligner_settings(settings), (cls.seen_shape(student), cls.seen_shape(teacher))
+        return len(cls.part_names(own)) * cls.part_class.parameter_count(*seen, own)
+
+    @classmethod
+    def flops_per_position(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings, slots: int) -> float:
+        """FLOPs of all parts, see :meth:`AlignerPart.flops_per_position`."""
+        own, seen = aligner_settings(settings), (cls.seen_shape(student), cls.seen_shape(teacher))
+        return len(cls.part_names(own)) * cls.part_class.flops_per_position(*seen, own, slots)
 
     @classmethod
     def seen_shape(cls, shape: KVShape) -> KVShape:
@@ -121,7 +143,7 @@ class KVAligner(nn.Module):
         return student.head_dim, teacher.head_dim
 
     @classmethod
-    def _check(cls, student: KVShape, teacher: KVShape, settings: Any) -> None:
+    def _check(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> None:
         check_mode(settings)
         layers = min(student.num_hidden_layers, teacher.num_hidden_layers)
         if not 1 <= settings.layer_groups <= layers:

@@ -1,16 +1,17 @@
-"""What flat and structured alignment have in common: which layers meet, in which units, for keys or for values."""
+"""The part of an aligner for keys or for values: which layers meet, in which units, at what cost."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from kvds.align.layer_map import HARD_MAPS, near_diagonal_logits
-from kvds.kv import KVShape, group_slices
+from kvds.align.layer_map import LayerPlan, near_diagonal_logits
+from kvds.config.settings import AlignmentSettings
+from kvds.kv import KVShape
 
 # Of a random start, in standard deviations of the target.
 START_GAIN = 1.0
@@ -31,6 +32,16 @@ def compute_dtype(states: Sequence[Tensor]) -> torch.dtype:
     return torch.promote_types(torch.float32, states[0].dtype)
 
 
+def source_and_target(student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> tuple[KVShape, KVShape]:
+    """What a map leads from, and to."""
+    return (student, teacher) if settings.direction == "student_to_teacher" else (teacher, student)
+
+
+def gradient_passes(settings: AlignmentSettings) -> tuple[bool, bool]:
+    """Whether a map's own numbers get a gradient, and whether its source does (a teacher never)."""
+    return settings.aligner_update == "trained", settings.direction == "student_to_teacher"
+
+
 class AlignerPart(nn.Module, ABC):
     """The maps of keys, or of values, from the layers of ``source`` to those of ``target``.
 
@@ -45,9 +56,8 @@ class AlignerPart(nn.Module, ABC):
     always the teacher's: of its layer, or (towards the student) of the mix of its layers that the map starts from.
 
     Attributes:
-        pairs: ``(student layer, teacher layer)`` of a hard layer map; None with a learned one.
-        layer_blocks: Runs of target layers and the run of source layers that each draws from, one per layer group. With
-            a hard map (where groups have nothing to cut) one: its pairs in order, see :meth:`sides`.
+        pairs: Those of :class:`LayerPlan`.
+        layer_blocks: Its blocks; with a hard map the pairs in order, see :meth:`sides`.
         layer_logits: ``[L_y, L_x]`` (``[L_y, widest group]`` with groups); absent with a hard layer map.
         target_mean: ``[L_y, H_y, D_y]`` buffer, per channel; zero towards the student, whose mean the bias holds.
         target_scale: ``[L_y]`` buffer, the unit of the loss.
@@ -64,26 +74,21 @@ class AlignerPart(nn.Module, ABC):
 
     bias: nn.Parameter
 
-    def __init__(self, student: KVShape, teacher: KVShape, settings: Any, seed: int) -> None:
+    def __init__(self, student: KVShape, teacher: KVShape, settings: AlignmentSettings, seed: int) -> None:
         super().__init__()
         self.seed = seed
         self.to_teacher = settings.direction == "student_to_teacher"
-        self.source_shape, self.target_shape = (student, teacher) if self.to_teacher else (teacher, student)
+        self.source_shape, self.target_shape = source_and_target(student, teacher, settings)
         self.loss_name = settings.kv_loss
-        sources, targets = self.source_shape.num_hidden_layers, self.target_shape.num_hidden_layers
-        hard = HARD_MAPS.get(settings.layer_map)
-        self.pairs: list[tuple[int, int]] | None = None
-        if hard is not None:
-            self.pairs = list(enumerate(hard(student.num_hidden_layers, teacher.num_hidden_layers)))
-            targets = len(self.pairs)
-            self.layer_blocks = [(slice(0, targets), slice(0, targets))]
+        plan = LayerPlan.of(student, teacher, settings)
+        self.pairs, self.layer_blocks = plan
+        targets = plan.targets
+        if self.pairs is not None:
             self.register_parameter("layer_logits", None)
         else:
-            groups = settings.layer_groups
-            self.layer_blocks = list(zip(group_slices(targets, groups), group_slices(sources, groups), strict=True))
-            logits = torch.zeros(targets, max(x.stop - x.start for _, x in self.layer_blocks))
+            logits = torch.zeros(plan.logits)
             if not settings.map_proj_init_uniform:
-                diagonal = near_diagonal_logits(targets, sources)
+                diagonal = near_diagonal_logits(targets, self.source_shape.num_hidden_layers)
                 for y, x in self.layer_blocks:
                     logits[y, : x.stop - x.start] = diagonal[y, x]
             self.layer_logits = nn.Parameter(logits)
@@ -92,6 +97,25 @@ class AlignerPart(nn.Module, ABC):
         self.register_buffer("target_mean", torch.zeros(targets, shape.num_key_value_heads, shape.head_dim))
         self.register_buffer("target_scale", torch.ones(targets))
         self.register_buffer("source_scale", torch.ones(targets))
+
+    @classmethod
+    @abstractmethod
+    def parameter_count(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> int:
+        """Numbers that are learned, of the part that the same arguments would build."""
+
+    @classmethod
+    @abstractmethod
+    def flops_per_position(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings, slots: int) -> float:
+        """Of matrix products, forward and backward, for each position compared; a multiply and an add are two.
+
+        What a micro-batch costs once, whatever its size, is left out.
+
+        Args:
+            student: As seen, see :meth:`kvds.align.KVAligner.seen_shape`.
+            teacher: As seen.
+            settings: With ``layer_map`` and ``kv_parts`` as :func:`kvds.align.aligner_settings` has them.
+            slots: Positions compared in each row.
+        """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignerPart:
         # A mean in bf16 would be off by more than what keys vary by: the statistics stay fp32 under .bfloat16().

@@ -1,4 +1,4 @@
-"""What an aligner has learned and how the student's keys and values fare: ranks, norms, mixing weights, pictures."""
+"""Diagnostics of an aligner and of the student's keys and values: counts, ranks, norms, mixing weights, pictures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from kvds.align.aligner import KVAligner
 from kvds.align.aligner_part import AlignerPart
-from kvds.align.layer_map import default_layer_map
+from kvds.align.build import ALIGNERS
 from kvds.align.loss import parts_of
 from kvds.align.structured import StructuredPart
-from kvds.kv import KVShape, group_slices
+from kvds.config.alignment_modes import ALIGNMENT_MODES
+from kvds.config.settings import AlignmentSettings
+from kvds.kv import KVShape
 
 
 def effective_rank(rows: Tensor) -> Tensor:
@@ -50,47 +52,29 @@ def kv_norm(layers: Sequence[Tensor], mask: Tensor) -> Tensor:
     return (selected.sum() / (mask.sum().clamp_min(1) * len(layers))).sqrt()
 
 
-def parameter_counts(student: KVShape, teacher: KVShape, settings: Any) -> dict[str, int]:
+def parameter_counts(student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> dict[str, int]:
     """Learned numbers of each alignment for a pair of models, under otherwise the same settings.
 
-    Modes other than that of ``settings`` are counted with their own default layer map; all with its parts, but
-    structural_kv, which needs both.
+    Modes other than that of ``settings`` are counted with their own default layer map; all with its parts, but those
+    that take no others than theirs. Left out is what would read hidden states of a width that the shapes do not say.
     """
-    source, target = (student, teacher) if settings.direction == "student_to_teacher" else (teacher, student)
-    heads_x, heads_y = source.num_key_value_heads, target.num_key_value_heads
-
-    def layers_and_logits(mode: str, groups: int) -> tuple[int, int]:
-        layer_map = settings.layer_map if mode == settings.alignment_mode else None
-        if (layer_map or default_layer_map(mode)) != "learned":
-            return student.num_hidden_layers, 0  # one target layer per student layer
-        widest = max(group.stop - group.start for group in group_slices(source.num_hidden_layers, groups))
-        return target.num_hidden_layers, target.num_hidden_layers * widest
-
-    def linear(mode: str) -> int:
-        layers, logits = layers_and_logits(mode, 1)
-        width_x, width_y = heads_x * source.head_dim, heads_y * target.head_dim
-        return logits + layers * (width_x + 1) * width_y
-
-    def structured(share_dim: bool) -> int:
-        layers, logits = layers_and_logits("structured", settings.layer_groups)
-        mixes = (1 if share_dim else layers) * heads_y * (heads_x // settings.head_groups)
-        projections = (1 if share_dim else layers * heads_y) * source.head_dim * target.head_dim
-        return logits + mixes + projections + layers * heads_y * target.head_dim
-
-    counts = {
-        "flat": linear("flat"),
-        "structural_kv": linear("structural_kv"),
-        "structured": structured(False),
-        "structured, share_dim": structured(True),
-    }
-    counts["relation"] = layers_and_logits("relation", 1)[1]
-    parts = len(parts_of(settings))
-    counts = {mode: (2 if mode == "structural_kv" else parts) * count for mode, count in counts.items()}
-    if source.hidden_size and target.hidden_size:  # one part, where the shapes say how wide the models are
-        layers, logits = layers_and_logits("hidden", 1)
-        counts["hidden"] = logits + layers * (source.hidden_size + 1) * target.hidden_size
-        shared = source.hidden_size * target.hidden_size
-        counts["hidden, share_dim"] = logits + shared + layers * target.hidden_size
+    chosen = "".join(part[0] for part in parts_of(settings))
+    counts = {}
+    for name, aligner in ALIGNERS.items():
+        mode = ALIGNMENT_MODES[name]
+        if not all(aligner.map_widths(student, teacher)):
+            continue
+        own = dataclasses.replace(
+            settings.alignment(), alignment_mode=name, map_proj_share_dim=False,
+            layer_map=settings.layer_map if name == settings.alignment_mode else None,
+            kv_parts="auto" if "kv_parts" in mode.only else chosen,
+            layer_groups=settings.layer_groups if mode.grouped else 1,
+            head_groups=settings.head_groups if mode.grouped else 1,
+        )  # fmt: skip
+        counts[name] = aligner.parameter_count(student, teacher, own)
+        if mode.shares_dim:
+            shared = dataclasses.replace(own, map_proj_share_dim=True)
+            counts[f"{name}, share_dim"] = aligner.parameter_count(student, teacher, shared)
     return counts
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor, nn
 
 from kvds.align.aligner import KVAligner
-from kvds.align.aligner_part import AlignerPart, compute_dtype, random_start
+from kvds.align.aligner_part import AlignerPart, compute_dtype, gradient_passes, random_start, source_and_target
+from kvds.align.layer_map import LayerPlan
+from kvds.config.settings import AlignmentSettings
 from kvds.kv import KVShape, gather_positions
 from kvds.ops.reference import penalty
 
@@ -23,12 +25,33 @@ class FlatPart(AlignerPart):
         bias: ``[L_y, H_y·D_y]``.
     """
 
-    def __init__(self, student: KVShape, teacher: KVShape, settings: Any, seed: int) -> None:
+    def __init__(self, student: KVShape, teacher: KVShape, settings: AlignmentSettings, seed: int) -> None:
         super().__init__(student, teacher, settings, seed)
-        width_x, width_y = (s.num_key_value_heads * s.head_dim for s in (self.source_shape, self.target_shape))
+        width_x, width_y = self._widths(student, teacher, settings)
         start = random_start(width_x, width_y, seed)
         self.weight = nn.Parameter(start.expand(self.num_targets, width_x, width_y).clone())
         self.bias = nn.Parameter(torch.zeros(self.num_targets, width_y))
+
+    @classmethod
+    def parameter_count(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> int:
+        """Weight, bias and layer logits."""
+        layers, (width_x, width_y) = LayerPlan.of(student, teacher, settings), cls._widths(student, teacher, settings)
+        return math.prod(layers.logits) + layers.targets * (width_x + 1) * width_y
+
+    @classmethod
+    def flops_per_position(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings, slots: int) -> float:
+        """One product per target layer, and the mix of source layers."""
+        layers, (width_x, width_y) = LayerPlan.of(student, teacher, settings), cls._widths(student, teacher, settings)
+        learns, moves = gradient_passes(settings)
+        # Under learned logits the mixed rows get a gradient, also where their source gets none.
+        project = 1 + learns + (moves or (learns and layers.mixed > 0))
+        mix = 1 + learns + moves
+        return 2.0 * (layers.targets * width_x * width_y * project + layers.mixed * width_x * mix)
+
+    @staticmethod
+    def _widths(student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> tuple[int, int]:
+        source, target = source_and_target(student, teacher, settings)
+        return source.num_key_value_heads * source.head_dim, target.num_key_value_heads * target.head_dim
 
     @property
     def projection(self) -> nn.Parameter:

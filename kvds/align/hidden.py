@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import math
+from typing import ClassVar
 
 from torch import nn
 
 from kvds.align.flat import FlatAligner, FlatPart
+from kvds.align.layer_map import LayerPlan
+from kvds.config.settings import AlignmentSettings
 from kvds.kv import KVShape, hidden_shape
 
 
@@ -20,10 +23,18 @@ class HiddenPart(FlatPart):
 
     what: ClassVar[str] = "hidden states"
 
-    def __init__(self, student: KVShape, teacher: KVShape, settings: Any, seed: int) -> None:
+    def __init__(self, student: KVShape, teacher: KVShape, settings: AlignmentSettings, seed: int) -> None:
         super().__init__(student, teacher, settings, seed)
         if settings.map_proj_share_dim:  # all layers start alike: the first stands for them
             self.weight = nn.Parameter(self.weight.detach()[0].clone())
+
+    @classmethod
+    def parameter_count(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> int:
+        """As the flat part's, with one weight where it is shared."""
+        count = super().parameter_count(student, teacher, settings)
+        layers = LayerPlan.of(student, teacher, settings)
+        shared = (layers.targets - 1) * math.prod(cls._widths(student, teacher, settings))
+        return count - shared * settings.map_proj_share_dim
 
 
 class HiddenAligner(FlatAligner):
@@ -36,11 +47,9 @@ class HiddenAligner(FlatAligner):
     """
 
     part_class = HiddenPart
-    reads: ClassVar[str] = "hidden"
-    teacher_reads: ClassVar[str] = "hidden"
 
     @classmethod
-    def part_names(cls, settings: Any) -> tuple[str, ...]:
+    def part_names(cls, settings: AlignmentSettings) -> tuple[str, ...]:
         """One part, the hidden states."""
         return ("hidden_state",)
 

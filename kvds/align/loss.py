@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kvds.config.alignment_modes import ALIGNMENT_MODES
+from kvds.config.settings import AlignmentSettings
 
 # What an aligner has a part for; the place is that of the part's random start.
 PART_NAMES = ("key", "value", "hidden_state")
 PARTS = {"kv": ("key", "value"), "k": ("key",), "v": ("value",)}
 
 
-def default_parts(alignment_mode: str) -> str:
-    """What ``kv_parts=auto`` means: the values alone under a map, whose keys add work and no more (EVIDENCE.md)."""
-    return "v" if alignment_mode in ("flat", "structured") else "kv"
-
-
-def parts_of(settings: Any) -> tuple[str, ...]:
+def parts_of(settings: AlignmentSettings) -> tuple[str, ...]:
     """The parts of :data:`PART_NAMES` that a mode of keys and values compares, as ``kv_parts`` asks for them."""
     chosen = settings.kv_parts
-    return PARTS[default_parts(settings.alignment_mode) if chosen == "auto" else chosen]
+    return PARTS[ALIGNMENT_MODES[settings.alignment_mode].parts if chosen == "auto" else chosen]
 
 
-def state_names(settings: Any) -> tuple[str, ...]:
+def state_names(settings: AlignmentSettings) -> tuple[str, ...]:
     """The fields of :class:`kvds.kv.KVStates` that :func:`parts_of` the settings are taken from."""
     return tuple(f"{part}s" for part in parts_of(settings))
 

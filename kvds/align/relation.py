@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kvds.align.aligner import KVAligner
 from kvds.align.aligner_part import AlignerPart, compute_dtype
+from kvds.align.layer_map import LayerPlan
+from kvds.config.settings import AlignmentSettings
 from kvds.errors import InputError
 from kvds.kv import KVShape, gather_positions
 from kvds.ops.reference import penalty
@@ -83,12 +84,26 @@ class RelationPart(AlignerPart):
 
     source_mean: Tensor
 
-    def __init__(self, student: KVShape, teacher: KVShape, settings: Any, seed: int) -> None:
+    def __init__(self, student: KVShape, teacher: KVShape, settings: AlignmentSettings, seed: int) -> None:
         super().__init__(student, teacher, settings, seed)
         self.kind, self.standard = settings.relation_kind, settings.relation_units == "standard"
         self.heads = relation_heads(student, teacher, settings)
         source = self.source_shape
         self.register_buffer("source_mean", torch.zeros(self.num_targets, source.num_key_value_heads, source.head_dim))
+
+    @classmethod
+    def parameter_count(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> int:
+        """The layer logits."""
+        return math.prod(LayerPlan.of(student, teacher, settings).logits)
+
+    @classmethod
+    def flops_per_position(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings, slots: int) -> float:
+        """Each token against every slot of its row, on both sides, and the mix of source layers."""
+        layers = LayerPlan.of(student, teacher, settings)
+        ours, theirs = (shape.num_key_value_heads * shape.head_dim for shape in (student, teacher))
+        # The source's relations: forward, again for the backward pass, and two products there; the target's: twice.
+        relate = layers.targets * slots * (4 * ours + 2 * theirs)
+        return 2.0 * (relate + 3 * layers.mixed * ours)
 
     @property
     def projection(self) -> None:
@@ -161,7 +176,7 @@ class RelationPart(AlignerPart):
         return total
 
 
-def relation_heads(student: KVShape, teacher: KVShape, settings: Any) -> int:
+def relation_heads(student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> int:
     """As many as asked for; unset: the greatest common divisor of the numbers of KV heads."""
     return settings.relation_heads or math.gcd(student.num_key_value_heads, teacher.num_key_value_heads)
 
@@ -172,7 +187,7 @@ class RelationAligner(KVAligner):
     part_class = RelationPart
 
     @classmethod
-    def _check(cls, student: KVShape, teacher: KVShape, settings: Any) -> None:
+    def _check(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> None:
         widths = [shape.num_key_value_heads * shape.head_dim for shape in (student, teacher)]
         heads = relation_heads(student, teacher, settings)
         if any(width % heads for width in widths):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kvds.align.aligner import aligner_settings
 from kvds.align.aligner_part import compute_dtype
 from kvds.align.flat import FlatAligner, FlatPart
+from kvds.align.layer_map import LayerPlan
 from kvds.align.loss import AlignmentLoss, average_parts
-from kvds.kv import AttentionStates, LayerQueries, Selection, States, gather_positions
+from kvds.config.settings import AlignmentSettings
+from kvds.kv import AttentionStates, KVShape, LayerQueries, Selection, States, gather_positions
 
 # Of the map's mean squared singular value: what keeps its inverse finite where it has lost a direction.
 _RIDGE = 1e-3
@@ -168,7 +169,18 @@ class StructuralKVLoss(FlatAligner):
     """
 
     part_class = StructuralPart
-    reads: ClassVar[str] = "attention"
+
+    @classmethod
+    def flops_per_position(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings, slots: int) -> float:
+        """The maps of both parts, the way back through the key map, and two attentions."""
+        maps = super().flops_per_position(student, teacher, settings, slots)
+        if not settings.attention_loss_weight:
+            return maps
+        width_x, width_y = cls.map_widths(student, teacher)
+        # The student's: forward, again for the backward pass, and two products there; the constant one: twice.
+        attention = slots * student.num_attention_heads * student.head_dim * (4 + 2)
+        layers = LayerPlan.of(student, teacher, aligner_settings(settings))
+        return maps + 2.0 * layers.targets * (width_x * width_y + attention)
 
     def forward(self, student: States, teacher: States, selection: Selection) -> AlignmentLoss:
         """As :meth:`KVAligner.forward`; ``student`` holds queries."""

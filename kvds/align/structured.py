@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor, nn
 
 from kvds.align.aligner import KVAligner
-from kvds.align.aligner_part import AlignerPart, compute_dtype, random_start
-from kvds.align.layer_map import near_diagonal_logits
+from kvds.align.aligner_part import AlignerPart, compute_dtype, gradient_passes, random_start, source_and_target
+from kvds.align.layer_map import LayerPlan, near_diagonal_logits
+from kvds.config.settings import AlignmentSettings
 from kvds.kv import KVShape, group_slices
 from kvds.kv.gather import rows_to_read
 from kvds.ops import map_projection_loss
+from kvds.ops.mixing import mixing_products
 
 
 class StructuredPart(AlignerPart):
@@ -25,7 +27,7 @@ class StructuredPart(AlignerPart):
         bias: ``[L_y, H_y, D_y]``.
     """
 
-    def __init__(self, student: KVShape, teacher: KVShape, settings: Any, seed: int) -> None:
+    def __init__(self, student: KVShape, teacher: KVShape, settings: AlignmentSettings, seed: int) -> None:
         super().__init__(student, teacher, settings, seed)
         self.impl = settings.impl
         heads_x, heads_y = self.source_shape.num_key_value_heads, self.target_shape.num_key_value_heads
@@ -39,6 +41,32 @@ class StructuredPart(AlignerPart):
         self.head_mix = nn.Parameter(head_mix.expand(*per_map[:1], *head_mix.shape).clone())
         self.dim_proj = nn.Parameter(projection.expand(*per_map, *projection.shape).clone())
         self.bias = nn.Parameter(torch.zeros_like(self.target_mean))
+
+    @classmethod
+    def parameter_count(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> int:
+        """Head mixes, dimension maps, bias and layer logits."""
+        layers = LayerPlan.of(student, teacher, settings)
+        source, target = source_and_target(student, teacher, settings)
+        heads_x, heads_y = source.num_key_value_heads, target.num_key_value_heads
+        shared = settings.map_proj_share_dim
+        mixes = (1 if shared else layers.targets) * heads_y * (heads_x // settings.head_groups)
+        maps = (1 if shared else layers.targets * heads_y) * source.head_dim * target.head_dim
+        return math.prod(layers.logits) + mixes + maps + layers.targets * heads_y * target.head_dim
+
+    @classmethod
+    def flops_per_position(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings, slots: int) -> float:
+        """Mixing and projection, as the lean implementation does them; block by block of layers and heads."""
+        layers = LayerPlan.of(student, teacher, settings)
+        source, target = source_and_target(student, teacher, settings)
+        groups = settings.head_groups
+        heads = source.num_key_value_heads // groups, target.num_key_value_heads // groups
+        learns, moves = gradient_passes(settings)
+        project = layers.targets * target.num_key_value_heads * target.head_dim * (1 + learns + (moves or learns))
+        mix = sum(
+            mixing_products((x.stop - x.start, y.stop - y.start), heads, layers.pairs is not None, learns, moves)
+            for y, x in layers.blocks
+        )
+        return 2.0 * source.head_dim * (project + groups * mix)
 
     @property
     def projection(self) -> nn.Parameter:

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kvds.config.alignment_modes import ALIGNMENT_MODES, modes_where
 from kvds.config.settings import AlignmentSettings
 from kvds.durable_files import json_text
 from kvds.errors import InputError
-
-MODES = ("flat", "structured", "structural_kv", "relation", "hidden")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         name, changes = f"--{side}_name", f"--{side}_config_overrides"
         pair.add_argument(name, metavar="NAME", help=f"folder or hub name of the {side}; only its config.json is read")
         pair.add_argument(changes, metavar="KEY=VALUE,…", default="", help=f"changes of the {side}'s config.json")
-    pair.add_argument("--alignment_mode", choices=MODES, default="structured", help="(structured)")
-    parts = "keys and values, or one of them; auto: values alone for flat and structured, else both (auto)"
+    modes = [name for name, mode in ALIGNMENT_MODES.items() if mode.aligned]
+    pair.add_argument("--alignment_mode", choices=modes, default="structured", help="(structured)")
+    values = modes_where(lambda mode: mode.parts == "v")
+    parts = f"keys and values, or one of them; auto: values alone for {values}, else both (auto)"
     pair.add_argument("--kv_parts", choices=("auto", "kv", "k", "v"), default="auto", help=parts)
     pair.add_argument("--map_proj_share_dim", action="store_true", help="one dimension map for all layers and heads")
     pair.add_argument("--map_proj_init_uniform", action="store_true", help="mixing weights start uniform")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 
 
@@ -54,7 +55,7 @@ class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSe
     @property
     def uses_kv(self) -> bool:
         """Whether keys and values are matched at all."""
-        return self.alignment_mode != "none" and self.kv_weight_value != 0
+        return ALIGNMENT_MODES[self.alignment_mode].aligned and self.kv_weight_value != 0
 
     @property
     def uses_teacher(self) -> bool:

@@ -15,9 +15,11 @@ from typing import Any
 
 import yaml
 
-from kvds.config.alignment_rules import READS_KEYS, mode_rules
+from kvds.config.alignment_modes import ALIGNMENT_MODES
+from kvds.config.alignment_rules import mode_rules
 from kvds.config.all_settings import AllSettings
 from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.config.setting_rules import range_rules
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 from kvds.config.teacher_rules import teacher_rules
@@ -58,13 +60,14 @@ class RunConfig(AllSettings):
 
     def _check_alignment(self) -> None:
         _require_weight(self.kv_weight)
-        budget = self.kv_budget
+        budget, method = self.kv_budget, SELECTION_METHODS[self.kv_method]
         if isinstance(budget, float):
             require(0 < budget <= 1, "kv_budget", budget, "a fraction in (0, 1], or a whole number of tokens")
         elif budget is not None:
             require(budget >= 1, "kv_budget", budget, "at least 1 token, or a fraction in (0, 1] (or --kv_method full)")
-        if self.kv_method == "full":
-            require(budget is None, "kv_budget", budget, "no budget with --kv_method full (or --kv_method right_crop)")
+        if not method.budget:
+            expected = f"no budget with --kv_method {self.kv_method} (or --kv_method right_crop)"
+            require(budget is None, "kv_budget", budget, expected)
         else:
             require(
                 budget is not None,
@@ -74,16 +77,16 @@ class RunConfig(AllSettings):
             )
         for rule in mode_rules(self):
             require(*rule)
-        if self.kv_method in ("snapkv", "rkv_window") and isinstance(budget, int):
-            window = self.observing_tokens or 8
+        if method.keeps_window and isinstance(budget, int):
+            window = self.observing_tokens or method.observing_tokens
             expected = f"more tokens than the {window} observing ones, all of which are kept (--observing_tokens)"
             require(budget > window, "kv_budget", budget, expected)
         if self.kv_weight_held:
             expected = "constant with --kv_weight hold:SHARE, which moves the weight itself"
             require(self.kv_weight_schedule == "constant", "kv_weight_schedule", self.kv_weight_schedule, expected)
-        frozen_random = self.alignment_mode != "none" and self.aligner_update == "frozen" and self.map_start == "random"
+        aligned, frozen = ALIGNMENT_MODES[self.alignment_mode].aligned, self.aligner_update == "frozen"
         require(
-            not frozen_random,
+            not (aligned and frozen and self.map_start == "random"),
             "aligner_update",
             "frozen",
             "--map_start pca, procrustes or ridge: a frozen random map has no meaning",
@@ -120,10 +123,10 @@ class RunConfig(AllSettings):
         require(self.gradient_checkpointing or not self.checkpoint_offload, "checkpoint_offload", True, remedy)
 
     def _needs_own_rows(self) -> list[tuple[bool, str]]:
-        mode = self.alignment_mode
+        mode, method = ALIGNMENT_MODES[self.alignment_mode], SELECTION_METHODS[self.kv_method]
         return [
-            (self.uses_kv and self.kv_method in READS_KEYS, f"--kv_method {self.kv_method}"),
-            (self.uses_kv and mode in ("relation", "structural_kv"), f"--alignment_mode {mode}"),
+            (self.uses_kv and method.reads_keys, f"--kv_method {self.kv_method}"),
+            (self.uses_kv and mode.own_rows, f"--alignment_mode {self.alignment_mode}"),
             (self.uses_kv and self.align_tokens == "segment", "--align_tokens segment"),
             (self.uses_kv and self.teacher_kv == "shuffled", "--teacher_kv shuffled"),
         ]
@@ -134,11 +137,12 @@ class RunConfig(AllSettings):
         Raises:
             InputError: naming ``folder``, the flag that reads more, and what.
         """
+        mode, method = ALIGNMENT_MODES[self.alignment_mode], SELECTION_METHODS[self.kv_method]
         for found, flag in (
             (self.logit_kd_weight > 0, "--logit_kd_weight: a cache holds keys and values, no logits"),
-            (self.kv_method == "random", "--kv_method random, which draws other positions in each step"),
-            (self.kv_method in READS_KEYS, f"--kv_method {self.kv_method}, which reads the teacher's keys to choose"),
-            (self.alignment_mode == "hidden", "--alignment_mode hidden: a cache holds keys and values"),
+            (method.draws, f"--kv_method {self.kv_method}, which draws other positions in each step"),
+            (method.reads_keys, f"--kv_method {self.kv_method}, which reads the teacher's keys to choose"),
+            (not mode.takes_kv, f"--alignment_mode {self.alignment_mode}: a cache holds keys and values"),
             (self.align_tokens == "segment", "--align_tokens segment: a cache holds positions"),
             (self.teacher_kv == "shuffled", "--teacher_kv shuffled, which exchanges whole rows"),
             (bool(self.teacher_names), "--teacher_names: a cache is that of one teacher"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
+
+from kvds.config.alignment_modes import ALIGNMENT_MODES, modes_where
+from kvds.config.selection_methods import SELECTION_METHODS, default_observers
 
 
 def setting(
     doc: str,
     default: Any = MISSING,
     *,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     form: str = "",
     least: float | None = None,
     above: float | None = None,
@@ -127,17 +131,18 @@ class AlignmentSettings:
     """How keys and values are matched."""
 
     alignment_mode: str = setting(
-        "map between student and teacher KV; relation: no map, token-token relations are matched; hidden (a control): "
-        "hidden states in place of KV; structural_kv: cosine of K and V, and attention",
+        "how student and teacher KV meet; "
+        + "; ".join(f"{name}: {mode.doc}" for name, mode in ALIGNMENT_MODES.items()),
         "structured",
-        choices=("flat", "structured", "structural_kv", "relation", "hidden", "none"),
+        choices=ALIGNMENT_MODES.keys(),
     )
     map_proj_share_dim: bool = setting(
         "structured: one dimension map for all layers and heads; hidden: for all layers", False
     )
     map_proj_init_uniform: bool = setting("structured: mixing weights start uniform, not near the diagonal", False)
     layer_map: str | None = setting(
-        "which layers are matched; unset: endpoint for flat and structural_kv, else learned", None,
+        f"which layers are matched; unset: endpoint for {modes_where(lambda mode: mode.layer_map == 'endpoint')}, else "
+        "learned", None,
         choices=("learned", "endpoint", "last_aligned"),
     )  # fmt: skip
     direction: str = setting(
@@ -155,8 +160,9 @@ class AlignmentSettings:
         choices=("position", "segment"),
     )
     kv_method: str = setting(
-        "positions that count", "full",
-        choices=("full", "right_crop", "uniform", "random", "snapkv", "keydiff", "rkv", "rkv_window"),
+        "positions that count; " + "; ".join(f"{name}: {method.doc}" for name, method in SELECTION_METHODS.items()),
+        "full",
+        choices=SELECTION_METHODS.keys(),
     )  # fmt: skip
     kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
     rkv_lambda: float = setting(
@@ -167,15 +173,15 @@ class AlignmentSettings:
         expected="a weight from 0 to 1",
     )
     observing_tokens: int | None = setting(
-        "tokens per row whose queries say what is important; unset: 32 of the answer (rkv), the last 8 (snapkv, "
-        "rkv_window)", None, least=1,
+        f"tokens per row whose queries say what is important; unset: {default_observers()}", None, least=1,
     )  # fmt: skip
     teacher_kv: str = setting(
         "teacher's keys and values of the row itself, or as a control of another row of the batch", "matched",
         choices=("matched", "shuffled"),
     )  # fmt: skip
     kv_parts: str = setting(
-        "keys and values, or one of them; auto: values alone for flat and structured, else both", "auto",
+        f"keys and values, or one of them; auto: values alone for {modes_where(lambda mode: mode.parts == 'v')}, else "
+        "both", "auto",
         choices=("auto", "kv", "k", "v"),
     )  # fmt: skip
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
@@ -215,6 +221,10 @@ class AlignmentSettings:
     logit_kd_temperature: float = setting(
         "temperature of logit distillation", 1.0, above=0, expected="a number above 0, such as 5e-5"
     )
+
+    def alignment(self) -> AlignmentSettings:
+        """This section alone, of whatever holds it with others."""
+        return AlignmentSettings(**{one.name: getattr(self, one.name) for one in fields(AlignmentSettings)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from kvds.config.alignment_rules import READS_KEYS
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.all_settings import AllSettings
+from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.config.setting_rules import Rule
 
 
@@ -36,10 +37,11 @@ def _heads(cfg: AllSettings) -> Iterator[Rule]:
     if cfg.teacher_placement != "tensor_parallel":
         return
     yield cfg.teacher_tp_size >= 2, "teacher_tp_size", cfg.teacher_tp_size, "at least 2 ranks"
+    mode, method = ALIGNMENT_MODES[cfg.alignment_mode], SELECTION_METHODS[cfg.kv_method]
     for found, flag in (
         (cfg.logit_kd_weight > 0, "--logit_kd_weight, which reads the teacher's logits"),
-        (cfg.kv_method in READS_KEYS, f"--kv_method {cfg.kv_method}, which reads the teacher's queries"),
-        (cfg.alignment_mode == "hidden", "--alignment_mode hidden"),
+        (method.reads_keys, f"--kv_method {cfg.kv_method}, which reads the teacher's queries"),
+        (not mode.takes_kv, f"--alignment_mode {cfg.alignment_mode}"),
     ):
         expected = f"replicated, zero3 or zero3_offload with {flag}: only keys and values are exchanged"
         yield not found, "teacher_placement", "tensor_parallel", expected

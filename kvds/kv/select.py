@@ -7,21 +7,18 @@ from the budget and the padded length, so no device is asked; rows with fewer el
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvds.errors import InputError
+from kvds.config.selection_methods import SELECTION_METHODS
+from kvds.errors import InputError, listed
 from kvds.kv.draws import token_draws
 from kvds.kv.observed import ANSWER_SEGMENT, Observed, ObservingRows, last_rows
-from kvds.kv.scores import SCORES, token_scores
+from kvds.kv.scores import token_scores
 
-METHODS = ("full", "right_crop", "uniform", "random", *SCORES)
-KEEPS_WINDOW = ("snapkv", "rkv_window")
-"""Methods whose observers are the last tokens of a row, all of which are kept."""
-OBSERVING_TOKENS = {"snapkv": 8, "rkv_window": 8, "rkv": 32, "keydiff": 0}
-"""Observing tokens per row where their number is left open (``rkv``: at most as many of the answer)."""
 Budget = int | float | None
 
 
@@ -69,12 +66,12 @@ def _kept(real_length: Tensor, budget: Budget, tokens: int) -> Tensor:
     return torch.full_like(real_length, row_budget(budget, tokens))
 
 
-def _right_crop(eligible: Tensor, kept: Tensor) -> Tensor:
+def _right_crop(eligible: Tensor, kept: Tensor, drawn: Tensor | None) -> Tensor:
     from_end = eligible.flip(1).cumsum(1).flip(1)  # 1 at the last eligible position, growing leftwards
     return eligible & (from_end <= kept[:, None])
 
 
-def _uniform(eligible: Tensor, kept: Tensor) -> Tensor:
+def _uniform(eligible: Tensor, kept: Tensor, drawn: Tensor | None) -> Tensor:
     """The last position of each of ``kept`` stretches of equal length (within one position)."""
     place, count = eligible.cumsum(1), eligible.sum(1, keepdim=True)  # 1, 2, … at eligible positions
     kept = torch.minimum(kept[:, None], count)
@@ -93,10 +90,25 @@ def _best(eligible: Tensor, kept: Tensor, scores: Tensor) -> Tensor:
     return eligible & (rank < kept[:, None])
 
 
+def _random(eligible: Tensor, kept: Tensor, drawn: Tensor | None) -> Tensor:
+    if drawn is None:
+        raise ValueError("kv_method=random reads draws: one number for each row")
+    return _best(eligible, kept, drawn)
+
+
+CHOICES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "right_crop": _right_crop,
+    "uniform": _uniform,
+    "random": _random,
+}
+"""Method that looks at no key → from eligible positions ``[B, T]``, how many of a row are kept ``[B]`` and a number
+drawn for each position ``[B, T]`` (None where none are) to those kept ``[B, T]``."""
+
+
 def _check(method: str, budget: Budget) -> None:
-    if method not in METHODS:
-        raise InputError(f"kv_method={method}: expected {', '.join(METHODS[:-1])} or {METHODS[-1]}")
-    if method == "full":
+    if method not in SELECTION_METHODS:
+        raise InputError(f"kv_method={method}: expected {listed(list(SELECTION_METHODS), 'or')}")
+    if not SELECTION_METHODS[method].budget:
         return
     # Whole numbers count tokens, so 1 is one token and 1.0 the whole row.
     valid = 0 < budget <= 1 if isinstance(budget, float) else budget is not None and budget >= 1
@@ -111,8 +123,9 @@ def observing_rows(
 ) -> ObservingRows | None:
     """The tokens whose queries a method wants captured; None where it looks at no keys either.
 
-    ``rkv``: the last ``observing_tokens`` of the answer; ``snapkv`` and ``rkv_window``: the last of the row;
-    ``keydiff``: none, only keys. Their number of slots comes from the setting and the padded length alone.
+    The last ``observing_tokens`` of the row or of the answer, or none, only keys, as
+    :data:`kvds.config.selection_methods.SELECTION_METHODS` says. Their number of slots comes from the setting and the
+    padded length alone.
 
     Args:
         method: A selection method.
@@ -120,12 +133,13 @@ def observing_rows(
         attention_mask: ``[B, T]``, 1 = real token.
         observing_tokens: Per row; None = the method's own number.
     """
-    if method not in SCORES:
+    facts = SELECTION_METHODS[method]
+    if not facts.reads_keys:
         return None
     real = attention_mask.bool() & (segment_ids != 0)
-    if method == "rkv":
+    if facts.observers == "answer":
         real &= segment_ids == ANSWER_SEGMENT
-    own = OBSERVING_TOKENS[method]
+    own = facts.observing_tokens
     return last_rows(real, own if observing_tokens is None or own == 0 else observing_tokens)
 
 
@@ -143,10 +157,9 @@ def select_tokens(
     """Choose the positions to distil, each row on its own.
 
     Args:
-        method: ``"full"`` (every real token), ``"right_crop"`` (the last), ``"uniform"`` (evenly spaced), ``"random"``,
-            or those of the largest :func:`kvds.kv.scores.token_scores`: ``"snapkv"``, ``"keydiff"``, ``"rkv"``,
-            ``"rkv_window"``. The two with a window keep their observing tokens first (the latest, where the budget is
-            smaller than the window).
+        method: Of :data:`kvds.config.selection_methods.SELECTION_METHODS`: every real token, those of ``CHOICES``, or
+            those of the largest :func:`kvds.kv.scores.token_scores`. Methods that keep a window take their observing
+            tokens first (the latest, where the budget is smaller than the window).
         budget: Tokens per row (int), a fraction of the row's real length in (0, 1] (float), or None with ``full``. A
             row with fewer eligible tokens keeps all of them.
         segment_ids: ``[B, T]``, 0 = padding.
@@ -164,25 +177,21 @@ def select_tokens(
         ValueError: ``observed`` or ``draws`` is missing where the method reads it.
     """
     _check(method, budget)
+    facts = SELECTION_METHODS[method]
     real = attention_mask.bool() & (segment_ids != 0)
     eligible = _eligible(segment_ids, attention_mask, mask_first_token)
-    if method == "full":
+    if not facts.budget:
         return Selection(None, eligible)
     tokens = eligible.shape[1]
     kept = _kept(real.sum(1), budget, tokens)
-    if method == "right_crop":
-        chosen = _right_crop(eligible, kept)
-    elif method == "uniform":
-        chosen = _uniform(eligible, kept)
-    elif method == "random":
-        if draws is None:
-            raise ValueError("kv_method=random reads draws: one number for each row")
-        chosen = _best(eligible, kept, token_draws(draws, real))
+    if not facts.reads_keys:
+        drawn = token_draws(draws, real) if facts.draws and draws is not None else None
+        chosen = CHOICES[method](eligible, kept, drawn)
     else:
         if observed is None:
             raise ValueError(f"kv_method={method} reads observed keys and query rows")
         scores = token_scores(method, observed, real, rkv_lambda=rkv_lambda)
-        if method in KEEPS_WINDOW:
+        if facts.keeps_window:
             scores = scores.masked_fill(observed.rows.at(tokens), torch.inf)
         chosen = _best(eligible, kept, scores)
     return _compact(chosen, min(row_budget(budget, tokens), tokens))
@@ -192,7 +201,8 @@ def selected_count(method: str, budget: Budget, length: int, *, mask_first_token
     """How many positions of a row with ``length`` real tokens :func:`select_tokens` marks True."""
     _check(method, budget)
     eligible = max(0, length - 1) if mask_first_token else length
-    return eligible if method == "full" or length == 0 else min(row_budget(budget, length), eligible)
+    everything = length == 0 or not SELECTION_METHODS[method].budget
+    return eligible if everything else min(row_budget(budget, length), eligible)
 
 
 def selected_shares(selection: Selection, segment_ids: Tensor, segments: dict[str, int]) -> dict[str, Tensor]:

@@ -81,3 +81,22 @@ class ChunkMixing:
             "layer_mix": torch.einsum("ijlh,ijh->il", per_pair, self.heads),
             "head_mix": torch.einsum("ijlh,il->ijh", per_pair, self.layers),
         }
+
+
+def mixing_products(layers: tuple[int, int], heads: tuple[int, int], sparse: bool, learns: bool, moves: bool) -> int:
+    """Multiply-adds per token and dimension of :class:`ChunkMixing`, forward and backward.
+
+    Args:
+        layers: ``L_x, L_y``.
+        heads: ``H_x, H_y``.
+        sparse: Whether each target layer has one source layer.
+        learns: Whether the weights get a gradient.
+        moves: Whether the source does.
+    """
+    (layers_x, layers_y), (heads_x, heads_y) = layers, heads
+    of_heads, passes = layers_y * heads_x * heads_y, 1 + learns + moves
+    if sparse:
+        return of_heads * passes
+    if heads_x * heads_y <= JOINT_HEAD_WEIGHTS:
+        return layers_x * of_heads * passes
+    return layers_x * layers_y * heads_x * passes + of_heads * (1 + learns + (moves or learns))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvds.align import build_aligner
+from kvds.align import ALIGNERS
 from kvds.config import RunConfig
 from kvds.kv import KVShape
 
@@ -47,10 +47,9 @@ def model_size(config: PreTrainedConfig) -> ModelSize:
 
 
 def aligner_size(student: KVShape, teacher: KVShape, cfg: RunConfig) -> int:
-    """Learned numbers of the aligner."""
-    with torch.device("meta"):
-        aligner = build_aligner(student, teacher, cfg)
-    return sum(p.numel() for p in aligner.parameters() if p.requires_grad)
+    """Learned numbers of the aligner; a frozen one has none."""
+    frozen = cfg.aligner_update == "frozen"
+    return 0 if frozen else ALIGNERS[cfg.alignment_mode].parameter_count(student, teacher, cfg)
 
 
 @dataclass(frozen=True)

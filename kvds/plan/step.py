@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvds.align import build_aligner, what_is_read
+from kvds.align import build_aligner
 from kvds.align.loss import PARTS, parts_of
 from kvds.config import RunConfig
-from kvds.config.alignment_rules import READS_KEYS
+from kvds.config.alignment_modes import ALIGNMENT_MODES
+from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import LabelledPositions
 from kvds.data.model_inputs import model_inputs
@@ -174,10 +175,11 @@ class StepPlanner:
         self.student_shape = KVShape.from_config(student)
         self.teacher_shape = None if teacher is None else KVShape.from_config(teacher)
         self._element = torch.empty((), dtype=dtype).element_size()
-        self._hidden = what_is_read(cfg.alignment_mode) == "hidden"
+        self._mode = ALIGNMENT_MODES[cfg.alignment_mode]
+        self._hidden = self._mode.teacher_reads == "hidden"
         # Positions that no key decides are chosen before the teacher's forward, which keeps them alone, and of them the
         # parts that are compared.
-        self._keeps_all = self._hidden or cfg.kv_method in READS_KEYS or cfg.teacher_kv == "shuffled"
+        self._keeps_all = self._hidden or SELECTION_METHODS[cfg.kv_method].reads_keys or cfg.teacher_kv == "shuffled"
 
     def plan(self, batch: BatchShape, *, checkpointing: bool) -> StepMemory:
         """Bytes of one micro-batch of ``batch``."""
@@ -263,7 +265,7 @@ class StepPlanner:
     def _aligner(self, student: PreTrainedConfig, batch: BatchShape) -> Any:
         cfg, target = self.cfg, self.teacher_shape
         assert target is not None
-        if cfg.alignment_mode != "structured" or cfg.impl == "reference":
+        if not self._mode.fused or cfg.impl == "reference":
             return build_aligner(KVShape.from_config(student), target, cfg)
         source = self.student_shape
         workspace = _TRITON_WORKSPACE

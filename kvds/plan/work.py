@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvds.align.loss import parts_of
+from kvds.align import ALIGNERS
 from kvds.config import RunConfig
 from kvds.kv import KVShape
 from kvds.plan.rows import RowPlan
@@ -36,22 +36,9 @@ def _attention(shape: KVShape, tokens: int) -> float:
     return 4.0 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * tokens
 
 
-def aligner_flops(cfg: RunConfig, student: KVShape, teacher: KVShape) -> float:
-    """FLOPs per compared position, forward and backward."""
-    if not cfg.uses_kv:
-        return 0.0
-    parts = len(parts_of(cfg))
-    x, y = (student, teacher) if cfg.direction == "student_to_teacher" else (teacher, student)
-    learned = (cfg.layer_map or ("learned" if cfg.alignment_mode == "structured" else "endpoint")) == "learned"
-    pairs = y.num_hidden_layers if learned else student.num_hidden_layers
-    heads_x, heads_y = x.num_key_value_heads, y.num_key_value_heads
-    if cfg.alignment_mode == "flat":
-        project = heads_x * x.head_dim * heads_y * y.head_dim
-        mix = x.num_hidden_layers * heads_x * x.head_dim if learned else 0
-    else:
-        project = heads_y * x.head_dim * y.head_dim
-        mix = (x.num_hidden_layers if learned else 1) * heads_x * heads_y * x.head_dim
-    return 3 * 2.0 * parts * pairs * (project + mix)
+def aligner_flops(cfg: RunConfig, student: KVShape, teacher: KVShape, slots: int) -> float:
+    """FLOPs per compared position of a row with ``slots`` of them, forward and backward."""
+    return ALIGNERS[cfg.alignment_mode].flops_per_position(student, teacher, cfg, slots) if cfg.uses_kv else 0.0
 
 
 def epoch_work(
@@ -74,7 +61,8 @@ def epoch_work(
         teachers = tokens * (2.0 * size.backbone + _attention(teacher_shape, length))
         if cfg.logit_kd_weight:
             teachers += 2.0 * size.head * labelled
-        aligners = aligner_flops(cfg, shape, teacher_shape) * tokens * rows.largest.slots / length
+        slots = rows.largest.slots
+        aligners = aligner_flops(cfg, shape, teacher_shape, slots) * tokens * slots / length
     return Work(students, teachers, aligners)
 
 

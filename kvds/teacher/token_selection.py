@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvds.config import RunConfig
-from kvds.config.alignment_rules import READS_KEYS
+from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.data.batches import TokenBatch
 from kvds.data.model_inputs import repacked, unpacked
 from kvds.kv import Observed, ObservingRows, Selection, common_steps, observing_rows, row_draws, select_tokens
@@ -52,7 +52,7 @@ class TokenChoice:
         self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int = 0
     ) -> tuple[TeacherOutput, Selection]:
         """Run the teacher on ``batch`` and choose: of methods that look at no key, it keeps the chosen rows alone."""
-        if self._cfg.kv_method not in READS_KEYS:
+        if not SELECTION_METHODS[self._cfg.kv_method].reads_keys:
             selection = self.select(batch, None, step)
             return teacher(batch, selection), selection
         output = teacher(batch)

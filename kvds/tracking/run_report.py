@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.errors import InputError
 from kvds.tracking.metrics_file import METRICS_FILE, read_metrics
 from kvds.tracking.provenance import PROVENANCE_FILE
@@ -103,7 +104,8 @@ def _alignment(settings: dict[str, Any]) -> str:
     if mode == "none" or settings.get("kv_weight") in (0, 0.0):
         return "none"
     method, budget = settings.get("kv_method", "full"), settings.get("kv_budget")
-    shared = ", shared dim" if mode == "structured" and settings.get("map_proj_share_dim") else ""
+    facts = ALIGNMENT_MODES.get(mode)  # None: of a run of another version
+    shared = ", shared dim" if facts and facts.shares_dim and settings.get("map_proj_share_dim") else ""
     shared += ", by step" if settings.get("align_tokens") == "segment" else ""
     return f"{mode}{shared}" + ("" if method == "full" else f", {method} {budget}")
 

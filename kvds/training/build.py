@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvds.align import AlignerGroup, build_aligner, members_of
+from kvds.align import AlignerGroup, KVAligner, build_aligner, members_of
 from kvds.config import RunConfig
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.deepspeed_file import compute_dtype
 from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
@@ -38,7 +39,7 @@ class RunModels:
     """
 
     student: Any
-    aligner: Any
+    aligner: KVAligner | AlignerGroup | None
     teachers: list[Teacher | CachedTeacher]
 
     def calibrate(
@@ -53,6 +54,7 @@ class RunModels:
                     between_batches()
                     yield batch.to(device)
 
+        assert self.aligner is not None
         for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True):
             match = partial(choice.with_teacher, teacher)
             calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope)
@@ -98,13 +100,12 @@ def build_run_models(
     """
     dtype = TORCH_DTYPES[compute_dtype(raw)]
     # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
-    aligner: Any = None
+    aligner: KVAligner | AlignerGroup | None = None
     if cfg.uses_kv:
-        members = [
-            build_aligner(kv_shape(model_configs.student), kv_shape(config), cfg) for config in model_configs.teachers
-        ]
+        shape = kv_shape(model_configs.student)
+        members = [build_aligner(shape, kv_shape(config), cfg, cfg.seed) for config in model_configs.teachers]
         aligner = AlignerGroup(members, cfg.weights_of_teachers) if cfg.teacher_names else members[0]
-        if cfg.impl == "triton" and cfg.alignment_mode == "structured":  # the others take any shape on any device
+        if cfg.impl == "triton" and ALIGNMENT_MODES[cfg.alignment_mode].fused:  # others take any shape and device
             for member in members:
                 member.to(device).try_out(dtype, device)
 

@@ -22,6 +22,7 @@ from kvds.checkpoint.folder import step_tag
 from kvds.checkpoint.origin import fit_to_origin, read_origin
 from kvds.checkpoint.run_folder import checkpoints_to_try, first_whole
 from kvds.config import RunConfig
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
 from kvds.config.engine_config import student_engine_config, teacher_engine_config
 from kvds.data.loader import BatchLoader
@@ -113,7 +114,7 @@ def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
 def _check_aligners(cfg: RunConfig, student: Any, teachers: list[Any], raw: dict[str, Any]) -> None:
     if not cfg.uses_kv:
         return
-    kernel = cfg.impl == "triton" and cfg.alignment_mode == "structured"
+    kernel = cfg.impl == "triton" and ALIGNMENT_MODES[cfg.alignment_mode].fused
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device if kernel else "meta"):
         members = [build_aligner(kv_shape(student), kv_shape(teacher), cfg) for teacher in teachers]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvds.align import HiddenAligner, aligner_config_dict, aligner_from_config_dict, build_aligner, what_is_read
+from kvds.align import HiddenAligner, aligner_config_dict, aligner_from_config_dict, build_aligner
 from kvds.align.diagnostics import describe_aligner, parameter_counts, save_heatmaps
 from kvds.align.fitting import fit_aligner
 from kvds.config.settings import AlignmentSettings
@@ -103,7 +103,7 @@ def test_the_default_is_a_learned_mix_near_the_diagonal_towards_the_teacher():
         0, 1, 2,
     ]  # fmt: skip
     assert part.weight.shape == (5, 4, 6) and part.bias.shape == (5, 6)
-    assert [what_is_read(mode) for mode in ("hidden", "flat", "none")] == ["hidden", "kv", "kv"]
+    assert (aligner.reads, aligner.teacher_reads) == ("hidden", "hidden")
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_a_run_of_both_parts_goes_on_only_with_both(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["flat", "structured"])
 def test_the_default_takes_half_the_maps_work(mode: str) -> None:
     required = {"model_name": "gpt2", "output_dir": "x", "alignment_mode": mode}
-    work = [aligner_flops(RunConfig(**required, **more), STUDENT, TEACHER) for more in ({}, {"kv_parts": "kv"})]
+    work = [aligner_flops(RunConfig(**required, **more), STUDENT, TEACHER, 8) for more in ({}, {"kv_parts": "kv"})]
     assert 0 < work[0] == work[1] / 2
 
 
@@ -132,3 +133,22 @@ def test_a_default_run_matches_the_values_alone(tmp_path: Path) -> None:
     # The last layer's keys reach no value: nothing asks them to change.
     attention = "model.layers.{}.self_attn.{}_proj.weight".format
     assert {attention(0, "v"), attention(1, "v"), attention(0, "k")} <= moved and attention(1, "k") not in moved
+
+
+def test_a_saved_aligner_holds_its_seed_among_the_settings_and_starts_from_it_again() -> None:
+    aligner = build_aligner(STUDENT, TEACHER, AlignmentSettings(alignment_mode="flat"), seed=3)
+    saved = aligner_config_dict(aligner)
+    assert saved.keys() == {"student_shape", "teacher_shape", "settings"}
+    assert saved["settings"] == {**dataclasses.asdict(aligner.settings), "seed": 3}
+    again = aligner_from_config_dict(saved)
+    other = build_aligner(STUDENT, TEACHER, AlignmentSettings(alignment_mode="flat"))
+    for name, value in aligner.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+        assert name != "parts.value.weight" or not torch.equal(other.state_dict()[name], value)
+
+
+def test_a_run_is_an_alignment_with_more() -> None:
+    run = RunConfig(model_name="gpt2", output_dir="x", alignment_mode="flat", kv_loss="l1", seed=3)
+    settings = build_aligner(STUDENT, TEACHER, run, run.seed).settings
+    assert type(settings) is AlignmentSettings
+    assert settings == AlignmentSettings(alignment_mode="flat", kv_loss="l1", layer_map="endpoint", kv_parts="v")

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvds.align import build_aligner, what_is_read
+from kvds.align import build_aligner
 from kvds.align.fitting import AlignmentMoments
 from kvds.config import RunConfig
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.data.run_data import load_run_data
 from kvds.kv import KVShape, KVStates, Selection, common_steps, open_capture, pool_steps, row_draws, select_tokens
 
@@ -49,7 +50,8 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
     aligner = None
 
     def captured(model: nn.Module, batch):
-        reads = aligner.reads if aligner is not None and model is student else what_is_read(cfg.alignment_mode)
+        mode = ALIGNMENT_MODES[cfg.alignment_mode]
+        reads = mode.reads if aligner is not None and model is student else mode.teacher_reads
         with open_capture(model, reads) as capture:
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return capture, logits
@@ -73,7 +75,7 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         )  # fmt: skip
 
     if cfg.uses_kv:
-        aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher.config), cfg)
+        aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher.config), cfg, cfg.seed)
         moments = AlignmentMoments(aligner)
         with torch.no_grad():
             for step in range(cfg.calibration_batches):

@@ -275,7 +275,7 @@ def test_packed_rows_and_a_teacher_ahead_take_what_is_planned():
 
 
 def test_aligner_work_is_what_the_design_counts(recipe):
-    flops = aligner_flops(config(recipe), KVShape(24, 2, 64, 14), KVShape(28, 2, 128, 12))
+    flops = aligner_flops(config(recipe), KVShape(24, 2, 64, 14), KVShape(28, 2, 128, 12), slots=64)
     # Joint mixing, student to teacher: 3 passes · 2 · 2 parts · 28 layers · (2 · 64 · 128 + 24 · 2 · 2 · 64).
     assert flops == 3 * 2 * 2 * 28 * (2 * 64 * 128 + 24 * 2 * 2 * 64)
 
