@@ -59,8 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     cfg = parse_run_config(flags)
     logging.getLogger("kvds").setLevel(logging.ERROR)
     from kvds.plan.estimate import Machine, Plan
+    from kvds.plan.token_budget import with_token_budget
 
-    plan = Plan(cfg, Machine(arguments.gpus, arguments.nodes, memory), arguments.rows)
+    machine = Machine(arguments.gpus, arguments.nodes, memory)
+    plan = Plan(with_token_budget(cfg, machine), machine, arguments.rows)
     print(format_plan(plan, arguments.tflops * 1e12 * arguments.utilization))
     return 0 if plan.fits and plan.evaluation_fits else 1
 
@@ -125,7 +127,7 @@ def format_plan(plan: Plan, flops_per_second: float) -> str:
         row(f"usable of {_size(machine.gpu_memory)}", machine.usable)
     if states.host + step.host:
         row("host memory per rank", states.host + step.host)
-    what = "samples" if cfg.packing else "rows"
+    what = "samples" if cfg.packing or cfg.tokens_per_batch else "rows"
     lines += ["", f"{f'{what} per micro-batch that fit':<34}{'plain':>9}   checkpointing"]
     most = plan.largest_rows()
     for placement in dict.fromkeys(name for name, _ in most):

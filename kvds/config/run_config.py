@@ -19,6 +19,7 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.alignment_rules import mode_rules
 from kvds.config.all_settings import AllSettings
 from kvds.config.deepspeed_file import load_deepspeed_config
+from kvds.config.row_rules import row_rules
 from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.config.setting_rules import range_rules
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
@@ -111,25 +112,12 @@ class RunConfig(AllSettings):
     def _check_step(self) -> None:
         remedy = f"1 (rows as long as the longest of a batch) to max_length={self.max_length}; such as 64"
         require(1 <= self.pad_to_multiple_of <= self.max_length, "pad_to_multiple_of", self.pad_to_multiple_of, remedy)
-        remedy = "--no_packing with --group_by_length: packed rows hold no padding that grouping could save"
-        require(not (self.packing and self.group_by_length), "packing", True, remedy)
-        # Their meaning rests on whole rows: each holds one sample there.
-        for found, flag in self._needs_own_rows():
-            remedy = f"--no_packing with {flag}, which reads samples in rows of their own"
-            require(not (self.packing and found), "packing", True, remedy)
+        for rule in row_rules(self):
+            require(*rule)
         if self.teacher_cache is not None:
             self.check_cacheable(self.teacher_cache)
         remedy = "--gradient_checkpointing, whose layer inputs it moves (or --no_checkpoint_offload)"
         require(self.gradient_checkpointing or not self.checkpoint_offload, "checkpoint_offload", True, remedy)
-
-    def _needs_own_rows(self) -> list[tuple[bool, str]]:
-        mode, method = ALIGNMENT_MODES[self.alignment_mode], SELECTION_METHODS[self.kv_method]
-        return [
-            (self.uses_kv and method.reads_keys, f"--kv_method {self.kv_method}"),
-            (self.uses_kv and mode.own_rows, f"--alignment_mode {self.alignment_mode}"),
-            (self.uses_kv and self.align_tokens == "segment", "--align_tokens segment"),
-            (self.uses_kv and self.teacher_kv == "shuffled", "--teacher_kv shuffled"),
-        ]
 
     def check_cacheable(self, folder: str | Path) -> None:
         """Refuse what a cache of one teacher's keys and values, at positions known without it, cannot serve.

@@ -233,6 +233,12 @@ class OptimizationSettings:
 
     # Their product with the number of ranks may not change: the checkpoint knows it.
     batch_size: int = setting("rows per device and micro-batch", 8, least=1, may_change=True)
+    tokens_per_batch: int | None = setting(
+        "the rows of a step in as few micro-batches as fit: all samples of one in a row of at most so many tokens, "
+        "without padding between them; 0: batch_size padded rows each; unset: what `kvds plan` finds room for on a "
+        "GPU, at most 40960, and 0 on a CPU and for settings that need rows of their own", None, least=0,
+        may_change=True,
+    )  # fmt: skip
     gradient_accumulation_steps: int = setting("micro-batches per optimizer step", 1, least=1, may_change=True)
     epochs: int = setting("passes over the training rows", 3, least=1)
     max_steps: int | None = setting("optimizer steps; overrides epochs", None, least=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -65,3 +66,30 @@ def deal_by_length(ids: Sequence[int], lengths: Sequence[int], size: int, *, pac
         else:
             heapq.heapreplace(open_batches, (tokens + (lengths[i] if i >= 0 else 0), number))
     return [i for batch in batches for i in batch]
+
+
+def deal_to_rows(ids: Sequence[int], lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
+    """Deal the samples of one step out to as few rows as hold them, equally many for each rank and of like length.
+
+    Args:
+        ids: Of the step; -1 is left out.
+        lengths: Tokens of each sample, by its number; none over ``capacity``.
+        capacity: Tokens of a row.
+        ranks: Processes, each of which computes every ``ranks``-th row.
+
+    Returns:
+        A multiple of ``ranks`` rows, the longest first, so that those computed at the same time stand side by side and
+        are of like length; a row is empty where there are fewer samples than rows.
+    """
+    longest_first = sorted((i for i in ids if i >= 0), key=lambda i: (-lengths[i], i))
+    tokens = sum(lengths[i] for i in longest_first)
+    for turns in itertools.count(max(1, -(-tokens // (capacity * ranks)))):
+        rows: list[tuple[int, list[int]]] = [(0, []) for _ in range(turns * ranks)]
+        emptiest = [(0, number) for number in range(len(rows))]
+        for i in longest_first:
+            filled, number = emptiest[0]
+            rows[number] = filled + lengths[i], [*rows[number][1], i]
+            heapq.heapreplace(emptiest, (filled + lengths[i], number))
+        if max(filled for filled, _ in rows) <= capacity:
+            return [row for _, row in sorted(rows, key=lambda row: -row[0])]
+    raise AssertionError("counting ends nowhere")

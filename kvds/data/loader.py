@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvds.data.batches import AS_LONGEST, RowWidth, TokenBatch, collate, collate_packed
 from kvds.data.encoding import EncodedSample
-from kvds.data.grouping import deal_by_length, group_by_length
+from kvds.data.grouping import deal_by_length, deal_to_rows, group_by_length
 from kvds.data.read_ahead import ReadAhead
 from kvds.errors import InputError
 
@@ -22,7 +22,8 @@ class BatchLoader:
 
     A global step takes the next ``batch_size · gradient_accumulation_steps · world_size`` samples of its epoch's order
     and deals them out by their length (:func:`kvds.data.grouping.deal_by_length`). The last step of an epoch is filled
-    with rows of padding, so that all ranks run equally many forwards.
+    with rows of padding, so that all ranks run equally many forwards. With ``tokens_per_batch`` the same samples make
+    as few micro-batches as their tokens allow, of one row each; their number may differ from step to step.
 
     Args:
         samples: All encoded rows.
@@ -37,6 +38,8 @@ class BatchLoader:
         pack_to: Tokens of a row that the samples of a micro-batch share; None = a row each.
         group_by_length: Shuffle so that the samples of a step are of like length.
         width: How long rows are made for the longest sample of a batch.
+        tokens_per_batch: Tokens of the one row that a micro-batch is; 0 = micro-batches of ``batch_size`` samples.
+        longest: No sample has more tokens; 0: as many as the longest of ``samples``.
 
     Raises:
         InputError: there are no samples.
@@ -57,6 +60,8 @@ class BatchLoader:
         pack_to: int | None = None,
         group_by_length: bool = False,
         width: RowWidth = AS_LONGEST,
+        tokens_per_batch: int = 0,
+        longest: int = 0,
     ) -> None:
         if not samples:
             raise InputError(
@@ -67,6 +72,7 @@ class BatchLoader:
         self._seed, self._shuffle, self._pad = seed, shuffle, pad_token_id
         self._pack_to, self._group_by_length, self._width = pack_to, group_by_length, width
         self._lengths = [len(sample.input_ids) for sample in samples]
+        self._tokens_per_batch, self._longest = tokens_per_batch, longest or max(self._lengths)
         self._labels = [sample.label_count for sample in samples]
         self._positions = [
             sample.step_count if sample.step_ids else position_count(len(sample.input_ids)) for sample in samples
@@ -125,11 +131,22 @@ class BatchLoader:
 
     def _build(self, step: int) -> list[TokenBatch]:
         ids = self.sample_ids(step)
-        shares = self._world_size * self._accumulation
+        dealt: list[list[int]] = []
+        if self._tokens_per_batch:
+            dealt = deal_to_rows(ids, self._lengths, self._tokens_per_batch, self._world_size)
+        shares = len(dealt) or self._world_size * self._accumulation
         real = [i for i in ids if i >= 0]
         # At least one token, so that a step of rows without any divides by no zero.
         labels = max(1, sum(self._labels[i] for i in real)) / shares
         positions = max(1, sum(self._positions[i] for i in real)) / shares
+        if dealt:
+            return [
+                collate_packed(
+                    [self._samples[i] for i in row], row, self._pad, labels, positions, capacity=self._tokens_per_batch,
+                    width=self._width, one_row=True, longest=self._longest,
+                )
+                for row in dealt[self._rank :: self._world_size]
+            ]  # fmt: skip
         if self._shuffle and shares > 1:
             ids = deal_by_length(ids, self._lengths, self._batch_size, packed=self._pack_to is not None)
         batches = []

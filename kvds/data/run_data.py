@@ -21,6 +21,9 @@ from kvds.kv import selected_count
 
 log = logging.getLogger("kvds")
 
+# Tokens: what a GPU's matrix products and allocator have no rest of, and little beside a row of thousands.
+_ROW_MULTIPLE = 64
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -62,6 +65,10 @@ def load_run_data(
 
     def batches(samples: Sequence[EncodedSample], *, accumulation: int, shuffle: bool) -> BatchLoader:
         pad = tokenizer.pad_token_id
+        budget = (cfg.tokens_per_batch or 0) if shuffle else 0
+        width = RowWidth(cfg.pad_to_multiple_of, cfg.max_length)
+        if budget:
+            width = RowWidth(max(cfg.pad_to_multiple_of, _ROW_MULTIPLE), budget)
         return BatchLoader(
             samples,
             batch_size=cfg.batch_size,
@@ -76,7 +83,9 @@ def load_run_data(
             shuffle=shuffle,
             pack_to=cfg.max_length if cfg.packing and shuffle else None,
             group_by_length=cfg.group_by_length,
-            width=RowWidth(cfg.pad_to_multiple_of, cfg.max_length),
+            width=width,
+            tokens_per_batch=budget,
+            longest=cfg.max_length if budget else 0,
         )
 
     mixture = _mixture(cfg, "train", cfg.subset_size)

@@ -190,8 +190,13 @@ class Plan:
         return self._step_peaks[key]
 
     def _with_rows(self, count: int) -> BatchShape:
-        """The micro-batch of ``--batch_size count``, whose samples may share rows."""
+        """The micro-batch of ``--batch_size count``, whose samples may share rows, or of as many samples in one row."""
         largest, own = self.rows.largest, self.cfg.batch_size
+        if self.cfg.tokens_per_batch:
+            tokens, slots, labelled = (
+                max(1, size * count // largest.samples) for size in (largest.tokens, largest.slots, largest.labelled)
+            )
+            return replace(largest, tokens=tokens, slots=slots, labelled=labelled, samples=count)
         labelled = largest.labelled * count // own
         if count < own:  # a smaller micro-batch may hold the rows with the most labels alone
             labelled = min(largest.labelled, count * self.rows.row_labelled)
@@ -238,6 +243,8 @@ class Plan:
         """Recipe lines that make the run fit, cheapest first; empty where it fits or nothing here would help."""
         if self.fits:
             return []
+        if self.cfg.tokens_per_batch:
+            return ["tokens_per_batch: 0", *Plan(replace(self.cfg, tokens_per_batch=0), self.machine).advice()]
         if self.cfg.teacher_overlap:
             plain = Plan(replace(self.cfg, teacher_overlap=False), self.machine, self.rows)
             more = plain.advice()

@@ -67,9 +67,11 @@ def measured_rows(cfg: RunConfig, loader: BatchLoader, ranks: int) -> RowPlan:
             shared = max(shared, 1 if packing is None else packing.samples_per_row)
             longest = max(longest, batch.input_ids.shape[1] if packing is None else packing.token_index.shape[1])
     slots = min(tokens, shared * row_budget(cfg.kv_budget, longest)) if cfg.uses_kv else tokens
-    largest = BatchShape(rows, tokens, labelled, slots, cfg.batch_size)
+    largest = BatchShape(rows, tokens, labelled, slots, shared if cfg.tokens_per_batch else cfg.batch_size)
     note = f"longest row {tokens} tokens, read from the data"
-    if cfg.packing:
+    if cfg.tokens_per_batch:
+        note = f"up to {shared} samples of up to {longest} tokens in one row, read from the data"
+    elif cfg.packing:
         note = f"{cfg.batch_size} samples of up to {longest} tokens packed, read from the data"
     return RowPlan(largest, row_labelled, loader.steps_per_epoch, padded * ranks, labels * ranks, note)
 
@@ -82,6 +84,9 @@ def _assumed(cfg: RunConfig, ranks: int, rows: int | None, reason: str) -> RowPl
     elif isinstance(cfg.kv_budget, float) and cfg.uses_kv:
         slots = max(1, round(cfg.kv_budget * length))
     largest = BatchShape(cfg.batch_size, length, cfg.batch_size * (length - 1), slots, cfg.batch_size)
+    if tokens := cfg.tokens_per_batch:
+        samples = tokens // length
+        largest = BatchShape(1, tokens, samples * (length - 1), min(tokens, samples * slots), samples)
     note = f"every row taken as --max_length {length} tokens: the data cannot be read here ({reason[:160]})"
     if rows is None:
         return RowPlan(largest, length - 1, None, None, None, note)

@@ -61,11 +61,12 @@ class RunModels:
 
     def module(self, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DistillationModule:
         """Student and aligner as the one module that an engine trains."""
+        tokens = cfg.tokens_per_batch or cfg.batch_size * cfg.max_length
         return DistillationModule(
             self.student,
             self.aligner,
             rope=cfg.kv_rope,
-            head_chunks=head_chunk_count(cfg.batch_size * cfg.max_length, self.student.config.vocab_size),
+            head_chunks=head_chunk_count(tokens, self.student.config.vocab_size),
             kd_temperature=cfg.logit_kd_temperature,
             kd_vocab_size=max(tokenizer.get_vocab().values()) + 1,
             offload_checkpoints=cfg.checkpoint_offload,

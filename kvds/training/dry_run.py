@@ -35,6 +35,7 @@ from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.estimate import Machine, Plan
 from kvds.plan.rows import measured_rows
 from kvds.plan.several import SeveralTeachersPlan
+from kvds.plan.token_budget import with_token_budget
 from kvds.teacher.cache_fingerprint import cache_fingerprint, check_fingerprint
 from kvds.teacher.cache_shards import ShardReader
 
@@ -58,6 +59,7 @@ def dry_run(cfg: RunConfig) -> None:
     if step is not None:
         origin, stage = read_origin(Path(cfg.output_dir), step), raw["zero_optimization"]["stage"]
         cfg = fit_to_origin(cfg, origin, step=step, world_size=machine.ranks, zero_stage=stage)
+    cfg = with_token_budget(cfg, machine)
     _check_engine(cfg, raw, machine.ranks)
     tokenizer = load_tokenizer(cfg)
     check_same_tokenizer(cfg, tokenizer)

@@ -33,11 +33,20 @@ class MicroBatch:
         step: Optimizer step, counted from 0.
         seed: Of all draws made for it.
         batch: On the CPU.
+        number: Of the rank's micro-batches of that step, counted from 0.
+        count: Micro-batches of that step on each rank.
     """
 
     step: int
     seed: int
     batch: TokenBatch
+    number: int = 0
+    count: int = 1
+
+    @property
+    def last(self) -> bool:
+        """Whether the optimizer steps after it."""
+        return self.number + 1 == self.count
 
     @property
     def tokens(self) -> int:
@@ -48,11 +57,12 @@ class MicroBatch:
 def micro_batches(loader: BatchLoader, steps: range, *, seed: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
     """The micro-batches of ``steps`` on one rank, each step asked for when its first is."""
     for step in steps:
-        for number, batch in enumerate(loader.step(step)):
+        batches = loader.step(step)
+        for number, batch in enumerate(batches):
             # A function of seed, step and rows: a resumed run draws the same dropout masks, on another number of ranks,
             # too.
             share = number * world_size + rank
-            yield MicroBatch(step, (seed * 1_000_003 + step) * 4099 + share, batch)
+            yield MicroBatch(step, (seed * 1_000_003 + step) * 4099 + share, batch, number, len(batches))
 
 
 class InputFeed:

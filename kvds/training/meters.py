@@ -73,21 +73,29 @@ def forget_peak(device: torch.device) -> None:
 class IntervalMeter:
     """Running means of device scalars over the micro-batches of a logging interval, then over all ranks.
 
-    Keys logged at each micro-batch are averaged over the interval; the others over the calls that had them.
+    Keys logged at each micro-batch are averaged over the interval, every optimizer step alike; the others over the
+    calls that had them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
         self._tokens = 0
         self._begun = time.perf_counter()
 
-    def update(self, metrics: dict[str, Tensor], tokens: int = 0) -> None:
-        """Add one micro-batch; ``tokens`` are its real tokens, known without asking the device."""
+    def update(self, metrics: dict[str, Tensor], tokens: int = 0, *, share: float = 1.0) -> None:
+        """Add one micro-batch.
+
+        Args:
+            metrics: Its values, on the device.
+            tokens: Its real tokens, known without asking the device.
+            share: What part of an optimizer step it is.
+        """
         for key, value in metrics.items():
-            self._sums[key] = self._sums[key] + value if key in self._sums else value.float()
-            self._counts[key] = self._counts.get(key, 0) + 1
+            value = value.float() if share == 1 else value.float() * share
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+            self._counts[key] = self._counts.get(key, 0) + share
         self._tokens += tokens
 
     def read(self, phases: dict[str, float]) -> dict[str, float]:
@@ -104,7 +112,7 @@ class IntervalMeter:
         keys = sorted({key for rank_keys in gathered if rank_keys for key in rank_keys})
         zero = torch.zeros((), device=self._device)
         sums = torch.stack([self._sums.get(key, zero).to(self._device, torch.float32) for key in keys] or [zero])
-        counts = torch.tensor([float(self._counts.get(key, 0)) for key in keys] or [0.0], device=self._device)
+        counts = torch.tensor([self._counts.get(key, 0.0) for key in keys] or [0.0], device=self._device)
         totals = torch.stack([sums, counts])
         all_reduce_sum(totals)
         tokens = torch.tensor([float(self._tokens)], device=self._device, dtype=torch.float64)
@@ -115,7 +123,7 @@ class IntervalMeter:
         worst = worst.to(self._device)
         all_reduce_max(worst)
         slowest = worst.tolist()
-        result = dict(zip(keys, (totals[0] / totals[1].clamp_min(1)).tolist(), strict=False))
+        result = dict(zip(keys, (totals[0] / totals[1].clamp_min(1e-9)).tolist(), strict=False))
         result |= {
             "perf/tokens_per_second": tokens.item() / slowest[0],
             "perf/peak_memory_bytes": slowest[1],
@@ -135,14 +143,14 @@ class IntervalMeter:
         self._tokens = 0
         self._begun = time.perf_counter()
 
-    def states(self) -> list[dict[str, tuple[float, int]]]:
+    def states(self) -> list[dict[str, tuple[float, float]]]:
         """Sum and count of each metric in the interval so far, of each rank; all ranks call it."""
         own = {key: (float(value), self._counts[key]) for key, value in self._sums.items()}
-        everyone: list[dict[str, tuple[float, int]]] = [{}] * torch.distributed.get_world_size()
+        everyone: list[dict[str, tuple[float, float]]] = [{}] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, own)
         return everyone
 
-    def restore(self, states: list[dict[str, tuple[float, int]]]) -> None:
+    def restore(self, states: list[dict[str, tuple[float, float]]]) -> None:
         """Go on with an interval that :meth:`states` of as many ranks, or of another number of them, has described."""
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         mine = [states[rank]] if len(states) == world else states if rank == 0 else []

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ from kvds.distributed.process_group import init_distributed
 from kvds.durable_files import json_text
 from kvds.models.architecture import ModelConfigs, load_model_configs
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
+from kvds.plan.token_budget import with_token_budget
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.token_selection import TokenChoice
 from kvds.training.build import RunModels, build_run_models
 from kvds.training.calibration import calibrate_kv_weight
+from kvds.training.dry_run import this_machine
 from kvds.training.engine import build_engine, check_engine_config
 from kvds.training.guard import guarded
 from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
@@ -136,6 +139,9 @@ class TrainingRun:
         if resume_step is not None:
             origin, stage = read_origin(self.output_dir, resume_step), raw["zero_optimization"]["stage"]
             cfg = fit_to_origin(cfg, origin, step=resume_step, world_size=self.world_size, zero_stage=stage)
+        budget = [with_token_budget(cfg, this_machine()).tokens_per_batch if self.rank == 0 else None]
+        dist.broadcast_object_list(budget, src=0)  # one number, should GPUs differ
+        cfg = replace(cfg, tokens_per_batch=budget[0])
         engine_config = student_engine_config(raw, cfg, self.world_size)
         check_engine_config(engine_config, cfg.deepspeed_config)
         for warning in cfg.warnings:
@@ -238,17 +244,22 @@ class TrainingRun:
             self.stop.check()
             watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
             weights = self._weights()
-            for _ in range(cfg.gradient_accumulation_steps):
+            last = False
+            while not last:
                 micro, inputs = feed.take(weights, watch=watch)
+                last = micro.last
+                self.engine.set_gradient_accumulation_boundary(last)
                 with timer.phase("forward"):
                     loss, metrics = self.engine(step=inputs)
                 feed.make_next()
                 with timer.phase("backward"):
-                    self.engine.backward(loss)
+                    # How many micro-batches a step has is known here alone.
+                    self.engine.backward(loss / micro.count, scale_wrt_gas=False)
                 with timer.phase("optimizer"):
                     self.engine.step()
                 gradient_watch = self.engine.module.gradient_watch
-                meter.update(metrics | (gradient_watch.squares() if gradient_watch is not None else {}), micro.tokens)
+                squares = gradient_watch.squares() if gradient_watch is not None else {}
+                meter.update(metrics | squares, micro.tokens, share=1 / micro.count)
                 self.bad_steps.note(inputs.batch, metrics)
             self.step += 1
             bar.update()

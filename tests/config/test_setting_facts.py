@@ -39,6 +39,7 @@ BOUNDS = {
     "subset_size": [(1, 0, "at least 1 (or leave --subset_size away)")],
     "max_steps": [(1, 0, "at least 1 (or leave --max_steps away)")],
     "observing_tokens": [(1, 0, "at least 1 (or leave --observing_tokens away)")],
+    "tokens_per_batch": [(0, -1, "at least 0 (or leave --tokens_per_batch away)")],
     "relation_heads": [(1, 0, "at least 1 (or leave --relation_heads away)")],
     "lr": [(1e-9, 0.0, RATE)],
     "aligner_lr": [(1e-9, 0.0, RATE)],
@@ -61,6 +62,7 @@ MAY_CHANGE = {
     *("teacher_tp_size", "teacher_overlap", "pad_to_multiple_of", "model_name", "teacher_name", "student_name"),
     *("tokenizer_name", "impl", "teacher_cache", "data_cache", "dry_run", "batch_size", "gradient_accumulation_steps"),
     *("change_global_batch", "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout"),
+    "tokens_per_batch",
 }
 NO_IDENTITY = {
     *("output_dir", "resume", "report_to", "tracking_uri", "experiment_name", "run_name", "save_steps", "data_dir"),

@@ -122,6 +122,18 @@ FLAGS = {
     "--packing --alignment_mode relation": ("packing=true", "--no_packing with --alignment_mode relation"),
     "--packing --alignment_mode structural_kv": ("packing=true", "--no_packing with --alignment_mode structural_kv"),
     "--packing --teacher_kv shuffled": ("packing=true", "--no_packing with --teacher_kv shuffled"),
+    "--tokens_per_batch -1": ("tokens_per_batch=-1", "at least 0", "leave --tokens_per_batch away"),
+    "--tokens_per_batch 100 --max_length 128": ("tokens_per_batch=100", "at least max_length=128", "0 for padded rows"),
+    "--tokens_per_batch 4096 --packing":
+        ("tokens_per_batch=4096", "--tokens_per_batch 0 with --packing", "--no_packing"),
+    "--tokens_per_batch 4096 --group_by_length":
+        ("tokens_per_batch=4096", "--tokens_per_batch 0 with --group_by_length", "--no_group_by_length"),
+    "--tokens_per_batch 4096 --attn_implementation eager":
+        ("tokens_per_batch=4096", "--tokens_per_batch 0 with --attn_implementation eager", "sdpa"),
+    "--tokens_per_batch 4096 --kv_method rkv --kv_budget 8":
+        ("tokens_per_batch=4096", "--tokens_per_batch 0 with --kv_method rkv", "of their own"),
+    "--tokens_per_batch 4096 --teacher_kv shuffled":
+        ("tokens_per_batch=4096", "--tokens_per_batch 0 with --teacher_kv shuffled", "of their own"),
     "--packing --align_tokens segment": ("packing=true", "--no_packing with --align_tokens segment"),
     "--checkpoint_offload": ("checkpoint_offload=true", "--gradient_checkpointing", "--no_checkpoint_offload"),
     "--gradient_checkpointing maybe": ("--gradient_checkpointing maybe", "true or false", "--no_gradient"),

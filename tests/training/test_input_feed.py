@@ -161,6 +161,7 @@ KINDS: dict[str, dict[str, object]] = {
     "rkv": {"kv_method": "rkv", "kv_budget": 0.5, **HELD},
     "shuffled": {"teacher_kv": "shuffled", "ranks": 2, "gradient_accumulation_steps": 1},
     "logits and packing": {"logit_kd_weight": 0.5, "packing": True},
+    "one row": {"tokens_per_batch": 64, "kv_method": "random", "kv_budget": 0.5, "logit_kd_weight": 0.5},
     "logits alone": {"logit_kd_weight": 0.5, "alignment_mode": "none"},
     "steps": {"align_tokens": "segment", "map_start": "pca"},
 }  # fmt: skip
@@ -183,23 +184,26 @@ def test_a_run_ends_in_the_same_bits(kind: str, start: Any, folder: Path) -> Non
     assert phases == {"perf/seconds_teacher_ahead", "perf/seconds_teacher_wait"}
 
 
-@pytest.mark.parametrize("then", [True, False], ids=["on with it", "on without it"])
-def test_what_was_made_ahead_is_dropped_by_a_stop(then: bool, start: Any, folder: Path) -> None:
-    settings = {**KINDS["random"], "max_steps": 6}
-    if not (folder / "random").exists():
-        assert start("random", **settings)[0] == [0]
-    name = f"stopped {then}"
+@pytest.mark.parametrize(
+    ("kind", "then"), [("random", True), ("random", False), ("one row", True)],
+    ids=["on with it", "on without it", "one row"],
+)  # fmt: skip
+def test_what_was_made_ahead_is_dropped_by_a_stop(kind: str, then: bool, start: Any, folder: Path) -> None:
+    settings = {**KINDS[kind], "max_steps": 6}
+    if not (folder / kind).exists():
+        assert start(kind, **settings)[0] == [0]
+    name = f"{kind} stopped {then}"
     # Asked to stop while the rows of step 4 are made ready: those are ahead of the step that is being taken.
     codes, log = start(name, setup=at_step(4, "os.kill(os.getpid(), signal.SIGUSR1)"), **settings, teacher_overlap=True)
     assert codes == [EXIT_CODE], log[-3000:]
     assert (folder / name / "checkpoints/latest").read_text() == "step-000004"
     codes, log = start(name, **settings, teacher_overlap=then)
     assert codes == [0] and "resumed from step 4 of 6" in log, log[-3000:]
-    check_equal(folder / "random", folder / name)
+    check_equal(folder / kind, folder / name)
     cut(folder / name, folder / f"{name} cut", 3)
     codes, log = start(f"{name} cut", **settings, teacher_overlap=not then)
     assert codes == [0] and "resumed from step 3 of 6" in log, log[-3000:]
-    check_equal(folder / "random", folder / f"{name} cut")
+    check_equal(folder / kind, folder / f"{name} cut")
 
 
 def test_without_a_teacher_there_is_nothing_to_run_ahead(start: Any, folder: Path) -> None:

@@ -76,6 +76,11 @@ RUNS: dict[str, dict[str, object]] = {
     "checkpointing": {"gradient_checkpointing": "true"},
     "offload": {"gradient_checkpointing": "true", "checkpoint_offload": "true"},
     "packing": {"packing": "true", "kv_method": "right_crop", "kv_budget": 6},
+    "one_row": {"tokens_per_batch": 64, "kv_method": "right_crop", "kv_budget": 6, "gradient_checkpointing": "true"},
+    "one_row_zero2": {"tokens_per_batch": 200, "deepspeed_config": None, "kv_weight": "auto:1.5"},
+    "one_row_teacher_zero3": {"tokens_per_batch": 100, "teacher_placement": "zero3", "logit_kd_weight": 0.5},
+    "one_row_teacher_heads": {"tokens_per_batch": 100, "teacher_placement": "tensor_parallel"},
+    "one_row_cached": {"tokens_per_batch": 64, "teacher_cache": None, "kv_method": "right_crop", "kv_budget": 6},
     "crop": {"kv_method": "right_crop", "kv_budget": 6},
     "rkv": {"kv_method": "rkv", "kv_budget": 0.4, "rkv_lambda": 0.3, "teacher_placement": "zero3"},
     "random": {"kv_method": "random", "kv_budget": 6, "seed": 3},
@@ -109,14 +114,17 @@ def distributed(models, tmp_path_factory) -> Path:
     zero2["zero_optimization"] = {"stage": 2}
     for name in ("sharded", "kv_only", "sharded_checkpointing"):
         (folder / f"{name}.json").write_text(json.dumps(sharded))
-    (folder / "zero2.json").write_text(json.dumps(zero2))
+    for name in ("zero2", "one_row_zero2"):
+        (folder / f"{name}.json").write_text(json.dumps(zero2))
     runs = {}
     for name, changes in RUNS.items():
         if "deepspeed_config" in changes:
             changes = {**changes, "deepspeed_config": folder / f"{name}.json"}
         if "teacher_cache" in changes:
             stored = folder / f"{name}_teacher"
-            online = flags(models, folder / name, **{**changes, "packing": None, "teacher_cache": None})
+            online = flags(
+                models, folder / name, **{**changes, "packing": None, "tokens_per_batch": None, "teacher_cache": None}
+            )
             assert cli.main(["cache", "--store", "fp32", "--output", str(stored), "--", *online]) == 0
             changes = {**changes, "teacher_cache": stored}
         runs[name] = flags(models, folder / name, **changes)
@@ -164,7 +172,7 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
         k: v
         for k, v in RUNS[name].items()
         if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing", "checkpoint_offload", "packing",
-                     "teacher_cache")
+                     "teacher_cache", "tokens_per_batch")
     }  # fmt: skip
     whole = {"batch_size": 8, "gradient_accumulation_steps": 1}
     cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, **whole}))
