@@ -10,6 +10,7 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,8 +115,9 @@ def format_plan(plan: Plan, flops_per_second: float) -> str:
     row(f"activations, {state} checkpointing", step.activations)
     row(f"  (they would be, {other} checkpointing)", plan.other_activations)
     row("logits of one chunk", step.logits)
+    what = "keys and values" if ALIGNMENT_MODES[cfg.alignment_mode].takes_kv else "hidden states"
     for number, size in enumerate(groups := plan.kv_by_group()):
-        row(f"keys and values, group {number + 1} of {len(groups)}", size)
+        row(f"compared {what}, group {number + 1} of {len(groups)}", size)
     row("aligner: gradients of KV and workspace", step.aligner)
     if cfg.teacher_overlap:
         row("the next micro-batch's teacher, ahead", step.teacher_ahead)

@@ -152,13 +152,13 @@ class Plan:
         )
 
     def kv_by_group(self) -> list[int]:
-        """Bytes of teacher and student KV of each layer group that is compared together."""
+        """Bytes of what is compared of teacher and student, for each layer group that is compared together."""
         teacher = self.planner.teacher_shape
         if not self.cfg.uses_kv or teacher is None:
             return []
         sizes = [0] * self.cfg.layer_groups
         for shape in (self.planner.student_shape, teacher):
-            layer = kv_bytes(replace(shape, num_hidden_layers=1), self.rows.largest, self.element)
+            layer = self.planner.compared_bytes(replace(shape, num_hidden_layers=1), self.rows.largest, self.element)
             for i, group in enumerate(group_slices(shape.num_hidden_layers, self.cfg.layer_groups)):
                 sizes[i] += layer * (group.stop - group.start)
         return sizes

@@ -248,7 +248,11 @@ class StepPlanner:
 
     def _watch(self, batch: BatchShape) -> int:
         """Logging steps keep the KV loss's gradient in fp32 until the whole one arrives."""
-        whole = self._states_bytes(self.student_shape, batch, 4)
+        return self.compared_bytes(self.student_shape, batch, 4)
+
+    def compared_bytes(self, shape: KVShape, batch: BatchShape, element: int) -> int:
+        """Of one model's keys and values those of the parts that are compared, or its hidden states, whole rows."""
+        whole = self._states_bytes(shape, batch, element)
         return whole if self._hidden else self._compared(whole)
 
     def _compared(self, whole: int) -> int:

@@ -193,6 +193,17 @@ def test_checkpointing_and_kv_show_in_the_plan(recipe):
     ]
 
 
+def test_only_what_is_compared_is_told_by_group(recipe):
+    both, values, hidden = (
+        Plan(config(recipe, **changes), Machine(8, 1, 80 * 2**30))
+        for changes in ({}, {"kv_parts": "v", "layer_groups": 2}, {"alignment_mode": "hidden"})
+    )
+    tokens = both.rows.largest.rows * both.rows.largest.tokens
+    assert both.kv_by_group() == [2 * 2 * tokens * 2 * (24 * 64 + 28 * 128)]
+    assert values.kv_by_group() == [2 * tokens * 2 * (12 * 64 + 14 * 128)] * 2
+    assert hidden.kv_by_group() == [2 * tokens * (24 * 896 + 28 * 1536)]
+
+
 SELECTED = {"kv_method": "uniform", "kv_budget": 8}
 
 
