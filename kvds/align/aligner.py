@@ -13,7 +13,7 @@ from torch import nn
 from kvds.align.aligner_part import AlignerPart
 from kvds.align.loss import PART_NAMES, AlignmentLoss, average_parts, parts_of
 from kvds.config.alignment_modes import ALIGNMENT_MODES
-from kvds.config.alignment_rules import check_mode
+from kvds.config.alignment_rules import check_alignment
 from kvds.config.settings import AlignmentSettings
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection, States
@@ -144,7 +144,7 @@ class KVAligner(nn.Module):
 
     @classmethod
     def _check(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> None:
-        check_mode(settings)
+        check_alignment(settings)
         layers = min(student.num_hidden_layers, teacher.num_hidden_layers)
         if not 1 <= settings.layer_groups <= layers:
             raise InputError(

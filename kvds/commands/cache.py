@@ -48,11 +48,13 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     if arguments.output.exists() and not arguments.output.is_dir():
         raise InputError(f"--output {arguments.output}: is a file; expected a folder")
     from kvds.config.recipe import parse_run_config
+    from kvds.config.setting_rules import check
+    from kvds.config.teacher_rules import cache_rules
 
     cfg = parse_run_config(["--output_dir", "unused", *arguments.run_flags])
     if not cfg.uses_kv:
         raise InputError(f"alignment_mode={cfg.alignment_mode}: expected a run that matches keys and values")
-    cfg.check_cacheable(arguments.output)
+    check(cache_rules(cfg, arguments.output))
 
     import torch
     from tqdm import tqdm

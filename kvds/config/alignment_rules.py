@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES, modes_where
 from kvds.config.selection_methods import SELECTION_METHODS, methods_without_keys
-from kvds.config.setting_rules import Rule, range_rules
+from kvds.config.setting_rules import Rule, check, range_rules
 from kvds.config.settings import AlignmentSettings
-from kvds.errors import InputError, listed
+from kvds.errors import listed
 
 
 def mode_rules(settings: AlignmentSettings) -> Iterator[Rule]:
-    """Rules of the mode that is set: whether one holds, the setting, its value, and what was expected."""
+    """What has a meaning under the mode that is set."""
     name, mode = settings.alignment_mode, ALIGNMENT_MODES[settings.alignment_mode]
     under = f"with --alignment_mode {name}"
     for setting, only in mode.only.items():
@@ -40,12 +40,11 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[Rule]:
         yield settings.kv_rope == "pre", "kv_rope", settings.kv_rope, expected
 
 
-def check_mode(settings: AlignmentSettings) -> None:
-    """Raise for the first rule that does not hold.
+def check_alignment(settings: AlignmentSettings) -> None:
+    """Check the section by itself, as an aligner is given it.
 
     Raises:
-        InputError: naming the setting, its value and what was expected.
+        InputError: for the first rule that does not hold, as :func:`kvds.config.setting_rules.check`.
     """
-    for holds, name, value, expected in (*range_rules(settings), *mode_rules(settings)):
-        if not holds:
-            raise InputError(f"{name}={value}: expected {expected}")
+    check(range_rules(settings))
+    check(mode_rules(settings))

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvds.config.run_config import SECTIONS, RunConfig, check_type, hints
+from kvds.config.run_config import SECTIONS, RunConfig
+from kvds.config.setting_rules import check, hints, kind_rules
 from kvds.config.values import number
 from kvds.config.yaml_file import load_mapping
 from kvds.errors import InputError, near_miss, one_line
@@ -49,7 +50,7 @@ def checked_settings(content: dict[Any, Any], path: str | Path) -> dict[str, Any
             content[key] = number(value)
     for field in dataclasses.fields(RunConfig):
         if field.name in content:
-            check_type(field, content[field.name], place=f"{path}: ")
+            check(kind_rules(field, content[field.name]), place=f"{path}: ")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Which settings go with rows that several samples share."""
+"""Rules of rows that several samples share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def forbids_one_row(cfg: AllSettings) -> str:
 
 
 def row_rules(cfg: AllSettings) -> Iterator[Rule]:
-    """Whether it holds, the setting, its value and what was expected: one for each rule."""
+    """Packed rows, and micro-batches of one row."""
     if cfg.packing:
         remedy = "--no_packing with --group_by_length: packed rows hold no padding that grouping could save"
         yield not cfg.group_by_length, "packing", True, remedy

@@ -1,9 +1,10 @@
-"""Which settings of the teachers go together: their number, where they live, when they run."""
+"""Rules of the teachers: their number, their cache, where they live, when they run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.all_settings import AllSettings
@@ -12,8 +13,10 @@ from kvds.config.setting_rules import Rule
 
 
 def teacher_rules(cfg: AllSettings) -> Iterator[Rule]:
-    """Whether it holds, the setting, its value and what was expected: one for each rule."""
+    """Number, weights, cache, placement and overlap."""
     yield from _several(cfg)
+    if cfg.teacher_cache is not None:
+        yield from cache_rules(cfg, cfg.teacher_cache)
     yield from _heads(cfg)
     yield from _overlap(cfg)
 
@@ -31,6 +34,21 @@ def _several(cfg: AllSettings) -> Iterator[Rule]:
     yield len(weights) in (0, len(names)), "teacher_weights", " ".join(map(str, weights)), expected
     for weight in weights:
         yield 0 < weight < math.inf, "teacher_weights", weight, "numbers above 0 (--teacher_weights 0.5 0.5)"
+
+
+def cache_rules(cfg: AllSettings, folder: str | Path) -> Iterator[Rule]:
+    """What a cache of one teacher's keys and values in ``folder``, at positions known without it, cannot serve."""
+    mode, method = ALIGNMENT_MODES[cfg.alignment_mode], SELECTION_METHODS[cfg.kv_method]
+    for found, flag in (
+        (cfg.logit_kd_weight > 0, "--logit_kd_weight: a cache holds keys and values, no logits"),
+        (method.draws, f"--kv_method {cfg.kv_method}, which draws other positions in each step"),
+        (method.reads_keys, f"--kv_method {cfg.kv_method}, which reads the teacher's keys to choose"),
+        (not mode.takes_kv, f"--alignment_mode {cfg.alignment_mode}: a cache holds keys and values"),
+        (cfg.align_tokens == "segment", "--align_tokens segment: a cache holds positions"),
+        (cfg.teacher_kv == "shuffled", "--teacher_kv shuffled, which exchanges whole rows"),
+        (bool(cfg.teacher_names), "--teacher_names: a cache is that of one teacher"),
+    ):
+        yield not found, "teacher_cache", str(folder), f"no --teacher_cache with {flag}"
 
 
 def _heads(cfg: AllSettings) -> Iterator[Rule]:

@@ -15,6 +15,8 @@ from kvds.align.layer_map import LayerPlan
 from kvds.config import AlignmentSettings, RunConfig
 from kvds.config.alignment_modes import ALIGNMENT_MODES, AlignmentMode, Only
 from kvds.config.selection_methods import SELECTION_METHODS, SelectionMethod
+from kvds.config.setting_rules import check
+from kvds.config.teacher_rules import cache_rules
 from kvds.data.labels import LabelledPositions
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.errors import InputError
@@ -124,8 +126,9 @@ def test_flags_and_rules_know_them(added: None, recipe: Path) -> None:
         with pytest.raises(InputError, match=re.escape(message)):
             config(recipe, **{"alignment_mode": "norms", **changes})
     with pytest.raises(InputError, match="no --teacher_cache with --kv_method short_keys, which reads"):
-        cfg.check_cacheable("x")
-    config(recipe, alignment_mode="norms", kv_method="right_half", kv_budget=4).check_cacheable("x")
+        check(cache_rules(cfg, "x"))
+    cfg = config(recipe, alignment_mode="norms", kv_method="right_half", kv_budget=4)
+    check(cache_rules(cfg, "x"))
     with pytest.raises(
         InputError, match="full, right_crop, uniform, random or right_half with --alignment_mode hidden"
     ):

@@ -1,0 +1,67 @@
+"""Rules of names, folders and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvds.config.all_settings import AllSettings
+from kvds.config.setting_rules import Rule
+from kvds.config.values import parse_overrides, split_dataset_weight
+from kvds.errors import InputError
+
+
+def file_rules(cfg: AllSettings) -> Iterator[Rule]:
+    """What must be given, and where the run can be written to.
+
+    Raises:
+        InputError: where the fault is no value that could be shown, but that there is none, or what lies there.
+    """
+    if cfg.data_dir is not None and not os.path.isdir(cfg.data_dir):
+        raise InputError(f"data_dir={cfg.data_dir}: no such folder; expected the folder that holds gsm8k/, svamp/, …")
+    if not cfg.output_dir:
+        raise InputError("output_dir is empty; expected a folder to write the run to (--output_dir outputs/NAME)")
+    if os.path.exists(cfg.output_dir) and not os.path.isdir(cfg.output_dir):
+        raise InputError(f"output_dir={cfg.output_dir}: is a file; expected a folder")
+    if cfg.uses_teacher and not cfg.teacher:
+        raise InputError(
+            "--teacher_name is missing; expected a folder or a hub name (or --model_name, or --alignment_mode none)"
+        )
+    if not cfg.student:
+        raise InputError("--student_name is missing; expected a folder or a hub name (or --model_name for both models)")
+    for name, text in _texts(cfg, "overrides"):
+        parse_overrides(text, flag=name)
+    uri = cfg.tracking_uri
+    folder = uri is not None and uri != "databricks" and ("://" not in uri or uri.startswith("file:"))
+    expected = "sqlite:///FILE.db or http(s)://SERVER, as MLflow writes to no folder (unset: OUTPUT_DIR/mlflow.db)"
+    yield not folder, "tracking_uri", uri, expected
+
+
+def path_rules(cfg: AllSettings) -> Iterator[Rule]:
+    """The local files that the run will read are there."""
+    for name, model in _texts(cfg, "model"):
+        # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
+        if model[0] in "./~" or model.count("/") > 1:
+            yield os.path.isdir(model), name, model, "an existing folder with a config.json (or a hub name)"
+    if cfg.teacher_cache is not None:
+        expected = "an existing folder written by `kvds cache` (or leave --teacher_cache away)"
+        yield os.path.isdir(cfg.teacher_cache), "teacher_cache", cfg.teacher_cache, expected
+    expected = "a folder, which need not be there yet (or --data_cache never)"
+    yield not os.path.isfile(cfg.data_cache or ""), "data_cache", cfg.data_cache, expected
+    for spec in cfg.datasets:
+        file = Path(split_dataset_weight(spec)[0])
+        if file.suffix in (".json", ".jsonl"):
+            found = any(os.path.isfile(folder / file) for folder in (Path(), Path(cfg.data_dir or ".")))
+            yield found, "datasets", spec, "an existing JSONL file (rows with prompt, rationale, answer)"
+    if cfg.resume not in ("auto", "never"):
+        yield os.path.isdir(cfg.resume), "resume", cfg.resume, "auto, never or the folder of a run (--resume auto)"
+
+
+def _texts(cfg: AllSettings, form: str) -> Iterator[tuple[str, str]]:
+    """Settings whose texts have this form, and each text that is given."""
+    for field in dataclasses.fields(cfg):
+        if field.metadata["form"] == form:
+            value = getattr(cfg, field.name)
+            yield from ((field.name, text) for text in (value if isinstance(value, tuple) else (value,)) if text)
