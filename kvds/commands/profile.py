@@ -86,14 +86,15 @@ def _of_run(folder: Path) -> Any:
 
 def _of_pair(arguments: argparse.Namespace) -> Any:
     from kvds.align import build_aligner
-    from kvds.models.architecture import kv_shape, load_config
+    from kvds.kv import KVShape
+    from kvds.models.architecture import load_config
 
     shapes = {}
     for side in ("student", "teacher"):
         name = getattr(arguments, f"{side}_name")
         if name is None:
             raise InputError(f"--{side}_name is missing; expected a folder or a hub name")
-        shapes[side] = kv_shape(load_config(name, getattr(arguments, f"{side}_config_overrides"), flag=side))
+        shapes[side] = KVShape.from_config(load_config(name, getattr(arguments, f"{side}_config_overrides"), flag=side))
     names = ("alignment_mode", "kv_parts", "map_proj_share_dim", "map_proj_init_uniform")
     chosen = {key: getattr(arguments, key) for key in names}
     return build_aligner(shapes["student"], shapes["teacher"], AlignmentSettings(**chosen))

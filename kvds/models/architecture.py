@@ -132,11 +132,6 @@ def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> None:
         ) from error
 
 
-def kv_shape(config: PreTrainedConfig) -> KVShape:
-    """Layer count, KV heads and head_dim as the configuration states them."""
-    return KVShape.from_config(config)
-
-
 class ModelConfigs(NamedTuple):
     """The architectures of a run: the student's, and the teachers' in the order of ``cfg.teachers``, as far as a loss
     reads them.
@@ -163,7 +158,7 @@ def load_model_configs(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Mo
 
 def _load_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
     config = load_config(name, getattr(cfg, f"{flag}_config_overrides"), flag=flag)
-    kv_shape(config)
+    KVShape.from_config(config)  # refuses a family whose keys and values cannot be captured
     check_vocabulary(config, tokenizer, flag=flag)
     check_positions(config, cfg.max_length, flag=flag)
     check_buildable(name, config, flag=flag)

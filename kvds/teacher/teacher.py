@@ -29,7 +29,6 @@ from kvds.kv.families import backbone
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.kv.states import KV_PARTS
-from kvds.models.architecture import kv_shape
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Teacher:
     @property
     def shape(self) -> KVShape:
         """Layers, KV heads and head_dim of the keys and values it returns."""
-        return kv_shape(self.config)
+        return KVShape.from_config(self.config)
 
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()

@@ -18,7 +18,8 @@ from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
 from kvds.distillation.losses import head_chunk_count
 from kvds.distillation.module import DistillationModule
-from kvds.models.architecture import ModelConfigs, kv_shape
+from kvds.kv import KVShape
+from kvds.models.architecture import ModelConfigs
 from kvds.models.loading import TORCH_DTYPES, load_model
 from kvds.teacher.build import build_teachers
 from kvds.teacher.cache_fingerprint import cache_fingerprint
@@ -103,8 +104,10 @@ def build_run_models(
     # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
     aligner: KVAligner | AlignerGroup | None = None
     if cfg.uses_kv:
-        shape = kv_shape(model_configs.student)
-        members = [build_aligner(shape, kv_shape(config), cfg, cfg.seed) for config in model_configs.teachers]
+        shape = KVShape.from_config(model_configs.student)
+        members = [
+            build_aligner(shape, KVShape.from_config(config), cfg, cfg.seed) for config in model_configs.teachers
+        ]
         aligner = AlignerGroup(members, cfg.weights_of_teachers) if cfg.teacher_names else members[0]
         if cfg.impl == "triton" and ALIGNMENT_MODES[cfg.alignment_mode].fused:  # others take any shape and device
             for member in members:

@@ -29,7 +29,8 @@ from kvds.data.loader import BatchLoader
 from kvds.data.run_data import load_run_data
 from kvds.durable_files import existing_parent
 from kvds.errors import InputError
-from kvds.models.architecture import kv_shape, load_model_configs
+from kvds.kv import KVShape
+from kvds.models.architecture import load_model_configs
 from kvds.models.loading import TORCH_DTYPES
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.estimate import Machine, Plan
@@ -119,7 +120,9 @@ def _check_aligners(cfg: RunConfig, student: Any, teachers: list[Any], raw: dict
     kernel = cfg.impl == "triton" and ALIGNMENT_MODES[cfg.alignment_mode].fused
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device if kernel else "meta"):
-        members = [build_aligner(kv_shape(student), kv_shape(teacher), cfg) for teacher in teachers]
+        members = [
+            build_aligner(KVShape.from_config(student), KVShape.from_config(teacher), cfg) for teacher in teachers
+        ]
     for member in members if kernel else ():
         member.try_out(TORCH_DTYPES[compute_dtype(raw)], torch.device(device))
 

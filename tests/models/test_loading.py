@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2C
 from kvds.config import RunConfig
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
+from kvds.kv import KVShape
 from kvds.kv.families import backbone
-from kvds.models.architecture import check_positions, kv_shape, load_config
+from kvds.models.architecture import check_positions, load_config
 from kvds.models.loading import load_model
 from kvds.models.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
 
@@ -59,7 +60,7 @@ def test_overrides_are_typed_and_derived_values_follow(folder):
     assert config.layer_types == ["full_attention"] * 5  # 2 in the file
     assert load_config(name, "rms_norm_eps=1", flag="student").rms_norm_eps == 1
     assert load_config(name, flag="student").num_hidden_layers == 2  # nothing of the above stays
-    wide = kv_shape(load_config(name, "hidden_size=32,num_attention_heads=2", flag="student"))
+    wide = KVShape.from_config(load_config(name, "hidden_size=32,num_attention_heads=2", flag="student"))
     assert wide.head_dim == 16
 
 
@@ -69,7 +70,7 @@ def test_a_setting_may_be_called_as_its_family_calls_it_or_by_the_common_name(fo
         str(folder / "gpt2"), "num_hidden_layers=4,hidden_size=128,num_attention_heads=4", flag="teacher"
     )
     assert own.to_dict() == common.to_dict()
-    assert (own.n_layer, own.n_embd, kv_shape(own).head_dim) == (4, 128, 32)
+    assert (own.n_layer, own.n_embd, KVShape.from_config(own).head_dim) == (4, 128, 32)
 
 
 def test_rope_theta_as_config_json_calls_it_reaches_the_model(folder):
@@ -111,7 +112,7 @@ def test_a_configuration_that_no_model_can_be_built_from(folder):
 
 
 def test_unknown_family(folder):
-    message = error_of(lambda: kv_shape(load_config(str(folder / "t5"), flag="teacher")))
+    message = error_of(lambda: KVShape.from_config(load_config(str(folder / "t5"), flag="teacher")))
     assert "model_type=t5" in message and "gpt2, llama, mistral, qwen2" in message
 
 
