@@ -33,22 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows at once (default: %(default)s)")
     numbers = {
         "max_new_tokens": "tokens generated per row",
-        "max_length": "tokens per row; longer rows are left out",
         "synthetic_problems": "size of the built-in training corpus",
     }
     for name, text in numbers.items():
         text += " (default: %(default)s)"
         parser.add_argument(f"--{name}", type=int, default=getattr(data, name), metavar="N", help=text)
+    parser.add_argument(
+        "--max_length", type=int, metavar="N",
+        help=f"tokens per row; longer rows are left out (default: {data.max_length}, or the model's positions)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_lossy_rows", type=float, default=data.max_lossy_rows, metavar="SHARE",
+        help="share of rows that may lose characters which the tokenizer does not know (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for eval.json and predictions.jsonl")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print a table, and write the files if asked to."""
     for name in ("batch_size", "max_new_tokens", "max_length", "synthetic_problems"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} {getattr(arguments, name)}: expected at least 1")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: expected at least 1")
     if arguments.subset_size < 0:
         raise InputError(f"--subset_size {arguments.subset_size}: expected at least 1, or 0 for every row")
+    if not 0 <= arguments.max_lossy_rows <= 1:
+        raise InputError(f"--max_lossy_rows {arguments.max_lossy_rows}: expected a share from 0 to 1")
     for flag in ("model", "tokenizer"):
         folder = getattr(arguments, flag)
         if folder is not None and not folder.is_dir():
@@ -61,18 +71,32 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from kvds.data.mixture import load_mixture
+    from kvds.data.text_fidelity import check_texts
+    from kvds.data.token_files import TokenFiles, encode_once
     from kvds.evaluation.model import evaluate_model
+    from kvds.models.architecture import check_positions
 
     mixture = load_mixture(
         arguments.datasets, "eval", data_dir=arguments.data_dir, synthetic_problems=arguments.synthetic_problems
     )
     examples = _first_per_corpus(mixture.examples, arguments.subset_size)
     model, tokenizer = _load(arguments.model, arguments.tokenizer or arguments.model)
+    max_length = arguments.max_length
+    if max_length is None:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        max_length = min(DataSettings().max_length, positions or DataSettings().max_length)
+    check_positions(model.config, max_length, flag="model")
+    rows = encode_once(examples, tokenizer, max_length, files=TokenFiles())
+    if not rows.samples:
+        raise InputError(
+            f"--max_length {max_length}: none of the {len(examples)} held-out rows fits; expected more tokens"
+        )
+    check_texts(rows.fidelity, examples, what="held-out", most=arguments.max_lossy_rows, tokenizer=tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output
     results = evaluate_model(
         model, tokenizer, examples, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
-        max_length=arguments.max_length, predictions_path=None if output is None else output / "predictions.jsonl",
+        max_length=max_length, predictions_path=None if output is None else output / "predictions.jsonl",
     )  # fmt: skip
     print(_table(results))
     if output is not None:
@@ -130,11 +154,13 @@ def _first_per_corpus(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:
+    """A line per corpus; ``cut``: completions that had not ended when their tokens were used up."""
     width = max(6, *map(len, results))
-    lines = [f"{'corpus':<{width}}  {'cross entropy':>13}  {'perplexity':>10}  {'exact match %':>13}  {'rows':>6}"]
+    titles = f"{'cross entropy':>13}  {'perplexity':>10}  {'exact match %':>13}  {'cut':>6}  {'rows':>6}"
+    lines = [f"{'corpus':<{width}}  {titles}"]
     for corpus, values in results.items():
         lines.append(
             f"{corpus:<{width}}  {values['cross_entropy']:>13.4f}  {values['perplexity']:>10.3f}  "
-            f"{100 * values['exact_match']:>13.1f}  {values['samples']:>6.0f}"
+            f"{100 * values['exact_match']:>13.1f}  {values['cut_completions']:>6.0f}  {values['samples']:>6.0f}"
         )
     return "\n".join(lines)

@@ -120,6 +120,10 @@ class DataSettings:
         "which costs up to seconds the first time", 1, may_change=True,
     )  # fmt: skip
     on_bad_row: str = setting("what a malformed row does", "error", choices=("error", "skip"), identity=False)
+    max_lossy_rows: float = setting(
+        "share of rows that may lose characters which the tokenizer does not know, from 0 to 1; more are refused", 0.05,
+        least=0, most=1, expected="a share from 0 to 1", may_change=True, identity=False,
+    )  # fmt: skip
     eval_subset_size: int = setting("held-out rows per corpus; 0: no evaluation", 200, least=0, may_change=True)
     max_new_tokens: int = setting("tokens generated per held-out row", 256, least=1, may_change=True)
     # Far more distinct problems would be searched for without end.

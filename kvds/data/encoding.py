@@ -7,13 +7,15 @@ token stands in front, as part of the prompt, where the tokenizer itself puts on
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
 from kvds.data.reasoning_steps import encode_steps
+from kvds.data.text_fidelity import TextFidelity, compare_texts
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,10 +68,12 @@ class EncodedCorpus:
     Attributes:
         samples: The rows that fit.
         too_long: How many did not.
+        fidelity: What the tokens of the samples say, against their text; empty where they were not compared.
     """
 
     samples: Sequence[EncodedSample]
     too_long: int
+    fidelity: TextFidelity = field(default_factory=TextFidelity)
 
 
 def _segments(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -88,6 +92,27 @@ def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) 
 def _has_start(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself puts a begin-of-text token in front (Llama's does, GPT-2's and Qwen2's do not)."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def compare_rows(
+    samples: Sequence[EncodedSample], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> TextFidelity:
+    """What the tokens of ``samples`` say against the texts of the rows that they were made of, their teacher's, too."""
+
+    def pieces(sample: EncodedSample, rationale: str | None = None) -> list[tuple[str, Sequence[int]]]:
+        row = examples[sample.example]
+        row = row if rationale is None else replace(row, rationale=rationale)
+        ends = [bisect_right(sample.segment_ids, segment) for segment in (Segment.PROMPT, Segment.RATIONALE)]
+        ids = sample.input_ids
+        own: list[tuple[str, Sequence[int]]] = [
+            (prompt_text(row), ids[: ends[0]]),
+            (rationale_text(row), ids[ends[0] : ends[1]]),
+            (answer_text(row), ids[ends[1] : -1]),
+        ]
+        return own if sample.teacher is None else own + pieces(sample.teacher, row.teacher_rationale)
+
+    found = compare_texts([pieces(sample) for sample in samples], tokenizer)
+    return replace(found, first=samples[found.first].example) if found.lossy else found
 
 
 def encode_examples(

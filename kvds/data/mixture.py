@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import random
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,11 @@ HELD_OUT_OF = 10
 _ARC = ("arc_easy", "arc_challenge")
 # Bytes of a file that are parsed in about a second.
 _SMALL = 50_000_000
+# What chat templates begin a turn with: ChatML, Llama 3, Zephyr and Phi, Llama 2 and Mistral, Gemma, DeepSeek.
+_CHAT_MARK = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<\|(?:system|user|assistant)\|>|\[/?INST\]|<start_of_turn>|"
+    "<\N{FULLWIDTH VERTICAL LINE}(?:User|Assistant)\N{FULLWIDTH VERTICAL LINE}>"
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,15 @@ class Mixture:
         examples: The rows.
         skipped: File → malformed rows skipped.
         counts: Name as given, without weight → rows taken from it; fewer than its share where it has no more.
+        available: Name → rows that it could have given.
+        held_out: Name → rows left out beside those, whose prompt is held out.
     """
 
     examples: list[Example]
     skipped: dict[str, int]
     counts: dict[str, int] = field(default_factory=dict)
+    available: dict[str, int] = field(default_factory=dict)
+    held_out: dict[str, int] = field(default_factory=dict)
 
 
 def load_mixture(
@@ -55,6 +67,7 @@ def load_mixture(
     seed: int = 0,
     on_bad_row: str = "error",
     synthetic_problems: int = 1000,
+    held_out: Iterable[Example] = (),
 ) -> Mixture:
     """Load the corpora that ``datasets`` names and mix them.
 
@@ -71,9 +84,10 @@ def load_mixture(
         seed: Of the built-in problems and of which rows a subset takes.
         on_bad_row: ``"error"``, or ``"skip"`` (and count).
         synthetic_problems: Size of the built-in training corpus.
+        held_out: Rows to judge by, of whatever corpus: what asks the same (:func:`prompt_key`) is left out of training.
 
     Raises:
-        InputError: unknown corpus, missing file, malformed row, or no row left.
+        InputError: unknown corpus, missing file, malformed row, or no row left of a corpus.
     """
     weights = _weights(datasets)
     skipped: dict[str, int] = {}
@@ -91,10 +105,39 @@ def load_mixture(
                 f"datasets={name}: no usable row in its {split} split ({sum(skipped.values())} malformed rows were "
                 "skipped); expected at least one (look at the file, or --on_bad_row error to see what is wrong)"
             )
+    found = _counts(parts)
+    if split == "train":
+        parts = _without(parts, held_out)
+    available = _counts(parts)
     if split == "train":
         parts = _weigh(parts, weights, subset_size, seed)
     examples = [example for rows in parts.values() for example in rows]
-    return Mixture(examples, skipped, {name: len(rows) for name, rows in parts.items()})
+    left_out = {name: found[name] - count for name, count in available.items()}
+    return Mixture(examples, skipped, _counts(parts), available, left_out)
+
+
+def prompt_key(prompt: str) -> str:
+    """A prompt in the form in which two ask the same: without case, repeated blanks and Unicode's forms."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
+def _counts(parts: dict[str, list[Example]]) -> dict[str, int]:
+    return {name: len(rows) for name, rows in parts.items()}
+
+
+def _without(parts: dict[str, list[Example]], held_out: Iterable[Example]) -> dict[str, list[Example]]:
+    """Training rows whose prompt no held-out row asks, whichever corpora or files the two come from."""
+    asked = {prompt_key(row.prompt) for row in held_out}
+    if not asked:
+        return parts
+    left = {name: [row for row in rows if prompt_key(row.prompt) not in asked] for name, rows in parts.items()}
+    for name, rows in left.items():
+        if not rows:
+            raise InputError(
+                f"datasets={name}: the prompts of all {len(parts[name])} training rows are held out; expected other "
+                "rows to learn from than to be judged by (or --eval_subset_size 0)"
+            )
+    return left
 
 
 def check_rows(cfg: DataSettings, seed: int) -> None:
@@ -147,6 +190,12 @@ def _weigh(
         # Rounded sums instead of rounded shares: the counts add up to subset_size.
         bounds = [round(subset_size * sum(list(weights.values())[:i]) / total) for i in range(len(weights) + 1)]
         counts = {name: bounds[i + 1] - bounds[i] for i, name in enumerate(weights)}
+        for name, count in counts.items():
+            if not count:
+                raise InputError(
+                    f"subset_size={subset_size}: leaves {name} no row beside {len(weights) - 1} others; expected "
+                    f"at least one of each (--subset_size {math.ceil(total / min(weights.values()))} or other weights)"
+                )
     elif len(set(weights.values())) == 1:
         return parts
     else:
@@ -247,8 +296,15 @@ def _examples(
 
 
 def _check_text(prompt: str, rationale: str, answer: str) -> None:
-    if ANSWER_MARK in rationale:
-        raise BadRow(f"the rationale holds {ANSWER_MARK!r}, which announces the answer; expected it nowhere else")
+    for name, text in (("rationale", rationale), ("answer", answer)):
+        if ANSWER_MARK in text:
+            raise BadRow(f"the {name} holds {ANSWER_MARK!r}, which announces the answer; expected it nowhere else")
+    chat = _CHAT_MARK.search(f"{prompt}\n{rationale}\n{answer}")
+    if chat:
+        raise BadRow(
+            f"holds {chat[0]!r}, as if rendered with a chat template, which would be read as ordinary letters; "
+            "expected plain prompt, rationale and answer"
+        )
     try:
         f"{prompt}{rationale}{answer}".encode()
     except UnicodeEncodeError as error:

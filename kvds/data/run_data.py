@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from kvds.data.encoding import EncodedCorpus, EncodedSample
 from kvds.data.example import Example
 from kvds.data.loader import BatchLoader
 from kvds.data.mixture import Mixture, load_mixture
+from kvds.data.text_fidelity import check_texts
 from kvds.data.token_files import TokenFiles, default_folder, encode_once
 from kvds.errors import InputError
 from kvds.kv import selected_count
@@ -88,17 +90,20 @@ def load_run_data(
             longest=cfg.max_length if budget else 0,
         )
 
-    mixture = _mixture(cfg, "train", cfg.subset_size)
+    held_out_rows = _mixture(cfg, "eval").examples if cfg.eval_subset_size else []
+    mixture = _mixture(cfg, "train", held_out_rows)
     steps = cfg.uses_kv and cfg.align_tokens == "segment"
     files = TokenFiles(_folder(cfg), first, wait)
     corpus = encode_once(mixture.examples, tokenizer, cfg.max_length, steps=steps, files=files)
     _report(cfg, mixture, corpus)
-    examples = (
-        _first_per_corpus(_mixture(cfg, "eval", None).examples, cfg.eval_subset_size) if cfg.eval_subset_size else []
-    )
+    examples = _first_per_corpus(held_out_rows, cfg.eval_subset_size)
+    texts = partial(check_texts, most=cfg.max_lossy_rows, tokenizer=tokenizer)
+    texts(corpus.fidelity, mixture.examples, what="training")
     held_out: Sequence[EncodedSample] = []
     if examples:
-        held_out = encode_once(examples, tokenizer, cfg.max_length, steps=steps, files=files).samples
+        judged_by = encode_once(examples, tokenizer, cfg.max_length, steps=steps, files=files)
+        texts(judged_by.fidelity, examples, what="held-out")
+        held_out = judged_by.samples
     if steps:
         _check_steps(cfg, corpus.samples)
     if examples and not held_out:
@@ -132,12 +137,13 @@ def _check_steps(cfg: RunConfig, samples: Sequence[EncodedSample]) -> None:
         )
 
 
-def _mixture(cfg: RunConfig, split: str, subset_size: int | None) -> Mixture:
+def _mixture(cfg: RunConfig, split: str, held_out: Sequence[Example] = ()) -> Mixture:
     return load_mixture(
         cfg.datasets,
         split,
         data_dir=cfg.data_dir,
-        subset_size=subset_size,
+        subset_size=cfg.subset_size if split == "train" else None,
+        held_out=held_out,
         seed=cfg.seed,
         on_bad_row=cfg.on_bad_row,
         synthetic_problems=cfg.synthetic_problems,
@@ -146,6 +152,14 @@ def _mixture(cfg: RunConfig, split: str, subset_size: int | None) -> Mixture:
 
 def _report(cfg: RunConfig, mixture: Mixture, corpus: EncodedCorpus) -> None:
     log.info("data: %d rows to train on from %s", len(corpus.samples), " ".join(cfg.datasets))
+    for name, count in mixture.counts.items():
+        most = mixture.available[name]
+        log.log(logging.WARNING if 2 * count < most else logging.INFO, "data: %s: %d of %d rows", name, count, most)
+        if mixture.held_out[name]:
+            log.warning(
+                "data: %s: %d of %d rows ask what a held-out row asks and were left out of training",
+                name, mixture.held_out[name], most + mixture.held_out[name],
+            )  # fmt: skip
     if corpus.too_long:
         log.warning(
             "data: %d rows are longer than --max_length %d tokens and were left out", corpus.too_long, cfg.max_length

@@ -14,7 +14,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvds.data.encoding import EncodedCorpus, EncodedSample, encode_examples
+from kvds.data.encoding import EncodedCorpus, EncodedSample, compare_rows, encode_examples
 from kvds.data.example import Example
+from kvds.data.text_fidelity import TextFidelity
 from kvds.durable_files import json_text
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvds")
 
 # Part of each fingerprint: raise it whenever rows are encoded or stored in another way.
-_FORMAT = 1
+_FORMAT = 2
 _TEACHER = "teacher."
 
 
@@ -69,26 +70,33 @@ def encode_once(
     steps: bool = False,
     files: TokenFiles,
 ) -> EncodedCorpus:
-    """As :func:`kvds.data.encoding.encode_examples`, from a file where one holds these very rows, else into one.
+    """Rows as tokens, compared with their text; from a file where one holds these very rows, else into one.
 
     A folder that cannot be written or read costs a warning and the time to tokenise. Rows of a tokenizer without a
     ``tokenizer.json``, which cannot be told from another by its contents, are not kept.
     """
     if files.folder is None or not tokenizer.is_fast:
-        return encode_examples(examples, tokenizer, max_length, steps=steps)
+        return _encoded(examples, tokenizer, max_length, steps)
     path = files.folder / f"{_fingerprint(examples, tokenizer, max_length, steps)}.safetensors"
     corpus = None
     try:
         if files.first:
             corpus = read_corpus(path)
             if corpus is None:
-                corpus = encode_examples(examples, tokenizer, max_length, steps=steps)
+                corpus = _encoded(examples, tokenizer, max_length, steps)
                 _write_corpus(path, corpus)
     finally:  # whatever became of it, the others go on
         files.wait()
     if corpus is None:
         corpus = read_corpus(path)
-    return encode_examples(examples, tokenizer, max_length, steps=steps) if corpus is None else corpus
+    return _encoded(examples, tokenizer, max_length, steps) if corpus is None else corpus
+
+
+def _encoded(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, steps: bool
+) -> EncodedCorpus:
+    corpus = encode_examples(examples, tokenizer, max_length, steps=steps)
+    return replace(corpus, fidelity=compare_rows(corpus.samples, examples, tokenizer))
 
 
 def _fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, steps: bool) -> str:
@@ -165,12 +173,17 @@ def _columns(samples: Sequence[EncodedSample], prefix: str = "") -> dict[str, Te
     return columns | (_columns(teachers, _TEACHER) if teachers else {})
 
 
+def _notes(corpus: EncodedCorpus) -> dict[str, str]:
+    """What a file says beside its rows, so that every reader tells the same of them."""
+    return {"too_long": str(corpus.too_long), "fidelity": corpus.fidelity.to_json()}
+
+
 def _write_corpus(path: Path, corpus: EncodedCorpus) -> None:
     unfinished = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.unfinished")  # no other process's
-        save_file(_columns(corpus.samples), unfinished, {"too_long": str(corpus.too_long)})
+        save_file(_columns(corpus.samples), unfinished, _notes(corpus))
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         log.warning("data_cache=%s: rows as tokens could not be kept there (%s)", path.parent, error)
@@ -186,7 +199,9 @@ def read_corpus(path: Path) -> EncodedCorpus | None:
     try:
         with safe_open(path, "pt") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return EncodedCorpus(StoredSamples(columns), int(file.metadata()["too_long"]))
+            notes = file.metadata()
+            fidelity = TextFidelity.from_json(notes["fidelity"])
+            return EncodedCorpus(StoredSamples(columns), int(notes["too_long"]), fidelity)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         log.warning("data_cache=%s: cannot be read (%s); rows are tokenised anew", path, error)
         return None

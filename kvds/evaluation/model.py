@@ -6,21 +6,24 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kvds.data.batches import collate
-from kvds.data.encoding import EncodedSample, Segment, encode_examples
-from kvds.data.example import Example, answer_text, extract_answer
+from kvds.data.encoding import EncodedSample, encode_examples
+from kvds.data.example import LINE_END, Example, extract_answer
 from kvds.data.labels import LabelledPositions
+from kvds.data.text_fidelity import decode_texts
 from kvds.durable_files import json_text
+from kvds.evaluation.generation import Completion, generate_completions, greedy_defaults, prompt_length
 from kvds.kv.families import backbone
+from kvds.models.architecture import check_positions
 
 log = logging.getLogger("kvds")
 
@@ -46,7 +49,8 @@ def evaluate_model(
     """Judge ``model`` on ``examples``, per corpus and over all.
 
     ``cross_entropy`` is the mean over the tokens of rationale and answer, ``perplexity`` its exponential,
-    ``exact_match`` the share of rows whose greedily generated completion holds the right answer. Rows are sorted by
+    ``exact_match`` the share of rows whose greedily generated completion holds the right answer; both answers are read
+    from tokens, so that what a tokenizer composes or drops counts against nobody. Rows are sorted by
     length into batches with little padding; positions follow the attention mask, so that the batch size decides about
     speed and nothing else.
     Neither random states nor the model's modes are changed.
@@ -56,7 +60,7 @@ def evaluate_model(
         tokenizer: Its tokenizer.
         examples: Rows, the same on every rank; this rank judges its share.
         batch_size: Rows per forward.
-        max_new_tokens: Tokens generated at most; less where the longest prompt leaves the model fewer positions.
+        max_new_tokens: Tokens generated at most; fewer for a row whose prompt leaves the model fewer positions.
         max_length: Rows with more tokens are left out.
         rank: This rank.
         world_size: Number of ranks.
@@ -67,10 +71,14 @@ def evaluate_model(
         between_batches: Called before each batch, equally often on all ranks, whatever their shares.
 
     Returns:
-        Corpus (and ``"all"``) → ``cross_entropy`` (nats per token), ``perplexity``, ``exact_match`` (0 to 1) and
-        ``samples`` (rows). Where no row was short enough, ``samples`` is 0 and the others
-        are NaN.
+        Corpus (and ``"all"``) → ``cross_entropy`` (nats per token), ``perplexity``, ``exact_match`` (0 to 1, of those
+        judged), ``samples`` (rows), ``judged`` (rows with an answer that the tokenizer can write) and
+        ``cut_completions`` (rows whose completion had not ended). Where there is no such row, means are NaN.
+
+    Raises:
+        InputError: rows may have more tokens than the model positions.
     """
+    check_positions(model.config, max_length, flag="model")  # type: ignore[arg-type]
     samples = encode_examples(examples, tokenizer, max_length).samples
     left_out = len(examples) - len(samples)
     if left_out and rank == 0:
@@ -78,66 +86,98 @@ def evaluate_model(
             "evaluation: %d rows are longer than --max_length %d tokens and were left out", left_out, max_length
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    budget = _generation_budget(model, samples, max_new_tokens)
     # Neighbours in length go to different ranks: all are done at about the same time. The longest come first, so that
     # memory that does not suffice is noticed at once.
     share = sorted(samples, key=lambda sample: -len(sample.input_ids))[rank::world_size]
     largest_share = -(-len(samples) // world_size)
     losses: dict[int, tuple[float, int]] = {}
-    completions: dict[int, str] = {}
+    completions: dict[int, Completion] = {}
     bar = tqdm(total=2 * len(share), desc="evaluate", unit="row", disable=not progress or rank != 0, mininterval=0.5)
     with torch.no_grad(), _evaluation_mode(model), bar:
         for rows in _batches(share, batch_size, largest_share, between_batches):
             for row, loss in zip(rows, completion_losses(model, rows, pad), strict=True):
                 losses[row.example] = (loss, row.label_count)
             bar.update(len(rows))
-        share = sorted(share, key=lambda sample: -_prompt_length(sample))
-        with _greedy_defaults(model, tokenizer, pad, budget):
+        share = sorted(share, key=lambda sample: -prompt_length(sample))
+        with greedy_defaults(model, tokenizer, pad):
             for rows in _batches(share, batch_size, largest_share, between_batches):
-                for row, text in zip(rows, _generate(model, tokenizer, rows, pad), strict=True):
-                    completions[row.example] = text
+                found = generate_completions(model, tokenizer, rows, pad, max_new_tokens)
+                completions |= {row.example: completion for row, completion in zip(rows, found, strict=True)}
                 bar.update(len(rows))
 
-    correct = {i: extract_answer(text) == _expected_answer(examples[i]) for i, text in completions.items()}
+    verdicts = _verdicts(tokenizer, share, examples, completions)
     if predictions_path is not None:
-        _write_predictions(_of_rank(Path(predictions_path), rank, world_size), examples, losses, completions, correct)
+        _write_predictions(_of_rank(Path(predictions_path), rank, world_size), examples, losses, completions, verdicts)
     corpora = sorted({examples[sample.example].corpus for sample in samples})
-    # Per corpus: Σ loss, tokens, right answers, rows; fp64, so that the sum over ranks is the mean of one process.
-    sums = torch.zeros(len(corpora), 4, dtype=torch.float64)
+    # Per corpus: Σ loss, tokens, right answers, judged ones, cut completions, rows; fp64, so that the sum over ranks is
+    # the mean of one process.
+    sums = torch.zeros(len(corpora), 6, dtype=torch.float64)
     for i, (loss, tokens) in losses.items():
-        sums[corpora.index(examples[i].corpus)] += torch.tensor([loss, tokens, correct[i], 1], dtype=torch.float64)
+        verdict = verdicts[i]
+        numbers = [loss, tokens, verdict.correct, verdict.expected != "", completions[i].cut, 1]
+        sums[corpora.index(examples[i].corpus)] += torch.tensor(numbers, dtype=torch.float64)
     if all_reduce is not None and corpora:
         sums = sums.to(next(model.parameters()).device)
         all_reduce(sums)
     rows_of = dict(zip(corpora, sums.tolist(), strict=True))
     rows_of["all"] = sums.sum(0).tolist()
-    return {corpus: _summary(*values) for corpus, values in rows_of.items()}
+    results = {corpus: _summary(*values) for corpus, values in rows_of.items()}
+    if results["all"]["judged"] < results["all"]["samples"] and rank == 0:
+        log.warning(
+            "evaluation: the answers of %d of %d rows cannot be written with the tokenizer, and are not judged",
+            results["all"]["samples"] - results["all"]["judged"], results["all"]["samples"],
+        )  # fmt: skip
+    return results
 
 
-def _summary(loss: float, tokens: float, right: float, rows: float) -> dict[str, float]:
+def in_words(results: dict[str, dict[str, float]]) -> str:
+    """The whole of an evaluation on one line."""
+    every = results["all"]
+    match = f"{100 * every['exact_match']:.1f} %" if every["judged"] else "– (no answer was judged)"
+    return (
+        f"cross entropy {every['cross_entropy']:.4f}, exact match {match}, {every['cut_completions']} of "
+        f"{every['samples']} completions cut before their end"
+    )
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Answers of one row, normalised; the expected one is empty where no text of the tokenizer holds it."""
+
+    expected: str
+    predicted: str
+
+    @property
+    def correct(self) -> bool:
+        return self.expected == self.predicted != ""
+
+
+def _verdicts(
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[EncodedSample],
+    examples: Sequence[Example],
+    completions: dict[int, Completion],
+) -> dict[int, _Verdict]:
+    """Both answers as their tokens say them: the expected one is what a completion of just these tokens would have."""
+    labels = [sample.input_ids[prompt_length(sample) : -1] for sample in samples]
+    verdicts = {}
+    for sample, text in zip(samples, decode_texts(tokenizer, labels), strict=True):
+        whole = LINE_END.search(examples[sample.example].answer.strip()) is not None
+        both = (extract_answer(text, whole=whole) for text in (text, completions[sample.example].text))
+        verdicts[sample.example] = _Verdict(*both)
+    return verdicts
+
+
+def _summary(loss: float, tokens: float, right: float, judged: float, cut: float, rows: float) -> dict[str, float]:
     cross_entropy = loss / tokens if tokens else math.nan
     return {
         "cross_entropy": cross_entropy,
         "perplexity": math.exp(cross_entropy) if not cross_entropy > 700 else math.inf,
-        "exact_match": right / rows if rows else math.nan,
+        "exact_match": right / judged if judged else math.nan,
         "samples": int(rows),
+        "judged": int(judged),
+        "cut_completions": int(cut),
     }
-
-
-def _expected_answer(example: Example) -> str:
-    return extract_answer(answer_text(example))
-
-
-def _prompt_length(sample: EncodedSample) -> int:
-    return sum(segment == Segment.PROMPT for segment in sample.segment_ids)
-
-
-def _generation_budget(model: nn.Module, samples: Sequence[EncodedSample], max_new_tokens: int) -> int:
-    """``max_new_tokens``, or what the longest prompt leaves of the model's positions: one number for all rows."""
-    limit = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
-    if limit is None or not samples:
-        return max_new_tokens
-    return max(1, min(max_new_tokens, limit - max(_prompt_length(sample) for sample in samples)))
 
 
 def _batches(
@@ -161,23 +201,6 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextlib.contextmanager
-def _greedy_defaults(model: Any, tokenizer: PreTrainedTokenizerBase, pad: int, budget: int) -> Iterator[None]:
-    """Plain greedy generation whatever the checkpoint's generation_config.json asks for (sampling, repetition penalty).
-
-    ``generate`` fills every value that its caller leaves open from the model's own defaults: those are set aside.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        max_new_tokens=budget, do_sample=False, num_beams=1, use_cache=True,
-        pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def completion_losses(model: nn.Module, rows: Sequence[EncodedSample], pad: int) -> list[float]:
     """Σ −log p(token) over rationale and answer of each row; only counted positions go through the head, in chunks."""
     device = next(model.parameters()).device
@@ -198,17 +221,6 @@ def completion_losses(model: nn.Module, rows: Sequence[EncodedSample], pad: int)
     return sums.index_add_(0, labelled.index // hidden.shape[1], losses.double()).tolist()
 
 
-def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedSample], pad: int) -> list[str]:
-    """The completion of each row's prompt, prompts padded on the left; ``generate`` counts positions by the mask."""
-    device = next(model.parameters()).device
-    prompts = [row.input_ids[: _prompt_length(row)] for row in rows]
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    generated = model.generate(input_ids=input_ids, attention_mask=mask)[:, width:]
-    return tokenizer.batch_decode(generated, skip_special_tokens=True)
-
-
 def _of_rank(path: Path, rank: int, world_size: int) -> Path:
     return path if world_size == 1 else path.with_name(f"{path.stem}-rank{rank}{path.suffix}")
 
@@ -217,8 +229,8 @@ def _write_predictions(
     path: Path,
     examples: Sequence[Example],
     losses: dict[int, tuple[float, int]],
-    completions: dict[int, str],
-    correct: dict[int, bool],
+    completions: dict[int, Completion],
+    verdicts: dict[int, _Verdict],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -226,8 +238,8 @@ def _write_predictions(
             example, (loss, tokens) = examples[i], losses[i]
             record = {
                 "corpus": example.corpus, "place": example.place, "prompt": example.prompt,
-                "expected": _expected_answer(example), "predicted": extract_answer(completions[i]),
-                "correct": correct[i], "completion": completions[i],
-                "cross_entropy": loss / tokens if math.isfinite(loss) else None, "tokens": tokens,
+                "expected": verdicts[i].expected, "predicted": verdicts[i].predicted,
+                "correct": verdicts[i].correct, "completion": completions[i].text, "cut": completions[i].cut,
+                "cross_entropy": loss / tokens, "tokens": tokens,
             }  # fmt: skip
             file.write(json_text(record, ensure_ascii=False) + "\n")

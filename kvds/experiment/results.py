@@ -103,7 +103,7 @@ def summarise(run: RunRecord) -> Row:
     Returns:
         Columns of ``runs.csv`` and ``curves``: per metric the steps and its values.
     """
-    row: Row = {f"final/{key}": number for key, number in run.held_out.items() if key != "samples"}
+    row: Row = {f"final/{key}": number for key, number in run.held_out.items() if key not in ("samples", "judged")}
     curves = {}
     for name in ("exact_match", "cross_entropy"):
         steps, values = run.series(f"eval/all/{name}")

@@ -33,6 +33,7 @@ from kvds.distillation.step_inputs import StepInputs
 from kvds.distributed.preemption import StopRequest
 from kvds.distributed.process_group import init_distributed
 from kvds.durable_files import json_text
+from kvds.evaluation.model import in_words
 from kvds.models.architecture import ModelConfigs, load_model_configs
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.token_budget import with_token_budget
@@ -337,11 +338,7 @@ class TrainingRun:
             results = self._evaluate(model)
             if self.rank == 0:
                 (self.output_dir / "eval.json").write_text(json_text(results, indent=1) + "\n")
-                log.info(
-                    "held-out: cross entropy %.4f, exact match %.1f %%",
-                    results["all"]["cross_entropy"],
-                    100 * results["all"]["exact_match"],
-                )
+                log.info("held-out: %s", in_words(results))
         self.run_log.conclude(draw_report=draw_report)
 
     def close(self, status: str) -> None:

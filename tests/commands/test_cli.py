@@ -175,9 +175,39 @@ def test_eval_prints_and_writes_the_numbers(capsys, tmp_path, model_folder):
     header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert header[0] == "corpus"
     for name in ("synthetic", "all"):
-        loss, perplexity, match, _ = results[name].values()
-        assert [name, f"{loss:.4f}", f"{perplexity:.3f}", f"{100 * match:.1f}", "6"] in rows
+        loss, perplexity, match, samples, judged, cut = results[name].values()
+        assert samples == judged == 6 and 0 < cut <= 6
+        assert [name, f"{loss:.4f}", f"{perplexity:.3f}", f"{100 * match:.1f}", str(cut), "6"] in rows
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 6
+
+
+def test_eval_keeps_to_the_model_s_positions(capsys, tmp_path, model_folder):
+    """Without --max_length as many as the model has, or 512; rows that do not fit are no traceback."""
+    folder = tmp_path / "few"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 36}))
+    argv = ("eval", "--model", str(folder), "--subset_size", "60", "--max_new_tokens", "4", "--output", str(tmp_path))
+    assert main(list(argv)) == 0
+    assert 0 < json.loads((tmp_path / "eval.json").read_text())["all"]["samples"] < 60
+    capsys.readouterr()
+    told = error_of(capsys, *argv, "--max_length", "37")
+    assert told == "max_length=37: the model has 36 positions; expected --max_length 36 or less"
+    (tmp_path / "eval.json").unlink()
+    assert "--max_length 3: none of the 60 held-out rows fits" in error_of(capsys, *argv, "--max_length", "3")
+    assert not (tmp_path / "eval.json").exists()
+
+
+def test_eval_refuses_rows_that_the_tokenizer_cannot_write(capsys, tmp_path, model_folder):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"prompt": "$5.00?", "answer": "1"}))
+    (tmp_path / "own.eval.jsonl").write_text(path.read_text())
+    argv = ("eval", "--model", str(model_folder), "--datasets", str(path), "--max_new_tokens", "1")
+    told = error_of(capsys, *argv)
+    assert "max_lossy_rows=0.05: " in told and "'$5.00?\\n' becomes '500?\\n'" in told
+    assert main([*argv, "--max_lossy_rows", "1"]) == 0
+    capsys.readouterr()
+    assert "expected a share from 0 to 1" in error_of(capsys, *argv, "--max_lossy_rows", "2")
 
 
 def test_eval_refuses_folders_that_hold_something_else(capsys, tmp_path, model_folder):

@@ -48,6 +48,10 @@ BOUNDS = {
     "rank_timeout": [(5, 4, "at least 5 seconds")],
     "warmup_ratio": [(0.0, -1e-9, SHARE), (1 - 1e-9, 1.0, SHARE)],
     "max_grad_norm": [(0.0, -1e-9, "at least 0 (0: never clip)")],
+    "max_lossy_rows": [
+        (0.0, -1e-9, "a share from 0 to 1"),
+        (1.0, 1 + 1e-9, "a share from 0 to 1"),
+    ],
     "rkv_lambda": [(0.0, -1e-9, "a weight from 0 to 1"), (1.0, 1 + 1e-9, "a weight from 0 to 1")],
 }
 # What gives a setting its meaning where another would refuse the edge.
@@ -63,10 +67,11 @@ MAY_CHANGE = {
     *("tokenizer_name", "impl", "teacher_cache", "data_cache", "dry_run", "batch_size", "gradient_accumulation_steps"),
     *("change_global_batch", "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout"),
     "tokens_per_batch",
+    "max_lossy_rows",
 }
 NO_IDENTITY = {
     *("output_dir", "resume", "report_to", "tracking_uri", "experiment_name", "run_name", "save_steps", "data_dir"),
-    "on_bad_row",
+    *("on_bad_row", "max_lossy_rows"),
 }
 
 

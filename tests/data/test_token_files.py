@@ -126,7 +126,8 @@ def test_a_damaged_file_is_told_of_and_replaced(
     with caplog.at_level("WARNING", "kvds"):
         again = encode_once(ROWS, tokenizer, 64, files=files)
     assert "cannot be read" in caplog.text and list(again.samples) == list(whole.samples)
-    assert path.read_bytes() == content and read_corpus(path) is not None
+    kept = read_corpus(path)
+    assert kept is not None and list(kept.samples) == list(whole.samples) and kept.fidelity == whole.fidelity
 
 
 def same(a: TokenBatch, b: TokenBatch) -> bool:

@@ -37,6 +37,8 @@ FLAGS = {
     "--kv_method rkv_window --kv_budget 3 --observing_tokens 3":
         ("kv_budget=3", "more tokens than the 3 observing", "--observing_tokens"),
     "--observing_tokens 0": ("observing_tokens=0", "at least 1", "leave --observing_tokens away"),
+    "--max_lossy_rows 1.5": ("max_lossy_rows=1.5", "a share from 0 to 1", "--max_lossy_rows 0.05"),
+    "--max_lossy_rows some": ("max_lossy_rows=some", "a number", "--max_lossy_rows 0.05"),
     "--rkv_lambda 1.5": ("rkv_lambda=1.5", "from 0 to 1", "--rkv_lambda 0.1"),
     "--rkv_lambda -0.1": ("rkv_lambda=-0.1", "from 0 to 1", "--rkv_lambda 0.1"),
     "--kv_method right_crop": ("kv_budget=none", "a number of tokens or a fraction", "right_crop"),

@@ -1,0 +1,90 @@
+"""Greedy completions of held-out prompts: each row has the tokens that its own prompt leaves it, and is said to be cut
+where they did not suffice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from kvds.data.encoding import EncodedSample, Segment
+from kvds.data.text_fidelity import decode_texts
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote.
+
+    Attributes:
+        text: Without special tokens.
+        cut: Whether it had not ended when its tokens were used up.
+    """
+
+    text: str
+    cut: bool
+
+
+def prompt_length(sample: EncodedSample) -> int:
+    """Tokens of the prompt."""
+    return sum(segment == Segment.PROMPT for segment in sample.segment_ids)
+
+
+def generation_budget(model: Any, sample: EncodedSample, max_new_tokens: int) -> int:
+    """``max_new_tokens``, or what the row's own prompt leaves of the model's positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return max_new_tokens if limit is None else max(1, min(max_new_tokens, limit - prompt_length(sample)))
+
+
+@contextlib.contextmanager
+def greedy_defaults(model: Any, tokenizer: PreTrainedTokenizerBase, pad: int) -> Iterator[None]:
+    """Plain greedy generation whatever the checkpoint's generation_config.json asks for (sampling, repetition penalty).
+
+    ``generate`` fills every value that its caller leaves open from the model's own defaults: those are set aside.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, use_cache=True,
+        pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def generate_completions(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedSample], pad: int, max_new_tokens: int
+) -> list[Completion]:
+    """The completion of each row's prompt, within :func:`greedy_defaults`.
+
+    Rows of one budget are generated together: beside a row with more, one with few would be asked for positions that a
+    model may not have.
+    """
+    completions: dict[int, Completion] = {}
+    budgets = [generation_budget(model, row, max_new_tokens) for row in rows]
+    for budget, places in groupby(sorted(range(len(rows)), key=budgets.__getitem__), budgets.__getitem__):
+        alike = list(places)
+        found = _generate(model, tokenizer, [rows[place] for place in alike], pad, budget)
+        completions |= dict(zip(alike, found, strict=True))
+    return [completions[place] for place in range(len(rows))]
+
+
+def _generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedSample], pad: int, budget: int
+) -> list[Completion]:
+    """Prompts are padded on the left; ``generate`` counts positions by the mask."""
+    device = next(model.parameters()).device
+    prompts = [row.input_ids[: prompt_length(row)] for row in rows]
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    generated = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=budget)[:, width:]
+    ended = (generated == tokenizer.eos_token_id).any(1).tolist()
+    texts = decode_texts(tokenizer, generated.tolist())
+    return [Completion(text, not end) for text, end in zip(texts, ended, strict=True)]
