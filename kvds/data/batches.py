@@ -48,9 +48,9 @@ class TokenBatch:
         label_normalizer: Tokens that the task loss counts in the whole global step, per rank and micro-batch.
         position_normalizer: Positions (or steps) whose keys and values count in the whole global step, per rank and
             micro-batch.
-        step_ids: ``[B, T]`` int64, the reasoning step of each token, counted from 1, 0 = none; None where positions
-            are matched.
-        num_steps: Steps of the row that has the most, in either text.
+        reasoning_step_ids: ``[B, T]`` int64, the reasoning step of each token, counted from 1, 0 = none; None where
+            positions are matched.
+        num_reasoning_steps: Of the row that has the most, in either text.
         teacher_text: The same rows as the teacher reads them; None = these.
         packing: Where the samples lie; None = one in each row.
         row_samples: For each row its samples' positions among the loader's, in order; known without asking a device.
@@ -64,8 +64,8 @@ class TokenBatch:
     sample_ids: Tensor
     label_normalizer: float
     position_normalizer: float
-    step_ids: Tensor | None = None
-    num_steps: int = 0
+    reasoning_step_ids: Tensor | None = None
+    num_reasoning_steps: int = 0
     teacher_text: TokenBatch | None = None
     packing: Packing | None = None
     row_samples: tuple[tuple[int, ...], ...] = ()
@@ -73,6 +73,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
+        reasoning_step_ids = self.reasoning_step_ids
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -80,7 +81,7 @@ class TokenBatch:
             labels=self.labels.to(device, non_blocking=True),
             segment_ids=self.segment_ids.to(device, non_blocking=True),
             sample_ids=self.sample_ids.to(device, non_blocking=True),
-            step_ids=None if self.step_ids is None else self.step_ids.to(device, non_blocking=True),
+            reasoning_step_ids=None if reasoning_step_ids is None else reasoning_step_ids.to(device, non_blocking=True),
             teacher_text=None if self.teacher_text is None else self.teacher_text.to(device),
             packing=None if self.packing is None else self.packing.to(device),
         )
@@ -124,19 +125,19 @@ def collate(
         input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer,
         row_samples=row_samples, pads_right=True,
     )  # fmt: skip
-    return _with_steps(batch, rows, pad_token_id, width)
+    return _with_reasoning_steps(batch, rows, pad_token_id, width)
 
 
-def _with_steps(
+def _with_reasoning_steps(
     batch: TokenBatch, rows: Sequence[EncodedSample | None], pad_token_id: int, width: RowWidth
 ) -> TokenBatch:
     """The batch with the steps of its rows and with what their teacher reads, where they have either."""
-    if not any(row is not None and row.step_ids for row in rows):
+    if not any(row is not None and row.reasoning_step_ids for row in rows):
         return batch
-    step_ids = torch.zeros_like(batch.segment_ids)
+    reasoning_step_ids = torch.zeros_like(batch.segment_ids)
     for position, row in enumerate(rows):
         if row is not None:
-            step_ids[position, : len(row.step_ids)] = torch.tensor(row.step_ids)
+            reasoning_step_ids[position, : len(row.reasoning_step_ids)] = torch.tensor(row.reasoning_step_ids)
     text = None
     if any(row is not None and row.teacher is not None for row in rows):
         read = [row if row is None or row.teacher is None else row.teacher for row in rows]
@@ -144,10 +145,12 @@ def _with_steps(
             read, batch.sample_ids.tolist(), pad_token_id, batch.label_normalizer, batch.position_normalizer,
             width=width,
         )  # fmt: skip
-    num_steps = max(1, int(step_ids.max()), 0 if text is None else text.num_steps)
+    num_reasoning_steps = max(1, int(reasoning_step_ids.max()), 0 if text is None else text.num_reasoning_steps)
     if text is not None:
-        text = replace(text, num_steps=num_steps)
-    return replace(batch, step_ids=step_ids, num_steps=num_steps, teacher_text=text)
+        text = replace(text, num_reasoning_steps=num_reasoning_steps)
+    return replace(
+        batch, reasoning_step_ids=reasoning_step_ids, num_reasoning_steps=num_reasoning_steps, teacher_text=text
+    )
 
 
 def collate_packed(

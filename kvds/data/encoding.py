@@ -14,7 +14,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from kvds.data.example import Example, answer_text, prompt_text, rationale_text
-from kvds.data.reasoning_steps import encode_steps
+from kvds.data.reasoning_steps import encode_reasoning_steps
 from kvds.data.text_fidelity import TextFidelity, compare_texts
 from kvds.errors import InputError
 
@@ -39,21 +39,21 @@ class EncodedSample:
         input_ids: Token ids.
         segment_ids: Their :class:`Segment`, as many.
         example: Position of the row in the list that was encoded.
-        step_ids: The reasoning step of each token, counted from 1, 0 = none; empty where steps were not asked for.
+        reasoning_step_ids: The reasoning step of each token, counted from 1, 0 = none; empty where none were asked for.
         teacher: The row as the teacher reads it; None = the same text.
     """
 
     input_ids: tuple[int, ...]
     segment_ids: tuple[int, ...]
     example: int
-    step_ids: tuple[int, ...] = ()
+    reasoning_step_ids: tuple[int, ...] = ()
     teacher: EncodedSample | None = None
 
     @property
-    def step_count(self) -> int:
-        """Steps that both texts have."""
-        own = max(self.step_ids, default=0)
-        return own if self.teacher is None else min(own, self.teacher.step_count)
+    def reasoning_step_count(self) -> int:
+        """Reasoning steps that both texts have."""
+        own = max(self.reasoning_step_ids, default=0)
+        return own if self.teacher is None else min(own, self.teacher.reasoning_step_count)
 
     @property
     def label_count(self) -> int:
@@ -116,7 +116,7 @@ def compare_rows(
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, *, steps: bool = False
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, *, reasoning_steps: bool = False
 ) -> EncodedCorpus:
     """Tokenise ``prompt⏎ | rationale⏎ | #### answer<end>``, all rows at once.
 
@@ -124,7 +124,7 @@ def encode_examples(
         examples: Rows.
         tokenizer: With an end-of-text token.
         max_length: Tokens; rows with more are left out and counted, never cut (a cut row would teach a wrong answer).
-        steps: Also number the reasoning steps, and encode the teacher's own text where a row has one.
+        reasoning_steps: Also number them, and encode the teacher's own text where a row has one.
 
     Raises:
         InputError: the tokenizer has no end-of-text token, so that no answer could end; or cannot number steps.
@@ -137,7 +137,9 @@ def encode_examples(
         )
     texts = [rationale_text(example) for example in examples]
     prompts = prompt_ids(examples, tokenizer)
-    rationales, numbers = encode_steps(texts, tokenizer) if steps else (_segments(texts, tokenizer), None)
+    rationales, numbers = (
+        encode_reasoning_steps(texts, tokenizer) if reasoning_steps else (_segments(texts, tokenizer), None)
+    )
     answers = _segments([answer_text(example) for example in examples], tokenizer)
     samples = []
     for position, (prompt, rationale, answer) in enumerate(zip(prompts, rationales, answers, strict=True)):
@@ -151,7 +153,7 @@ def encode_examples(
             segments = tuple(int(segment) for segment, length in lengths for _ in range(length))
             own = () if numbers is None else ((0,) * len(prompt) + numbers[position] + (0,) * (len(answer) + 1))
             samples.append(EncodedSample(ids, segments, position, own))
-    if steps:
+    if reasoning_steps:
         samples = _with_teachers_text(samples, examples, tokenizer, max_length)
     return EncodedCorpus(samples, len(examples) - len(samples))
 
@@ -163,7 +165,7 @@ def _with_teachers_text(
     own = {i: e.teacher_rationale for i, e in enumerate(examples) if e.teacher_rationale is not None}
     texts = [replace(examples[i], rationale=text, teacher_rationale=None) for i, text in own.items()]
     places = list(own)
-    encoded = encode_examples(texts, tokenizer, max_length, steps=True).samples if texts else []
+    encoded = encode_examples(texts, tokenizer, max_length, reasoning_steps=True).samples if texts else []
     teachers = {places[row.example]: replace(row, example=places[row.example]) for row in encoded}
     return [
         replace(row, teacher=teachers.get(row.example))

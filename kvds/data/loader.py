@@ -75,7 +75,8 @@ class BatchLoader:
         self._tokens_per_batch, self._longest = tokens_per_batch, longest or max(self._lengths)
         self._labels = [sample.label_count for sample in samples]
         self._positions = [
-            sample.step_count if sample.step_ids else position_count(len(sample.input_ids)) for sample in samples
+            sample.reasoning_step_count if sample.reasoning_step_ids else position_count(len(sample.input_ids))
+            for sample in samples
         ]
         self._global_batch = batch_size * gradient_accumulation_steps * world_size
         self._order: tuple[int, list[int]] = (-1, [])

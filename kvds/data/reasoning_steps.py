@@ -23,7 +23,7 @@ _BREAK = re.compile(r"(?:\r\n?|\n)(?:[^\S\r\n]*(?:\r\n?|\n))*")
 _RESULT = re.compile(r"=\s*[$€£]?[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?", re.ASCII)
 
 
-def step_starts(rationale: str) -> list[int]:
+def reasoning_step_starts(rationale: str) -> list[int]:
     """Offsets in the text at which its steps begin, ascending; the first is 0. Empty for a text without any.
 
     Blank lines belong to the step before them.
@@ -37,7 +37,7 @@ def step_starts(rationale: str) -> list[int]:
     return [0, *(end for end in ends if rationale[end:].strip() and rationale[:end].strip())]
 
 
-def step_ids(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+def reasoning_step_ids(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     """The step of each token of ``text``, by where the token begins. Each step owns at least one.
 
     A step in which no token begins gets the one that reaches into it, where the step before has another. Where it
@@ -50,7 +50,7 @@ def step_ids(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     Returns:
         Numbers from 1 without gaps, not descending, then zeros; all 0 where the text has no step.
     """
-    starts = step_starts(text)
+    starts = reasoning_step_starts(text)
     ids, last = [], min(1, len(starts))
     for begin, end in offsets:
         if end > begin:  # a token of no letters belongs where the one before it does
@@ -65,7 +65,7 @@ def step_ids(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def encode_steps(
+def encode_reasoning_steps(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[tuple[int, ...]]]:
     """Token ids of rationales, as tokenising them without special tokens gives them, and the step of each token.
@@ -83,5 +83,5 @@ def encode_steps(
     encoded = tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
-    steps = [step_ids(text, offsets) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
+    steps = [reasoning_step_ids(text, offsets) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
     return encoded["input_ids"], steps

@@ -92,19 +92,19 @@ def load_run_data(
 
     held_out_rows = _mixture(cfg, "eval").examples if cfg.eval_subset_size else []
     mixture = _mixture(cfg, "train", held_out_rows)
-    steps = cfg.uses_kv and cfg.align_tokens == "segment"
+    reasoning_steps = cfg.uses_kv and cfg.align_tokens == "segment"
     files = TokenFiles(_folder(cfg), first, wait)
-    corpus = encode_once(mixture.examples, tokenizer, cfg.max_length, steps=steps, files=files)
+    corpus = encode_once(mixture.examples, tokenizer, cfg.max_length, reasoning_steps=reasoning_steps, files=files)
     _report(cfg, mixture, corpus)
     examples = _first_per_corpus(held_out_rows, cfg.eval_subset_size)
     texts = partial(check_texts, most=cfg.max_lossy_rows, tokenizer=tokenizer)
     texts(corpus.fidelity, mixture.examples, what="training")
     held_out: Sequence[EncodedSample] = []
     if examples:
-        judged_by = encode_once(examples, tokenizer, cfg.max_length, steps=steps, files=files)
+        judged_by = encode_once(examples, tokenizer, cfg.max_length, reasoning_steps=reasoning_steps, files=files)
         texts(judged_by.fidelity, examples, what="held-out")
         held_out = judged_by.samples
-    if steps:
+    if reasoning_steps:
         _check_steps(cfg, corpus.samples)
     if examples and not held_out:
         raise InputError(
@@ -125,7 +125,7 @@ def _folder(cfg: RunConfig) -> Path | None:
 
 
 def _check_steps(cfg: RunConfig, samples: Sequence[EncodedSample]) -> None:
-    if not any(sample.step_count for sample in samples):
+    if not any(sample.reasoning_step_count for sample in samples):
         raise InputError(
             "align_tokens=segment: no training row has a rationale, so that there is no step to match; expected rows "
             "with reasoning (or --align_tokens position)"

@@ -67,7 +67,7 @@ def encode_once(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
-    steps: bool = False,
+    reasoning_steps: bool = False,
     files: TokenFiles,
 ) -> EncodedCorpus:
     """Rows as tokens, compared with their text; from a file where one holds these very rows, else into one.
@@ -76,33 +76,35 @@ def encode_once(
     ``tokenizer.json``, which cannot be told from another by its contents, are not kept.
     """
     if files.folder is None or not tokenizer.is_fast:
-        return _encoded(examples, tokenizer, max_length, steps)
-    path = files.folder / f"{_fingerprint(examples, tokenizer, max_length, steps)}.safetensors"
+        return _encoded(examples, tokenizer, max_length, reasoning_steps)
+    path = files.folder / f"{_fingerprint(examples, tokenizer, max_length, reasoning_steps)}.safetensors"
     corpus = None
     try:
         if files.first:
             corpus = read_corpus(path)
             if corpus is None:
-                corpus = _encoded(examples, tokenizer, max_length, steps)
+                corpus = _encoded(examples, tokenizer, max_length, reasoning_steps)
                 _write_corpus(path, corpus)
     finally:  # whatever became of it, the others go on
         files.wait()
     if corpus is None:
         corpus = read_corpus(path)
-    return _encoded(examples, tokenizer, max_length, steps) if corpus is None else corpus
+    return _encoded(examples, tokenizer, max_length, reasoning_steps) if corpus is None else corpus
 
 
 def _encoded(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, steps: bool
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, reasoning_steps: bool
 ) -> EncodedCorpus:
-    corpus = encode_examples(examples, tokenizer, max_length, steps=steps)
+    corpus = encode_examples(examples, tokenizer, max_length, reasoning_steps=reasoning_steps)
     return replace(corpus, fidelity=compare_rows(corpus.samples, examples, tokenizer))
 
 
-def _fingerprint(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, steps: bool) -> str:
+def _fingerprint(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, reasoning_steps: bool
+) -> str:
     options = (
         _FORMAT, tokenizers.__version__, transformers.__version__, tokenizer.bos_token_id, tokenizer.eos_token_id,
-        max_length, steps,
+        max_length, reasoning_steps,
     )  # fmt: skip
     digest = hashlib.sha256(json_text(options).encode())
     backend = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
@@ -166,8 +168,8 @@ def _columns(samples: Sequence[EncodedSample], prefix: str = "") -> dict[str, Te
         "input_ids": flat((row.input_ids for row in samples), torch.int32),
         "segment_ids": flat((row.segment_ids for row in samples), torch.uint8),
     }
-    if any(row.step_ids for row in samples):
-        columns["step_ids"] = flat((row.step_ids for row in samples), torch.int32)
+    if any(row.reasoning_step_ids for row in samples):
+        columns["step_ids"] = flat((row.reasoning_step_ids for row in samples), torch.int32)
     columns = {f"{prefix}{name}": column for name, column in columns.items()}
     teachers = [row.teacher for row in samples if row.teacher is not None]
     return columns | (_columns(teachers, _TEACHER) if teachers else {})

@@ -15,7 +15,7 @@ from kvds.data.model_inputs import model_inputs
 from kvds.distillation.gradient_watch import GradientWatch
 from kvds.distillation.losses import head_losses, spoil_gradient
 from kvds.distillation.step import StepInput, TeacherKV
-from kvds.kv import Selection, States, open_capture, pool_steps, selected_shares
+from kvds.kv import Selection, States, open_capture, pool_reasoning_steps, selected_shares
 from kvds.kv.families import backbone
 
 
@@ -88,8 +88,8 @@ class DistillationModule(nn.Module):
             with capture, self._storage(batch.input_ids):
                 hidden = model(**inputs).last_hidden_state
             states = capture.states
-            if batch.step_ids is not None:
-                states = pool_steps(states, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
+            if batch.reasoning_step_ids is not None:
+                states = pool_reasoning_steps(states, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
             if step.watch and torch.is_grad_enabled():
                 self.gradient_watch = GradientWatch()
                 self.gradient_watch.attach(capture)
@@ -148,7 +148,7 @@ class DistillationModule(nn.Module):
         selection = teacher.selection
         if step.watch:
             metrics |= _state_metrics(states, selection)
-            if step.batch.step_ids is None:
+            if step.batch.reasoning_step_ids is None:
                 segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
                 metrics |= selected_shares(selection, step.batch.segment_ids, segments)
         aligned = aligner(student=states, teacher=teacher.states, selection=selection)

@@ -20,12 +20,13 @@ from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
 from kvds.data.run_data import load_run_data
 from kvds.errors import InputError
-from kvds.kv import Selection, common_steps, open_capture, pool_steps, select_tokens
+from kvds.kv import Selection, open_capture, pool_reasoning_steps, select_tokens
 from kvds.kv.families import backbone
 from kvds.models.architecture import load_config
 from kvds.models.loading import load_model
 from kvds.models.tokenizer import load_tokenizer
 from kvds.teacher.teacher import Teacher
+from kvds.teacher.token_selection import matched_reasoning_steps
 
 log = logging.getLogger("kvds")
 
@@ -96,16 +97,15 @@ def _measure(
                 backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             own, theirs = capture.states, teacher(batch).states
             assert theirs is not None
-            if batch.step_ids is not None:
-                own = pool_steps(own, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
+            if batch.reasoning_step_ids is not None:
+                own = pool_reasoning_steps(own, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
             explained.update(own, theirs, _everything(batch, cfg))
     return explained.result()
 
 
 def _everything(batch: TokenBatch, cfg: RunConfig) -> Selection:
-    if batch.step_ids is None:
+    if batch.reasoning_step_ids is None:
         return select_tokens(
             "full", None, batch.segment_ids, batch.attention_mask, mask_first_token=cfg.mask_first_token
         )
-    theirs = (batch.teacher_text or batch).step_ids
-    return common_steps(batch.step_ids, batch.step_ids if theirs is None else theirs, batch.num_steps)
+    return matched_reasoning_steps(batch)

@@ -6,7 +6,7 @@ from kvds.kv.forward_capture import Capture
 from kvds.kv.gather import gather_positions, group_slices
 from kvds.kv.hidden import HiddenCapture, HiddenStates, hidden_shape
 from kvds.kv.observed import Observed, ObservingRows
-from kvds.kv.pool import common_steps, pool_steps
+from kvds.kv.pool import common_reasoning_steps, pool_reasoning_steps
 from kvds.kv.queries import AttentionStates, LayerQueries
 from kvds.kv.reading import States, open_capture
 from kvds.kv.select import Selection, observing_rows, select_tokens, selected_count, selected_shares
@@ -26,12 +26,12 @@ __all__ = [
     "ObservingRows",
     "Selection",
     "States",
-    "common_steps",
+    "common_reasoning_steps",
     "gather_positions",
     "group_slices",
     "hidden_shape",
     "open_capture",
-    "pool_steps",
+    "pool_reasoning_steps",
     "observing_rows",
     "row_draws",
     "select_tokens",

@@ -14,7 +14,7 @@ from kvds.kv.states import KVStates
 Poolable = TypeVar("Poolable", KVStates, HiddenStates)
 
 
-def pool_steps(states: Poolable, step_ids: Tensor, num_steps: int) -> Poolable:
+def pool_reasoning_steps(states: Poolable, step_ids: Tensor, num_steps: int) -> Poolable:
     """``pooled[b,h,s] = mean of states[b,h,t] over the tokens t of step s + 1``, zero where a row has no such step.
 
     Args:
@@ -38,7 +38,7 @@ def pool_steps(states: Poolable, step_ids: Tensor, num_steps: int) -> Poolable:
     return type(states)(*(tuple(pooled(layer) for layer in part) for part in states))
 
 
-def common_steps(student_ids: Tensor, teacher_ids: Tensor, num_steps: int) -> Selection:
-    """Steps that both texts of a row have, by number: ``mask [B, S]`` over the slots of :func:`pool_steps`."""
+def common_reasoning_steps(student_ids: Tensor, teacher_ids: Tensor, num_steps: int) -> Selection:
+    """Steps that both texts of a row have, by number: ``mask [B, S]`` over :func:`pool_reasoning_steps`'s slots."""
     common = torch.minimum(student_ids.amax(1), teacher_ids.amax(1))  # steps are numbered without gaps
     return Selection(None, torch.arange(num_steps, device=student_ids.device) < common[:, None])

@@ -22,7 +22,7 @@ from kvds.kv import (
     Selection,
     States,
     open_capture,
-    pool_steps,
+    pool_reasoning_steps,
     shuffled_states,
 )
 from kvds.kv.families import backbone
@@ -140,7 +140,7 @@ class Teacher:
             selection: The positions that alone are read: keys and values of no others are kept. None, or one without
                 an index: all, without a copy.
         """
-        batch, steps = batch.teacher_text or batch, batch.num_steps
+        batch, steps = batch.teacher_text or batch, batch.num_reasoning_steps
         if self._shards is not None:
             index = None if selection is None or self._shuffled else selection.index
             own = self._shards.states(batch, index, rope=self._rope, parts=self._parts)
@@ -163,8 +163,8 @@ class Teacher:
     def _finished(self, states: States, batch: TokenBatch, steps: int) -> States:
         if self._shuffled:
             states = shuffled_states(states, batch.attention_mask, batch.sample_ids >= 0)  # type: ignore[type-var]
-        if batch.step_ids is not None:
-            states = pool_steps(states, batch.step_ids, steps)  # type: ignore[type-var]
+        if batch.reasoning_step_ids is not None:
+            states = pool_reasoning_steps(states, batch.reasoning_step_ids, steps)  # type: ignore[type-var]
         return states
 
     def _capture(self, rows: ObservingRows | None, index: Tensor | None) -> Capture | SelectedCapture:

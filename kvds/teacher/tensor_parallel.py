@@ -189,4 +189,6 @@ def _batch_of(like: TokenBatch, columns: Tensor, bounds: Tensor | None, longest:
     nothing, packing = ids.new_zeros(0, 0), None
     if bounds is not None:
         packing = Packing(packed[0], packed[1], nothing, nothing.bool(), bounds.int(), 1, longest)
-    return replace(like, input_ids=ids, attention_mask=mask, packing=packing, step_ids=None, teacher_text=None)
+    return replace(
+        like, input_ids=ids, attention_mask=mask, packing=packing, reasoning_step_ids=None, teacher_text=None
+    )

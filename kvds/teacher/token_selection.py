@@ -8,9 +8,16 @@ from kvds.config import RunConfig
 from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.data.batches import TokenBatch
 from kvds.data.model_inputs import repacked, unpacked
-from kvds.kv import Observed, ObservingRows, Selection, common_steps, observing_rows, row_draws, select_tokens
+from kvds.kv import Observed, ObservingRows, Selection, common_reasoning_steps, observing_rows, row_draws, select_tokens
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher, TeacherOutput
+
+
+def matched_reasoning_steps(batch: TokenBatch) -> Selection:
+    """The reasoning steps of a batch, which has some, that student and teacher both read."""
+    own, theirs = batch.reasoning_step_ids, (batch.teacher_text or batch).reasoning_step_ids
+    assert own is not None
+    return common_reasoning_steps(own, own if theirs is None else theirs, batch.num_reasoning_steps)
 
 
 class TokenChoice:
@@ -37,9 +44,8 @@ class TokenChoice:
             step: What random draws depend on.
         """
         cfg = self._cfg
-        if batch.step_ids is not None:
-            teachers = (batch.teacher_text or batch).step_ids
-            return common_steps(batch.step_ids, batch.step_ids if teachers is None else teachers, batch.num_steps)
+        if batch.reasoning_step_ids is not None:
+            return matched_reasoning_steps(batch)
         rows = unpacked(batch)
         selection = select_tokens(
             cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask,

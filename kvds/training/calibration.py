@@ -19,7 +19,7 @@ from kvds.data.model_inputs import model_inputs
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.distributed.process_group import all_reduce_sum
 from kvds.errors import InputError
-from kvds.kv import Selection, open_capture, pool_steps
+from kvds.kv import Selection, open_capture, pool_reasoning_steps
 from kvds.kv.families import backbone
 from kvds.teacher.teacher import TeacherOutput
 from kvds.training.engine import discard_gradients, gradient_norm
@@ -56,8 +56,8 @@ def calibrate_aligner(
             if output.states is None:
                 raise RuntimeError("calibration needs a teacher whose states are captured")
             own = capture.states
-            if batch.step_ids is not None:
-                own = pool_steps(own, batch.step_ids, batch.num_steps)  # type: ignore[type-var]
+            if batch.reasoning_step_ids is not None:
+                own = pool_reasoning_steps(own, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
             moments.update(own, output.states, selection)
     student.train(was_training)
     moments.reduce(all_reduce_sum)

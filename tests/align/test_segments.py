@@ -14,7 +14,15 @@ from kvds.data.run_data import _check_steps
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.errors import InputError
-from kvds.kv import HiddenStates, KVShape, KVStates, Selection, common_steps, open_capture, pool_steps
+from kvds.kv import (
+    HiddenStates,
+    KVShape,
+    KVStates,
+    Selection,
+    common_reasoning_steps,
+    open_capture,
+    pool_reasoning_steps,
+)
 from kvds.kv.families import backbone
 from kvds.teacher.teacher import Teacher, TeacherOutput
 from kvds.training.calibration import calibrate_aligner
@@ -36,7 +44,7 @@ ROWS = [row(0, [2, 1, 3], [4, 2, 5, 1]), row(1, [3]), row(2, [1, 1], [6]), row(3
 
 
 def batch_of(rows: list[EncodedSample | None]) -> TokenBatch:
-    steps = float(sum(r.step_count for r in ROWS))
+    steps = float(sum(r.reasoning_step_count for r in ROWS))
     return collate(rows, [0] * len(rows), 0, 20.0, steps)
 
 
@@ -47,7 +55,7 @@ def test_pooled_states_are_means_over_the_tokens_of_a_step(kind):
              range(len(kind._fields))]  # fmt: skip
     ids = torch.tensor([[0, 1, 1, 2, 0], [1, 2, 3, 3, 3]])
     dirty = kind(*(tuple(x.masked_fill((ids == 0)[:, None, :, None], float("nan")) for x in part) for part in parts))
-    pooled = pool_steps(dirty, ids, 4)
+    pooled = pool_reasoning_steps(dirty, ids, 4)
     assert type(pooled) is kind
     for part, found in zip(parts, pooled, strict=True):
         for layer, one in zip(part, found, strict=True):
@@ -60,14 +68,14 @@ def test_pooled_states_are_means_over_the_tokens_of_a_step(kind):
             torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-14)
     x = parts[0][0].float().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda y: pool_steps(KVStates((y,), (y,)), ids, 4).keys[0], x.detach().double().requires_grad_()
+        lambda y: pool_reasoning_steps(KVStates((y,), (y,)), ids, 4).keys[0], x.detach().double().requires_grad_()
     )
-    assert pool_steps(KVStates((x.bfloat16(),), ()), ids, 4).keys[0].dtype == torch.float32
+    assert pool_reasoning_steps(KVStates((x.bfloat16(),), ()), ids, 4).keys[0].dtype == torch.float32
 
 
 def test_common_steps_are_those_that_both_texts_have():
     student, teacher = torch.tensor([[0, 1, 2, 3], [1, 1, 1, 0], [0, 0, 0, 0]]), torch.tensor([[1, 2], [1, 2], [1, 0]])
-    found = common_steps(student, teacher, 4)
+    found = common_reasoning_steps(student, teacher, 4)
     assert found.index is None
     assert found.mask.tolist() == [[True, True, False, False], [True, False, False, False], [False] * 4]
 
@@ -75,8 +83,8 @@ def test_common_steps_are_those_that_both_texts_have():
 def step_input(batch: TokenBatch, teacher: Teacher, *, watch: bool = False) -> StepInput:
     text = batch.teacher_text or batch
     selection = Selection(None, torch.zeros_like(batch.attention_mask, dtype=torch.bool))
-    if batch.step_ids is not None and text.step_ids is not None:
-        selection = common_steps(batch.step_ids, text.step_ids, batch.num_steps)
+    if batch.reasoning_step_ids is not None and text.reasoning_step_ids is not None:
+        selection = common_reasoning_steps(batch.reasoning_step_ids, text.reasoning_step_ids, batch.num_reasoning_steps)
     labelled = LabelledPositions.from_labels(batch.labels)
     return StepInput(batch, labelled, selection, teacher(batch), None, LossWeights(kv=1.5), watch)
 
@@ -114,10 +122,10 @@ def test_texts_of_different_lengths_meet_step_by_step(mode, monkeypatch):
 
     total, steps = torch.zeros(()), 0
     for sample in ROWS:
-        count, text = sample.step_count, sample.teacher or sample
+        count, text = sample.reasoning_step_count, sample.teacher or sample
         if count:
-            own = pooled(student, sample.input_ids, sample.step_ids, count)
-            theirs = pooled(teacher_model, text.input_ids, text.step_ids, count)
+            own = pooled(student, sample.input_ids, sample.reasoning_step_ids, count)
+            theirs = pooled(teacher_model, text.input_ids, text.reasoning_step_ids, count)
             mask = torch.ones(1, count, dtype=torch.bool)
             total = total + count * aligner(own, theirs, Selection(None, mask)).loss.detach()
             steps += count

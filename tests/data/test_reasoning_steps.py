@@ -15,7 +15,7 @@ from kvds.data.encoding import EncodedSample, Segment, encode_examples
 from kvds.data.example import Example, rationale_text
 from kvds.data.loader import BatchLoader
 from kvds.data.mixture import load_mixture
-from kvds.data.reasoning_steps import encode_steps, step_ids, step_starts
+from kvds.data.reasoning_steps import encode_reasoning_steps, reasoning_step_ids, reasoning_step_starts
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.errors import InputError
@@ -23,7 +23,7 @@ from tests.harness.real_data import data_folder
 
 
 def steps_of(text: str) -> list[str]:
-    starts = step_starts(text)
+    starts = reasoning_step_starts(text)
     return [text[begin:end] for begin, end in zip(starts, [*starts[1:], len(text)], strict=False)]
 
 
@@ -51,18 +51,20 @@ def test_steps_are_lines_or_the_equations_of_one(text, steps):
 
 def test_a_token_belongs_to_the_step_it_begins_in():
     # "a=1", " b", "=2", a token of no letters, "\n" behind the last step
-    assert step_ids("a=1 b=2\n", [(0, 3), (3, 5), (5, 7), (7, 7), (7, 8)]) == (1, 2, 2, 2, 2)
-    assert step_ids("a=1 b=2", [(0, 0), (0, 4), (4, 7)]) == (1, 1, 2)  # a token over the border: where it begins
-    assert step_ids("\n", [(0, 1)]) == (0,) and step_ids("", []) == ()
+    assert reasoning_step_ids("a=1 b=2\n", [(0, 3), (3, 5), (5, 7), (7, 7), (7, 8)]) == (1, 2, 2, 2, 2)
+    # A token over the border: where it begins.
+    assert reasoning_step_ids("a=1 b=2", [(0, 0), (0, 4), (4, 7)]) == (1, 1, 2)
+    assert reasoning_step_ids("\n", [(0, 1)]) == (0,) and reasoning_step_ids("", []) == ()
 
 
 def test_a_step_owns_a_token_or_is_none():
     text = "a\nb\nc"
-    assert step_ids(text, [(0, 1), (1, 4), (4, 5)]) == (1, 2, 3)  # the second reaches into b, where none begins
-    assert step_ids(text, [(0, 1), (1, 4), (4, 4), (4, 5)]) == (1, 2, 2, 3)
+    # The second reaches into b, where none begins.
+    assert reasoning_step_ids(text, [(0, 1), (1, 4), (4, 5)]) == (1, 2, 3)
+    assert reasoning_step_ids(text, [(0, 1), (1, 4), (4, 4), (4, 5)]) == (1, 2, 2, 3)
     # None is left for b: what stands behind it must not be called the second step.
-    assert step_ids(text, [(0, 4), (4, 5)]) == (1, 0)
-    assert step_ids(text, [(2, 4), (4, 5)]) == (0, 0)
+    assert reasoning_step_ids(text, [(0, 4), (4, 5)]) == (1, 0)
+    assert reasoning_step_ids(text, [(2, 4), (4, 5)]) == (0, 0)
 
 
 PIECES = st.text(st.sampled_from("ab1=+ \r\n\t\u2028é"), max_size=30)
@@ -70,13 +72,13 @@ PIECES = st.text(st.sampled_from("ab1=+ \r\n\t\u2028é"), max_size=30)
 
 @given(text=PIECES, cuts=st.sets(st.integers(1, 29)), dropped=st.sets(st.integers(0, 30), max_size=3))
 def test_whatever_the_tokens_are_steps_have_no_gap_and_no_blank_line_is_one(text, cuts, dropped):
-    starts = step_starts(text)
+    starts = reasoning_step_starts(text)
     assert all(part.strip() for part in steps_of(text)) and "".join(steps_of(text)) in (text, "")
     lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     assert len(lines) < 2 or len(starts) == len(lines)
     borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     offsets = [pair for i, pair in enumerate(zip(borders, borders[1:], strict=False)) if i not in dropped]
-    ids = step_ids(text, offsets)
+    ids = reasoning_step_ids(text, offsets)
     numbered = [i for i in ids if i]
     assert numbered == sorted(numbered) and list(ids) == numbered + [0] * (len(ids) - len(numbered))
     assert set(numbered) == set(range(1, max(numbered, default=0) + 1))
@@ -93,24 +95,27 @@ def tokenizer(tmp_path_factory):
 
 
 def decoded_steps(sample: EncodedSample, tokenizer) -> list[str]:
-    count = max(sample.step_ids, default=0)
+    count = max(sample.reasoning_step_ids, default=0)
     return [
-        tokenizer.decode([i for i, s in zip(sample.input_ids, sample.step_ids, strict=True) if s == step])
+        tokenizer.decode([i for i, s in zip(sample.input_ids, sample.reasoning_step_ids, strict=True) if s == step])
         for step in range(1, count + 1)
     ]
 
 
 def check_steps(examples, tokenizer) -> int:
     """Decoding the tokens of each step gives the text of the step; ids are those of encoding without steps."""
-    plain, numbered = (encode_examples(examples, tokenizer, 2048, steps=steps).samples for steps in (False, True))
+    plain, numbered = (
+        encode_examples(examples, tokenizer, 2048, reasoning_steps=steps).samples for steps in (False, True)
+    )
     several = 0
     for one, sample in zip(plain, numbered, strict=True):
         example = examples[sample.example]
-        assert sample.input_ids == one.input_ids and sample.segment_ids == one.segment_ids and one.step_ids == ()
+        assert sample.input_ids == one.input_ids and sample.segment_ids == one.segment_ids
+        assert one.reasoning_step_ids == ()
         assert decoded_steps(sample, tokenizer) == steps_of(rationale_text(example))
         inside = [segment == Segment.RATIONALE for segment in sample.segment_ids]
-        assert inside == [step > 0 for step in sample.step_ids]
-        several += sample.step_count > 1
+        assert inside == [step > 0 for step in sample.reasoning_step_ids]
+        several += sample.reasoning_step_count > 1
     return several
 
 
@@ -139,7 +144,7 @@ class _Slow:
 
 def test_a_tokenizer_without_offsets_is_explained():
     with pytest.raises(InputError, match="align_tokens=segment: the tokenizer slow .*a fast one"):
-        encode_steps(["a"], _Slow())
+        encode_reasoning_steps(["a"], _Slow())
 
 
 # -- a text of the teacher's own ---------------------------------------------------------------------------------------
@@ -153,21 +158,22 @@ ROWS = [
 
 
 def test_the_teachers_text_is_encoded_beside_the_rows(tokenizer):
-    first, second, third = encode_examples(ROWS, tokenizer, 99, steps=True).samples
+    first, second, third = encode_examples(ROWS, tokenizer, 99, reasoning_steps=True).samples
     assert first.teacher is not None and second.teacher is None
     assert decoded_steps(first, tokenizer) == ["68-2=48", "-1=38\n"]
     assert decoded_steps(first.teacher, tokenizer) == [line + "\n" for line in LONG.split("\n")]
-    assert [row.step_count for row in (first, second, third)] == [2, 1, 0]  # the teacher's third step meets none
+    # The teacher's third step meets none.
+    assert [row.reasoning_step_count for row in (first, second, third)] == [2, 1, 0]
     same = dataclasses.replace(ROWS[0], rationale=LONG, teacher_rationale=None)
     assert encode_examples([same], tokenizer, 99).samples[0].input_ids == first.teacher.input_ids
     # Too long for the teacher: the row is left out and counted.
-    corpus = encode_examples(ROWS, tokenizer, len(first.teacher.input_ids) - 1, steps=True)
+    corpus = encode_examples(ROWS, tokenizer, len(first.teacher.input_ids) - 1, reasoning_steps=True)
     assert [row.example for row in corpus.samples] == [1, 2] and corpus.too_long == 1
     assert all(row.teacher is None for row in encode_examples(ROWS, tokenizer, 99).samples)
 
 
 def test_batches_hold_both_texts_and_count_common_steps(tokenizer):
-    samples = encode_examples(ROWS, tokenizer, 99, steps=True).samples
+    samples = encode_examples(ROWS, tokenizer, 99, reasoning_steps=True).samples
     loader = BatchLoader(
         samples, batch_size=2, gradient_accumulation_steps=2, rank=0, world_size=1, seed=0, pad_token_id=0,
         position_count=lambda length: 1000, shuffle=False,
@@ -176,17 +182,19 @@ def test_batches_hold_both_texts_and_count_common_steps(tokenizer):
     assert first.position_normalizer == second.position_normalizer == 3 / 2  # 2 + 1 + 0 steps over two micro-batches
     text = first.teacher_text
     assert text is not None and text.input_ids.shape[1] > first.input_ids.shape[1]
-    assert first.num_steps == text.num_steps == 3 and second.num_steps == 1 and second.teacher_text is None
+    assert first.num_reasoning_steps == text.num_reasoning_steps == 3
+    assert second.num_reasoning_steps == 1 and second.teacher_text is None
     for batch, rows in ((first, samples[:2]), (text, [samples[0].teacher, samples[1]])):
         for position, row in enumerate(rows):
             length = len(row.input_ids)
             assert tuple(batch.input_ids[position, :length].tolist()) == row.input_ids
-            assert tuple(batch.step_ids[position, :length].tolist()) == row.step_ids
-            assert not batch.step_ids[position, length:].any() and not batch.attention_mask[position, length:].any()
+            assert tuple(batch.reasoning_step_ids[position, :length].tolist()) == row.reasoning_step_ids
+            assert not batch.reasoning_step_ids[position, length:].any()
+            assert not batch.attention_mask[position, length:].any()
     moved = first.to(torch.device("meta"))
-    assert moved.step_ids.device.type == moved.teacher_text.step_ids.device.type == "meta"
+    assert moved.reasoning_step_ids.device.type == moved.teacher_text.reasoning_step_ids.device.type == "meta"
     alone = collate([None], [-1], 0, 1.0, 1.0)
-    assert alone.step_ids is None and alone.teacher_text is None
+    assert alone.reasoning_step_ids is None and alone.teacher_text is None
 
 
 def test_rows_of_a_file_may_hold_the_teachers_text(tmp_path):

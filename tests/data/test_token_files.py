@@ -54,15 +54,15 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("steps", [False, True])
 def test_what_is_read_is_what_was_encoded(tokenizer: Any, tmp_path: Path, encodings: list[int], steps: bool) -> None:
     files = TokenFiles(tmp_path / "new" / "folder")
-    expected = encode_examples(ROWS, tokenizer, 64, steps=steps)
+    expected = encode_examples(ROWS, tokenizer, 64, reasoning_steps=steps)
     for _ in range(3):
-        corpus = encode_once(ROWS, tokenizer, 64, steps=steps, files=files)
+        corpus = encode_once(ROWS, tokenizer, 64, reasoning_steps=steps, files=files)
         assert list(corpus.samples) == list(expected.samples) and corpus.too_long == expected.too_long == 1
     assert encodings == [len(ROWS)] and corpus.samples[-1] == expected.samples[-1]
     assert corpus.samples[2:5] == expected.samples[2:5] and any(row.teacher for row in corpus.samples) == steps
     assert [path.suffix for path in (tmp_path / "new" / "folder").iterdir()] == [".safetensors"]
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=1)  # leaves its mark on the tokenizer
-    encode_once(ROWS, tokenizer, 64, steps=steps, files=files)
+    encode_once(ROWS, tokenizer, 64, reasoning_steps=steps, files=files)
     assert encodings == [len(ROWS)]
 
 
@@ -74,10 +74,11 @@ def test_anything_else_is_encoded_anew(tokenizer: Any, tmp_path: Path, encodings
     cases: list[tuple[Any, Any, dict[str, Any], int]] = [
         (ROWS, tokenizer, {}, 1), (ROWS[::-1], tokenizer, {}, 2), (ROWS[:-1], tokenizer, {}, 3),
         ([dataclasses.replace(ROWS[0], answer="0"), *ROWS[1:]], tokenizer, {}, 4), (ROWS, grown, {}, 5),
-        (ROWS, tokenizer, {"max_length": 63}, 6), (ROWS, tokenizer, {"steps": True}, 7), (moved, tokenizer, {}, 7),
+        (ROWS, tokenizer, {"max_length": 63}, 6), (ROWS, tokenizer, {"reasoning_steps": True}, 7),
+        (moved, tokenizer, {}, 7),
     ]  # fmt: skip
     for rows, own, changes, count in cases:
-        options: dict[str, Any] = {"max_length": 64, "steps": False, **changes}
+        options: dict[str, Any] = {"max_length": 64, "reasoning_steps": False, **changes}
         corpus = encode_once(rows, own, files=files, **options)
         assert list(corpus.samples) == list(encode_examples(rows, own, **options).samples)
         assert len(encodings) == count == len(list(tmp_path.iterdir()))

@@ -13,7 +13,16 @@ from kvds.align.fitting import AlignmentMoments
 from kvds.config import RunConfig
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.data.run_data import load_run_data
-from kvds.kv import KVShape, KVStates, Selection, common_steps, open_capture, pool_steps, row_draws, select_tokens
+from kvds.kv import (
+    KVShape,
+    KVStates,
+    Selection,
+    common_reasoning_steps,
+    open_capture,
+    pool_reasoning_steps,
+    row_draws,
+    select_tokens,
+)
 
 STEPS = 5
 
@@ -57,16 +66,18 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         return capture, logits
 
     def pooled(capture, batch):
-        steps = batch.step_ids
-        return capture.states if steps is None else pool_steps(capture.states, steps, batch.num_steps)
+        steps = batch.reasoning_step_ids
+        return (
+            capture.states if steps is None else pool_reasoning_steps(capture.states, steps, batch.num_reasoning_steps)
+        )
 
     def states(model: nn.Module, batch):
         capture, logits = captured(model, batch)
         return pooled(capture, batch), logits
 
     def selection(batch, step=0):
-        if batch.step_ids is not None:
-            return common_steps(batch.step_ids, batch.step_ids, batch.num_steps)
+        if batch.reasoning_step_ids is not None:
+            return common_reasoning_steps(batch.reasoning_step_ids, batch.reasoning_step_ids, batch.num_reasoning_steps)
         if cfg.kv_method == "rkv":
             return plain_rkv(models / "teacher", batch, cfg.kv_budget, cfg.rkv_lambda)
         return select_tokens(

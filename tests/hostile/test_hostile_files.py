@@ -184,7 +184,7 @@ def test_an_end_of_text_token_that_a_row_spells_out_ends_nothing(steps, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     end = tokenizer.eos_token
     examples = [Example(f"Lee {end} has?", f"1 {end} 2", f"3 {end}", "own", "rows.jsonl:1")]
-    [sample] = encode_examples(examples, tokenizer, 512, steps=steps).samples
+    [sample] = encode_examples(examples, tokenizer, 512, reasoning_steps=steps).samples
     assert sample.input_ids.index(tokenizer.eos_token_id) == len(sample.input_ids) - 1
     assert tokenizer.eos_token_id not in prompt_ids(examples, tokenizer)[0]
 
