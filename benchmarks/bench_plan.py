@@ -29,7 +29,7 @@ from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.recipe import parse_run_config
 from kvds.data.synthetic import synthetic_examples
 from kvds.distributed.process_group import init_distributed, leave_distributed
-from kvds.plan.estimate import Machine, Plan
+from kvds.plan.estimate import Machine, RunPlan
 from kvds.training.run import TrainingRun
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -163,7 +163,7 @@ def main() -> int:
             if chosen and case.name not in chosen:
                 continue
             flags = _flags(case, folder)
-            plan = Plan(parse_run_config(flags), Machine(0, 1, 2**40))
+            plan = RunPlan(parse_run_config(flags), Machine(0, 1, 2**40))
             peak, disk = measure(flags)
             rows.append({
                 "case": case.name,

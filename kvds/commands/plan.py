@@ -14,7 +14,7 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
-    from kvds.plan.estimate import Plan
+    from kvds.plan.estimate import RunPlan
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -82,7 +82,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
 
 
-def format_plan(plan: Plan, flops_per_second: float) -> str:
+def format_plan(plan: RunPlan, flops_per_second: float) -> str:
     """The plan as text."""
     from kvds.plan.estimate import MOST_ROWS
 

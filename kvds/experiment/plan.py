@@ -86,7 +86,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """What is run and how it is judged; see the module's text for the file.
 
     Attributes:
@@ -181,11 +181,12 @@ def _hash(parts: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(json_text(identity(parts), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def load_plan(path: str | Path, overrides: dict[str, Any] | None = None) -> Plan:
+def load_plan(path: str | Path, overrides: dict[str, Any] | None = None) -> ExperimentPlan:
     """Read and check a plan; every arm's settings are built once, so that a wrong one is told before the first run.
 
     Args:
-        path: A YAML file with ``base``, ``arms``, ``seeds``, ``primary``, ``baseline`` and what else :class:`Plan` has.
+        path: A YAML file with ``base``, ``arms``, ``seeds``, ``primary``, ``baseline`` and what else
+            :class:`ExperimentPlan` has.
         overrides: Settings on top of every arm's, such as another ``data_dir``.
 
     Raises:
@@ -205,7 +206,7 @@ def load_plan(path: str | Path, overrides: dict[str, Any] | None = None) -> Plan
     common = {**base, **_settings(content.get("settings"), path, "settings"), **override}
     arms = {name: _arm(name, value, path) for name, value in _mapping(content["arms"], path, "arms").items()}
     prepare = _mapping(content.get("prepare") or {}, path, "prepare")
-    plan = Plan(
+    plan = ExperimentPlan(
         name=path.stem,
         common=common,
         arms={name: dataclasses.replace(arm, settings={**arm.settings, **override}) for name, arm in arms.items()},
@@ -222,7 +223,7 @@ def load_plan(path: str | Path, overrides: dict[str, Any] | None = None) -> Plan
     return plan
 
 
-def _check(plan: Plan, path: Path) -> None:
+def _check(plan: ExperimentPlan, path: Path) -> None:
     def known(name: str, place: str, names: Iterable[str]) -> None:
         if name not in names:
             raise InputError(f"{path}: {place} {one_line(name)}{near_miss(name, names)} (expected {', '.join(names)})")

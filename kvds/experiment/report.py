@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvds.experiment.plan import Plan
+from kvds.experiment.plan import ExperimentPlan
 from kvds.experiment.results import Row, value, write_csv, write_curves_csv
 from kvds.experiment.statistics import (
     LEVEL,
@@ -51,7 +51,7 @@ class Comparison:
     p_holm: float
 
 
-def by_arm(plan: Plan, rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+def by_arm(plan: ExperimentPlan, rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     """Arm → seed → row, in the plan's order, arms without any result left out."""
     found: dict[str, dict[int, Row]] = {arm: {} for arm in plan.arms}
     for row in sorted(rows, key=lambda row: row["seed"]):
@@ -59,14 +59,14 @@ def by_arm(plan: Plan, rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return {arm: seeds for arm, seeds in found.items() if seeds}
 
 
-def compare_arms(plan: Plan, arms: dict[str, dict[int, Row]]) -> list[Comparison]:
+def compare_arms(plan: ExperimentPlan, arms: dict[str, dict[int, Row]]) -> list[Comparison]:
     """The plan's family of comparisons by its primary metric, over the seeds that both arms of a pair have."""
     pairs = [(arm, reference) for arm, reference in plan.pairs if arm in arms and reference in arms]
     return _corrected(pairs, _compare(plan, arms, pairs))
 
 
 def compare_with_baseline(
-    plan: Plan, arms: dict[str, dict[int, Row]], planned: Sequence[Comparison]
+    plan: ExperimentPlan, arms: dict[str, dict[int, Row]], planned: Sequence[Comparison]
 ) -> list[Comparison]:
     """Each arm that the plan compares with others than its baseline against the baseline all the same.
 
@@ -81,7 +81,9 @@ def compare_with_baseline(
     return everything[len(known) :]
 
 
-def _compare(plan: Plan, arms: dict[str, dict[int, Row]], pairs: Sequence[tuple[str, str]]) -> list[PairedComparison]:
+def _compare(
+    plan: ExperimentPlan, arms: dict[str, dict[int, Row]], pairs: Sequence[tuple[str, str]]
+) -> list[PairedComparison]:
     results = {arm: {seed: value(row, plan.primary) for seed, row in seeds.items()} for arm, seeds in arms.items()}
     return [compare_paired(results[arm], results[reference]) for arm, reference in pairs]
 
@@ -91,7 +93,7 @@ def _corrected(pairs: Sequence[tuple[str, str]], paired: Sequence[PairedComparis
     return [Comparison(*pair, p, c) for pair, p, c in zip(pairs, paired, corrected, strict=True)]
 
 
-def verdict(plan: Plan, comparisons: Sequence[Comparison]) -> str:
+def verdict(plan: ExperimentPlan, comparisons: Sequence[Comparison]) -> str:
     """One paragraph: what the primary metric shows for each comparison, and "no effect shown" where it shows none."""
     title, factor, form = _shape(plan.primary)
     sentences = []
@@ -130,7 +132,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def summary_table(plan: Plan, arms: dict[str, dict[int, Row]]) -> str:
+def summary_table(plan: ExperimentPlan, arms: dict[str, dict[int, Row]]) -> str:
     """Mean ± standard deviation over seeds of each number, a row per arm."""
     every = [row for seeds in arms.values() for row in seeds.values()]
     wanted = [plan.primary, *(column for column in _COLUMNS if column != plan.primary)]
@@ -148,7 +150,7 @@ def summary_table(plan: Plan, arms: dict[str, dict[int, Row]]) -> str:
     return _table(["arm", "seeds", *(_shape(column)[0] for column in columns)], lines)
 
 
-def comparison_table(plan: Plan, comparisons: Sequence[Comparison]) -> str:
+def comparison_table(plan: ExperimentPlan, comparisons: Sequence[Comparison]) -> str:
     """Paired differences with intervals, tests and effect sizes, a row per comparison."""
     title, factor, form = _shape(plan.primary)
     lines = []
@@ -181,7 +183,7 @@ def chosen_table(arms: dict[str, dict[int, Row]], common: dict[str, Any]) -> str
     return _table(["arm", "settings", "KV weight at the end"], lines)
 
 
-def write_ab_report(plan: Plan, rows: Sequence[Row], failed: Sequence[Row], folder: Path) -> list[Path]:
+def write_ab_report(plan: ExperimentPlan, rows: Sequence[Row], failed: Sequence[Row], folder: Path) -> list[Path]:
     """Write ``report.md``, ``runs.csv``, ``curves.csv``, ``arms.png`` and ``learning_curves.png`` into ``folder``.
 
     Args:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from kvds.errors import InputError
 from kvds.experiment.launcher import chosen_gpus, run_log
-from kvds.experiment.plan import PREPARED, Job, Plan, load_tuned, references, save_tuned
+from kvds.experiment.plan import PREPARED, ExperimentPlan, Job, load_tuned, references, save_tuned
 from kvds.experiment.results import FAILED, FINISHED, ResultStore, Row, identity, key_of, value
 from kvds.experiment.workers import WORKER_MODULE, Worker, device_groups, worker_environment
 from kvds.tracking.provenance import git_revision
@@ -44,7 +44,7 @@ class Experiment:
         tuned: A file of chosen values to use instead of its own.
     """
 
-    plan: Plan
+    plan: ExperimentPlan
     folder: Path
     tuned: Path | None = None
     store: ResultStore = field(init=False)
@@ -238,7 +238,7 @@ def prepare(experiments: Sequence[Experiment], runner: Runner) -> bool:
     return True
 
 
-def choose(plan: Plan, store: ResultStore, jobs: Sequence[Job]) -> tuple[dict[str, dict[str, Any]], int]:
+def choose(plan: ExperimentPlan, store: ResultStore, jobs: Sequence[Job]) -> tuple[dict[str, dict[str, Any]], int]:
     """Each arm's best value by the primary metric, mean over the seeds for which all of the tuning ``jobs`` have ended.
 
     A failed run, or one whose metric is not finite, counts as the worst.

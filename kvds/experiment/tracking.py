@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvds.experiment.plan import Plan
+from kvds.experiment.plan import ExperimentPlan
 from kvds.experiment.results import Row
 from kvds.tracking.tracker import default_tracking_uri
 
 _PARENT = "mlflow.parentRunId"
 
 
-def track_experiment(plan: Plan, rows: Sequence[Row], folder: Path, tracking_uri: str | None = None) -> str:
+def track_experiment(plan: ExperimentPlan, rows: Sequence[Row], folder: Path, tracking_uri: str | None = None) -> str:
     """Write the finished runs of an experiment; each call writes a new parent.
 
     Args:

@@ -56,7 +56,7 @@ class Machine:
         return _USABLE_SHARE * self.gpu_memory - _CONTEXT_BYTES if self.gpus else float(self.gpu_memory)
 
 
-class Plan:
+class RunPlan:
     """Everything that ``kvds plan`` prints, computed when asked for.
 
     Args:
@@ -246,7 +246,7 @@ class Plan:
         if self.cfg.tokens_per_batch:
             return ["tokens_per_batch: 0", *Plan(replace(self.cfg, tokens_per_batch=0), self.machine).advice()]
         if self.cfg.teacher_overlap:
-            plain = Plan(replace(self.cfg, teacher_overlap=False), self.machine, self.rows)
+            plain = RunPlan(replace(self.cfg, teacher_overlap=False), self.machine, self.rows)
             more = plain.advice()
             return ["teacher_overlap: false", *more] if plain.fits or more else []
         found = self._smallest_change(self.largest_rows())

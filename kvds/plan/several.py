@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from kvds.align import AlignerGroup
 from kvds.config import RunConfig
 from kvds.distillation.step import StepInput, TeacherKV
-from kvds.plan.estimate import Machine, Plan
+from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.rows import RowPlan
 from kvds.plan.states import ModelSize, state_memory
 from kvds.plan.step import BatchShape, StepPlanner
@@ -87,7 +87,7 @@ class SeveralTeachersPlan:
     def __init__(self, cfg: RunConfig, machine: Machine, rows: RowPlan) -> None:
         self.cfg, self.machine = cfg, machine
         alone = [replace(cfg, teacher_names=(), teacher_weights=(), teacher_name=name) for name in cfg.teacher_names]
-        self.plans = [Plan(one, machine, rows) for one in alone]
+        self.plans = [RunPlan(one, machine, rows) for one in alone]
         self.student_size, self.element = self.plans[0].student_size, self.plans[0].element
 
     @property

@@ -33,7 +33,7 @@ from kvds.kv import KVShape
 from kvds.models.architecture import load_model_configs
 from kvds.models.loading import TORCH_DTYPES
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
-from kvds.plan.estimate import Machine, Plan
+from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.rows import measured_rows
 from kvds.plan.several import SeveralTeachersPlan
 from kvds.plan.token_budget import with_token_budget
@@ -139,7 +139,7 @@ def _check_cache(cfg: RunConfig, tokenizer: Any, teacher: Any, raw: dict[str, An
 def _resources(cfg: RunConfig, machine: Machine, loader: BatchLoader, steps: int) -> dict[str, str]:
     """Memory and disk, as ``kvds plan`` reckons them."""
     rows = measured_rows(cfg, loader, machine.ranks)
-    plan = SeveralTeachersPlan(cfg, machine, rows) if cfg.teacher_names else Plan(cfg, machine, rows)
+    plan = SeveralTeachersPlan(cfg, machine, rows) if cfg.teacher_names else RunPlan(cfg, machine, rows)
     sizes = [f"student {plan.student_size.total:,}", f"aligner {plan.aligner_parameters:,}"]
     teachers = " + ".join(f"{size.total:,}" for size in plan.teacher_sizes)
     sizes += [f"teacher{'s' if len(plan.teacher_sizes) > 1 else ''} {teachers}"] if teachers else []
@@ -150,7 +150,7 @@ def _resources(cfg: RunConfig, machine: Machine, loader: BatchLoader, steps: int
     }
 
 
-def _memory(plan: Plan | SeveralTeachersPlan) -> str:
+def _memory(plan: RunPlan | SeveralTeachersPlan) -> str:
     machine = plan.machine
     text = f"{_size(plan.peak)} at the peak, {_size(machine.usable)} usable per {'GPU' if machine.gpus else 'process'}"
     if not plan.fits:
@@ -162,7 +162,7 @@ def _memory(plan: Plan | SeveralTeachersPlan) -> str:
     return text
 
 
-def _disk(cfg: RunConfig, plan: Plan | SeveralTeachersPlan, steps: int) -> str:
+def _disk(cfg: RunConfig, plan: RunPlan | SeveralTeachersPlan, steps: int) -> str:
     saved = 1 + ((steps - 1) // cfg.save_steps if cfg.save_steps else 0)
     # One more than are kept lies there while the newest is written.
     at_once = min(saved, cfg.keep_checkpoints + 1) if cfg.keep_checkpoints else saved

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from kvds.cli import main
-from kvds.plan.estimate import Machine, Plan
+from kvds.plan.estimate import Machine, RunPlan
 from tests.harness.plan_recipe import config
 
 
@@ -18,7 +18,7 @@ def test_what_does_not_fit_is_changed_into_what_does(recipe, capsys):
     assert advice
     settings = dict(line.split("=") for line in advice)
     cfg = config(recipe, **{"batch_size": 16, **settings})
-    assert Plan(cfg, Machine(2, 1, 9 * 2**30)).fits
+    assert RunPlan(cfg, Machine(2, 1, 9 * 2**30)).fits
     assert cfg.batch_size * cfg.gradient_accumulation_steps == 16
 
 
@@ -28,10 +28,10 @@ def test_nothing_helps_on_a_tiny_gpu(recipe, capsys):
 
 
 def test_a_whole_student_has_to_fit_for_evaluation(recipe, capsys):
-    long = Plan(config(recipe, max_new_tokens=8000), Machine(8, 1, 80 * 2**30))
+    long = RunPlan(config(recipe, max_new_tokens=8000), Machine(8, 1, 80 * 2**30))
     assert long.peak < long.evaluation_peak and long.evaluation_fits
     between = int(((long.peak + long.evaluation_peak) / 2 + 2**30) / 0.95)
-    assert Plan(config(recipe, max_new_tokens=8), Machine(8, 1, between)).evaluation_fits
+    assert RunPlan(config(recipe, max_new_tokens=8), Machine(8, 1, between)).evaluation_fits
     size = ["--gpus", "8", "--gpu-memory", f"{between}B"]
     assert main(["plan", str(recipe), *size, "--set", "max_new_tokens=8000"]) == 1
     told = capsys.readouterr().out

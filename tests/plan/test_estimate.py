@@ -17,7 +17,7 @@ from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection
 from kvds.kv.row_attention import ROW_ATTENTION
 from kvds.models.architecture import load_config
-from kvds.plan.estimate import Machine, Plan
+from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.states import ModelSize, aligner_size, model_size, state_memory
 from kvds.plan.step import BatchShape, StepPlanner, kv_bytes, lean_workspace
@@ -181,7 +181,7 @@ def test_a_step_without_data_takes_what_a_step_with_data_takes(recipe, models):
 
 
 def test_checkpointing_and_kv_show_in_the_plan(recipe):
-    plan = Plan(config(recipe), Machine(8, 1, 80 * 2**30))
+    plan = RunPlan(config(recipe), Machine(8, 1, 80 * 2**30))
     step, shape = plan.step, KVShape(28, 2, 128, 12)
     assert plan.other_activations < step.activations / 4
     assert step.teacher_kv == kv_bytes(shape, plan.rows.largest, 2)
@@ -242,19 +242,19 @@ def test_a_teacher_that_runs_ahead_is_planned_beside_the_student(recipe):
         beside = ahead.teacher_kv + (ahead.teacher_forward if device == "cuda" else 0)
         assert ahead.teacher_ahead == beside and ahead.teacher_forward > 0
         assert ahead.peak == plain.peak + beside  # on the CPU the backward pass is the worst moment here
-    plans = [Plan(config(recipe, teacher_overlap=which), Machine(1, 1, 80 * 2**30)) for which in ("false", "true")]
+    plans = [RunPlan(config(recipe, teacher_overlap=which), Machine(1, 1, 80 * 2**30)) for which in ("false", "true")]
     assert plans[1].peak == plans[0].peak + plans[1].step.teacher_ahead
     assert plans[1].evaluation_peak == plans[0].evaluation_peak + plans[1].step.teacher_kv
     assert set(plans[1].largest_rows()) == {("replicated", False), ("replicated", True)}
     # Where it does not fit and would without, that is what is told.
     between = int(((plans[0].peak + plans[1].peak) / 2 + 2**30) / 0.95)
-    tight = Plan(plans[1].cfg, Machine(1, 1, between))
+    tight = RunPlan(plans[1].cfg, Machine(1, 1, between))
     assert not tight.fits and tight.advice() == ["teacher_overlap: false"]
 
 
 def test_packed_rows_are_planned_as_they_lie(recipe):
     plain, packed = (
-        Plan(
+        RunPlan(
             config(recipe, batch_size=8, kv_method="uniform", kv_budget=0.25, max_length=128, **more),
             Machine(8, 1, 2**36),
         )
@@ -301,7 +301,7 @@ def test_disk_by_hand(recipe):
 
 
 def test_an_epoch_of_known_work(recipe):
-    plan = Plan(config(recipe, alignment_mode="none", epochs=1), Machine(1, 1, 80 * 2**30))
+    plan = RunPlan(config(recipe, alignment_mode="none", epochs=1), Machine(1, 1, 80 * 2**30))
     work, rows = plan.work, plan.rows
     assert work is not None and rows.steps == 13 and work.teacher == work.aligner == 0
     attention = 4 * 24 * 14 * 64 * rows.largest.tokens
