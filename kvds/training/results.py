@@ -17,7 +17,7 @@ from kvds.checkpoint.export import STUDENT_FOLDER, gather_parameters, plain_stud
 from kvds.config import RunConfig
 from kvds.data.run_data import RunData
 from kvds.distillation.step import LossWeights
-from kvds.distillation.step_inputs import StepInputs
+from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.distributed.process_group import all_reduce_sum
 from kvds.evaluation.kv_loss import held_out_kv_loss
 from kvds.evaluation.model import evaluate_model
@@ -37,7 +37,7 @@ class RunResults:
     """
 
     def __init__(
-        self, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, engine: Any, inputs: StepInputs,
+        self, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, engine: Any, inputs: StepInputBuilder,
         device: torch.device, between_batches: Callable[[], None],
     ) -> None:  # fmt: skip
         self._cfg, self._tokenizer, self._data, self._engine = cfg, tokenizer, data, engine

@@ -29,7 +29,7 @@ from kvds.config.engine_config import student_engine_config
 from kvds.data.batches import TokenBatch
 from kvds.data.run_data import RunData, load_run_data
 from kvds.distillation.step import LossWeights, StepInput
-from kvds.distillation.step_inputs import StepInputs
+from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.distributed.preemption import StopRequest
 from kvds.distributed.process_group import init_distributed
 from kvds.durable_files import json_text
@@ -112,7 +112,7 @@ class TrainingRun:
         choice = TokenChoice(cfg)
         models = self._build_models(raw, engine_config, model_configs, choice, calibrate=resume_step is None)
         self.teacher = models.teachers[0] if models.teachers else None
-        self.inputs = StepInputs(cfg, models.teachers, choice, device)
+        self.inputs = StepInputBuilder(cfg, models.teachers, choice, device)
         self.aligner_config = None if models.aligner is None else aligner_config_dict(models.aligner)
 
         self.engine = build_engine(models.module(cfg, self.tokenizer), cfg, engine_config, self.total_steps)

@@ -16,7 +16,7 @@ from kvds.data.encoding import EncodedSample
 from kvds.data.loader import BatchLoader
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights
-from kvds.distillation.step_inputs import StepInputs
+from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.kv import KVShape, selected_count
 from kvds.kv.row_attention import ROW_ATTENTION
 from kvds.teacher.teacher import Teacher
@@ -67,7 +67,7 @@ def test_a_step_waits_for_nothing(packed: bool, method: str) -> None:
     aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher.config), cfg)
     module = DistillationModule(student.train(), aligner)
     device = torch.device("cpu")
-    inputs = StepInputs(cfg, [Teacher(teacher, device=device)], TokenChoice(cfg), device)
+    inputs = StepInputBuilder(cfg, [Teacher(teacher, device=device)], TokenChoice(cfg), device)
     [batch] = loader.step(0)
     with HostWaits() as waits:
         loss, _ = module(inputs(batch, LossWeights(1.0, 1.0), step=2))

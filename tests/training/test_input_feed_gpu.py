@@ -21,7 +21,7 @@ from kvds.data.encoding import EncodedSample
 from kvds.data.loader import BatchLoader
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
-from kvds.distillation.step_inputs import StepInputs
+from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.kv import KVShape, selected_count
 from kvds.kv.families import backbone
 from kvds.teacher.teacher import Teacher
@@ -81,7 +81,7 @@ def losses(
     module = DistillationModule(student, build_aligner(*shapes, cfg).to(device), kd_vocab_size=VOCABULARY)
     backbone(student).register_forward_hook(lambda *_: student_between())
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
-    make_input = StepInputs(cfg, [teacher], choice, device)
+    make_input = StepInputBuilder(cfg, [teacher], choice, device)
 
     def make(micro: MicroBatch) -> StepInput:
         teacher_first()

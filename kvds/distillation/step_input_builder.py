@@ -16,7 +16,7 @@ from kvds.teacher.teacher import Teacher
 from kvds.teacher.token_selection import TokenChoice
 
 
-class StepInputs:
+class StepInputBuilder:
     """Runs the teacher on a batch and makes the student's input.
 
     Args:
