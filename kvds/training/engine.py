@@ -22,7 +22,7 @@ from kvds.distillation.module import DistillationModule
 from kvds.distributed.layer_gathering import gather_whole_layers
 from kvds.errors import InputError, one_line
 from kvds.models.loading import TORCH_DTYPES
-from kvds.training.nonfinite_steps import leave_out_bad_steps
+from kvds.training.nonfinite_steps import leave_out_nonfinite_steps
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
@@ -94,7 +94,7 @@ def build_engine(
         if engine_config["gradient_clipping"] > 0:
             clip_on_the_device(optimizer, engine_config["gradient_clipping"])
             engine_config = {**engine_config, "gradient_clipping": 0.0}
-        leave_out_bad_steps(optimizer)
+        leave_out_nonfinite_steps(optimizer)
     gather_whole_layers(module.student, engine_config)
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

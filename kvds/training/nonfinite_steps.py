@@ -2,9 +2,9 @@
 
 DeepSpeed reads the global norm of the gradient on the host before each optimizer step and leaves the step out on all
 ranks where it is not finite (ZeRO stages 1 to 3, and bf16). In fp32 at stage 0 it reads no norm and steps with a plain
-optimizer, which :func:`leave_out_bad_steps` makes leave the step out by itself, on the device: there the host is told
-later, where it reads numbers anyway, and the learning-rate schedule, which the host moves, counts the steps left out,
-too. A loss that is not finite is made to spoil the gradient on the device
+optimizer, which :func:`leave_out_nonfinite_steps` makes leave the step out by itself, on the device: there the host is
+told later, where it reads numbers anyway, and the learning-rate schedule, which the host moves, counts the steps left
+out, too. A loss that is not finite is made to spoil the gradient on the device
 (:func:`kvds.distillation.losses.spoil_gradient`), so that one number tells of both.
 """
 
@@ -31,7 +31,7 @@ from kvds.errors import RunError
 log = logging.getLogger("kvds")
 
 
-def leave_out_bad_steps(optimizer: torch.optim.Optimizer) -> None:
+def leave_out_nonfinite_steps(optimizer: torch.optim.Optimizer) -> None:
     """Make a plain optimizer leave weights, moments and step counters as they are on a gradient that is not finite.
 
     After each step ``optimizer.left_out``, a scalar on the device of the gradients, is 1.0 where it was left out, else
@@ -71,7 +71,7 @@ class _EndedStep:
     left_out: bool | Tensor  # a tensor where only the device knows
 
 
-class BadSteps:
+class NonfiniteSteps:
     """Follows one run's steps on one rank.
 
     Args:

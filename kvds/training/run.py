@@ -48,7 +48,7 @@ from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
 from kvds.training.kv_health import KVHealth
 from kvds.training.kv_weight import KVWeight
 from kvds.training.meters import IntervalMeter, PhaseTimer
-from kvds.training.nonfinite_steps import BadSteps
+from kvds.training.nonfinite_steps import NonfiniteSteps
 from kvds.training.results import RunResults
 from kvds.training.run_log import RunLog
 
@@ -118,7 +118,7 @@ class TrainingRun:
         self.engine = build_engine(models.module(cfg, self.tokenizer), cfg, engine_config, self.total_steps)
         self.results = RunResults(cfg, self.tokenizer, self.data, self.engine, self.inputs, device, self.stop.check)
         self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints)
-        self.bad_steps = BadSteps(self.engine, self.output_dir, cfg.max_bad_steps)
+        self.nonfinite_steps = NonfiniteSteps(self.engine, self.output_dir, cfg.max_bad_steps)
 
         self.step = 0
         self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
@@ -127,7 +127,7 @@ class TrainingRun:
         self.kv_weight, self.kv_health = KVWeight(cfg), KVHealth()
         mlflow_run_id = self._restore(resume_step)
         self.run_log = RunLog(
-            cfg, self.engine.module, self.bad_steps, rank=self.rank, world_size=self.world_size,
+            cfg, self.engine.module, self.nonfinite_steps, rank=self.rank, world_size=self.world_size,
             kv_weight=self.kv_weight.value, total_steps=self.total_steps, resume_step=resume_step,
             mlflow_run_id=mlflow_run_id,
         )  # fmt: skip
@@ -264,8 +264,8 @@ class TrainingRun:
                 self.bad_steps.note(inputs.batch, metrics)
             self.step += 1
             bar.update()
-            self.bad_steps.end_step(self.step)
-            self.run_log.record_bad_steps(wait=watch)
+            self.nonfinite_steps.end_step(self.step)
+            self.run_log.record_nonfinite_steps(wait=watch)
             if watch:
                 self._record(meter.read(timer.read()), weights, bar)
             if self._due(cfg.eval_steps):
@@ -297,7 +297,7 @@ class TrainingRun:
         bar.set_postfix(shown, refresh=False)
 
     def _evaluate_on_the_way(self) -> None:
-        self.run_log.record_bad_steps()
+        self.run_log.record_nonfinite_steps()
         self.evaluation_pending = True  # what a stop in the middle of it leaves for the resumed run
         self._evaluate(self.results.plain_student())
         self.evaluation_pending = False
@@ -309,7 +309,7 @@ class TrainingRun:
             self._save()
 
     def _save(self) -> None:
-        self.run_log.record_bad_steps()  # their count and records go with the checkpoint
+        self.run_log.record_nonfinite_steps()  # their count and records go with the checkpoint
         state = {
             "evaluation_pending": self.evaluation_pending,
             "meters": self.meter.states(),

@@ -12,7 +12,7 @@ from kvds.config import RunConfig
 from kvds.distillation.module import DistillationModule
 from kvds.tracking.provenance import collect_versions, git_revision, write_provenance
 from kvds.tracking.tracker import Tracker, ui_command
-from kvds.training.nonfinite_steps import BadSteps
+from kvds.training.nonfinite_steps import NonfiniteSteps
 
 log = logging.getLogger("kvds")
 
@@ -30,7 +30,7 @@ class RunLog:
     Args:
         cfg: The run.
         module: Student and aligner, whose parameters are counted.
-        bad_steps: The steps that were left out.
+        nonfinite_steps: The steps that were left out.
         rank: This rank.
         world_size: Number of ranks.
         kv_weight: Of the KV loss, when this attempt begins.
@@ -43,7 +43,7 @@ class RunLog:
         self,
         cfg: RunConfig,
         module: DistillationModule,
-        bad_steps: BadSteps,
+        nonfinite_steps: NonfiniteSteps,
         *,
         rank: int,
         world_size: int,
@@ -52,7 +52,7 @@ class RunLog:
         resume_step: int | None = None,
         mlflow_run_id: str | None = None,
     ) -> None:
-        self._cfg, self._output_dir, self._bad_steps = cfg, Path(cfg.output_dir), bad_steps
+        self._cfg, self._output_dir, self._nonfinite_steps = cfg, Path(cfg.output_dir), nonfinite_steps
         self._tracker: Tracker | None = None
         student, aligner = parameter_count(module.student), parameter_count(module.aligner)
         log.info(
@@ -92,14 +92,14 @@ class RunLog:
             if self._tracker is not None:
                 self._tracker.set_tag(f"warning/{name}", f"step {step}: {text}")
 
-    def record_bad_steps(self, *, wait: bool = True) -> None:
+    def record_nonfinite_steps(self, *, wait: bool = True) -> None:
         """Record the steps left out since the last call; without ``wait`` only where the host knows of them by itself.
         All ranks call it.
 
         Raises:
             RunError: there were too many of them in a row.
         """
-        for step, count in self._bad_steps.read(wait=wait):
+        for step, count in self._nonfinite_steps.read(wait=wait):
             self.record(step, {"bad_steps": count})
 
     def conclude(self, *, draw_report: bool = True) -> None:

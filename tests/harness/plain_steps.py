@@ -66,7 +66,7 @@ def main(device: str, optimizer: str, folder: Path, bad: set[int]) -> None:
     from kvds.distillation.step import LossWeights, StepInput
     from kvds.distributed.process_group import init_distributed, leave_distributed
     from kvds.training.engine import build_engine
-    from kvds.training.nonfinite_steps import BadSteps
+    from kvds.training.nonfinite_steps import NonfiniteSteps
 
     place = init_distributed()
     cfg = parse_run_config([
@@ -81,7 +81,7 @@ def main(device: str, optimizer: str, folder: Path, bad: set[int]) -> None:
         num_key_value_heads=1, initializer_range=0.3,
     )).to(place)  # fmt: skip
     engine = build_engine(DistillationModule(student), cfg, engine_config, STEPS)
-    steps = BadSteps(engine, folder, limit=STEPS)
+    steps = NonfiniteSteps(engine, folder, limit=STEPS)
     parameters = list(engine.module.parameters())
     seen: dict[str, Any] = {"lr": [], "weights": [], "states": []}
     for number in range(1, STEPS + 1):

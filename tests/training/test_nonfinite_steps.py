@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvds.training.engine import clip_on_the_device
-from kvds.training.nonfinite_steps import leave_out_bad_steps
+from kvds.training.nonfinite_steps import leave_out_nonfinite_steps
 from tests.harness.plain_steps import check_steps
 from tests.harness.survival_runs import REPOSITORY, at_step, check_equal, make_models, records, spoil, starter
 
@@ -37,7 +37,7 @@ def take(weights, optimizer, seed: int, spoiled: float | None = None) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_others_are_taken_as_if_bad_ones_had_not_been(name):
     weights, optimizer = weights_and_optimizer(name, fused=True)
-    leave_out_bad_steps(optimizer)
+    leave_out_nonfinite_steps(optimizer)
     flags = []
     for seed, spoiled in enumerate((NAN, None, INF, -INF, None)):
         take(weights, optimizer, seed, spoiled)
@@ -55,7 +55,7 @@ def test_the_others_are_taken_as_if_bad_ones_had_not_been(name):
 
 def test_an_optimizer_whose_kernel_reads_no_flag_is_left_out_on_the_host():
     weights, optimizer = weights_and_optimizer("adamw", fused=False)
-    leave_out_bad_steps(optimizer)
+    leave_out_nonfinite_steps(optimizer)
     before = [weight.detach().clone() for weight in weights]
     take(weights, optimizer, 0, NAN)
     assert bool(optimizer.left_out) and all(map(torch.equal, weights, before)) and not optimizer.state
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_a_version_that_did_not_fuse_goes_on_fused(name):
     earlier_weights, earlier = weights_and_optimizer(name)
     take(earlier_weights, earlier, 0)
     weights, optimizer = weights_and_optimizer(name, fused=True)
-    leave_out_bad_steps(optimizer)
+    leave_out_nonfinite_steps(optimizer)
     with torch.no_grad():
         for weight, saved in zip(weights, earlier_weights, strict=True):
             weight.copy_(saved)

@@ -29,12 +29,12 @@ class LeftOut:
             yield self.told.pop(0)
 
 
-def log_of(folder: Path, *, rank: int = 0, bad_steps: Any = None, aligner: Any = None, **flags: Any) -> RunLog:
+def log_of(folder: Path, *, rank: int = 0, nonfinite_steps: Any = None, aligner: Any = None, **flags: Any) -> RunLog:
     folder.mkdir(exist_ok=True)
     flags = {"model_name": "m", "output_dir": folder, "report_to": "none", **flags}
     cfg = parse_run_config([token for key, value in flags.items() for token in (f"--{key}", str(value))])
     module: Any = SimpleNamespace(student=nn.Linear(3, 2), aligner=aligner)
-    return RunLog(cfg, module, bad_steps or LeftOut(), rank=rank, world_size=2, kv_weight=0.125, total_steps=9)
+    return RunLog(cfg, module, nonfinite_steps or LeftOut(), rank=rank, world_size=2, kv_weight=0.125, total_steps=9)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -50,9 +50,9 @@ def test_parameters_are_counted_where_zero3_has_them() -> None:
 
 def test_records_and_provenance_are_rank_zeros(tmp_path: Path) -> None:
     for rank in (0, 1):
-        run_log = log_of(tmp_path / str(rank), rank=rank, bad_steps=LeftOut((3, 1), (4, 2)))
+        run_log = log_of(tmp_path / str(rank), rank=rank, nonfinite_steps=LeftOut((3, 1), (4, 2)))
         run_log.record(2, {"loss/task": 0.5})
-        run_log.record_bad_steps(wait=False)
+        run_log.record_nonfinite_steps(wait=False)
         run_log.record_evaluation(4, {"all": {"perplexity": 7.0}, "gsm8k": {"exact_match": 0.25}})
         run_log.warn(4, {"kv_norm": "fell"})
         run_log.conclude()
@@ -73,9 +73,9 @@ def test_records_and_provenance_are_rank_zeros(tmp_path: Path) -> None:
 def test_every_rank_reads_the_steps_left_out_to_their_end(tmp_path: Path, rank: int) -> None:
     """What is read may end the run, and must end it on all ranks."""
     left_out = LeftOut((3, 1), (4, 2))
-    run_log = log_of(tmp_path, rank=rank, bad_steps=left_out)
-    run_log.record_bad_steps(wait=False)
-    run_log.record_bad_steps()
+    run_log = log_of(tmp_path, rank=rank, nonfinite_steps=left_out)
+    run_log.record_nonfinite_steps(wait=False)
+    run_log.record_nonfinite_steps()
     assert left_out.told == [] and left_out.waits == [False, True]
     run_log.close("FINISHED")
 
