@@ -14,7 +14,7 @@ from kvds.align.aligner import KVAligner
 from kvds.align.aligner_part import AlignerPart
 from kvds.align.build import ALIGNERS
 from kvds.align.loss import parts_of
-from kvds.align.structured import StructuredPart
+from kvds.align.structured import MapProjectionPart
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.settings import AlignmentSettings
 from kvds.kv import KVShape
@@ -95,7 +95,7 @@ def describe_aligner(aligner: KVAligner) -> dict[str, Any]:
             "layer_mix_entropy": [round(abs(value), 4) for value in entropy.tolist()],
             "layer_pairs": part.pairs,
         }
-        if isinstance(part, StructuredPart):
+        if isinstance(part, MapProjectionPart):
             # Head weights may be of either sign: the strongest is the largest in size.
             parts[name]["head_mix_argmax"] = part.head_weights().abs().argmax(-1).tolist()
     settings = aligner.settings
@@ -120,7 +120,7 @@ def save_heatmaps(aligner: KVAligner, path: str | Path) -> Path:
     for name, part in _parts(aligner).items():
         row = f"{target} layer" if part.pairs is None else "student layer"
         panels.append((f"{name}: layer mix", part.layer_mix(), f"{source} layer", row))
-        if isinstance(part, StructuredPart):
+        if isinstance(part, MapProjectionPart):
             per_layer = part.head_mix.dim() == 3
             title = f"{name}: head mix, mean over layers" if per_layer else f"{name}: head mix"
             panels.append((title, part.head_weights().mean(0), f"{source} KV head", f"{target} KV head"))

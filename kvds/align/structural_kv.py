@@ -83,7 +83,7 @@ def attention_distance(queries: Tensor, keys: Tensor, target_keys: Tensor, mask:
     return rows.masked_fill(~mask[:, None], 0).sum()
 
 
-class StructuralPart(FlatPart):
+class StructuralKVPart(FlatPart):
     """``loss_i = mean over target heads and tokens of 1 − cos(projected_i, target_i)``, both around the target's mean.
 
     The map is that of :class:`FlatPart`. The unit of the loss plays no part in a cosine.
@@ -168,7 +168,7 @@ class StructuralKVLoss(FlatAligner):
     The arguments are those of :class:`KVAligner`.
     """
 
-    part_class = StructuralPart
+    part_class = StructuralKVPart
 
     @classmethod
     def flops_per_position(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings, slots: int) -> float:

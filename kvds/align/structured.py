@@ -17,7 +17,7 @@ from kvds.ops import map_projection_loss
 from kvds.ops.mixing import mixing_products
 
 
-class StructuredPart(AlignerPart):
+class MapProjectionPart(AlignerPart):
     """``map_i(source)_j = Σ_l softmax(layer_logits)[i,l] Σ_h head_mix[(i,)j,h] · source[l]_h @ dim_proj[(i,j)]``.
 
     Attributes:
@@ -130,6 +130,6 @@ class StructuredPart(AlignerPart):
 
 
 class MapProjectionAligner(KVAligner):
-    """Structured alignment: the map of :class:`StructuredPart`, the arguments of :class:`KVAligner`."""
+    """Structured alignment: the map of :class:`MapProjectionPart`, the arguments of :class:`KVAligner`."""
 
-    part_class = StructuredPart
+    part_class = MapProjectionPart
