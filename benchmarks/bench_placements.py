@@ -110,7 +110,7 @@ def main() -> None:
     for name in PLACEMENTS:
         row: dict[str, Any] = {
             "placement": name,
-            "teacher weights per rank (MiB)": held_bytes(runs[name].teacher) / 2**20,
+            "teacher weights per rank (MiB)": sum(map(held_bytes, runs[name].teachers)) / 2**20,
         }
         for i, clock in enumerate(("CPU", "wall")):
             row[f"{clock} s per step"] = statistics.median(turn[i] for turn in spent[name])

@@ -70,7 +70,7 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     from kvds.teacher.cached import write_teacher_cache
     from kvds.teacher.teacher import Teacher
 
-    name = cfg.teacher or ""
+    name = cfg.first_teacher or ""
     tokenizer = load_tokenizer(cfg)
     config = load_config(name, cfg.teacher_config_overrides, flag="teacher")
     samples = load_run_data(cfg, tokenizer, rank=0, world_size=1).loader.samples

@@ -113,7 +113,7 @@ def wanted_items(cfg: RunConfig) -> tuple[list[Item], list[str]]:
             items[name] = Item("model" if weights else "config", name)
 
     add(cfg.student, cfg.student_init == "pretrained")
-    for teacher in cfg.teachers if cfg.uses_teacher else ():
+    for teacher in cfg.all_teachers if cfg.uses_teacher else ():
         add(teacher, cfg.teacher_init == "pretrained")
     add(cfg.tokenizer_name, False)
     sets: list[Item] = []

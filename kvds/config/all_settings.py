@@ -13,12 +13,12 @@ class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSe
     """The sections as one; nothing is checked here (:class:`kvds.config.RunConfig` does)."""
 
     @property
-    def teacher(self) -> str | None:
+    def first_teacher(self) -> str | None:
         """Folder or hub name of the teacher, of several the first."""
-        return self.teachers[0] if self.teachers else None
+        return self.all_teachers[0] if self.all_teachers else None
 
     @property
-    def teachers(self) -> tuple[str, ...]:
+    def all_teachers(self) -> tuple[str, ...]:
         """Folders or hub names of all teachers."""
         single = self.teacher_name or self.model_name
         return self.teacher_names or (() if single is None else (single,))
@@ -26,7 +26,7 @@ class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSe
     @property
     def weights_of_teachers(self) -> tuple[float, ...]:
         """Factor of each teacher's KV loss."""
-        return self.teacher_weights or (1 / len(self.teachers),) * len(self.teachers)
+        return self.teacher_weights or (1 / len(self.all_teachers),) * len(self.all_teachers)
 
     def teacher_seed(self, number: int = 0) -> int:
         """Of the random weights of teacher ``number`` of :attr:`teachers`; ``seed`` itself is the student's."""

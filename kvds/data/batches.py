@@ -139,8 +139,8 @@ def _with_reasoning_steps(
         if row is not None:
             reasoning_step_ids[position, : len(row.reasoning_step_ids)] = torch.tensor(row.reasoning_step_ids)
     text = None
-    if any(row is not None and row.teacher is not None for row in rows):
-        read = [row if row is None or row.teacher is None else row.teacher for row in rows]
+    if any(row is not None and row.teacher_text is not None for row in rows):
+        read = [row if row is None or row.teacher_text is None else row.teacher_text for row in rows]
         text = collate(
             read, batch.sample_ids.tolist(), pad_token_id, batch.label_normalizer, batch.position_normalizer,
             width=width,

@@ -40,20 +40,20 @@ class EncodedSample:
         segment_ids: Their :class:`Segment`, as many.
         example: Position of the row in the list that was encoded.
         reasoning_step_ids: The reasoning step of each token, counted from 1, 0 = none; empty where none were asked for.
-        teacher: The row as the teacher reads it; None = the same text.
+        teacher_text: The row as the teacher reads it; None = the same text.
     """
 
     input_ids: tuple[int, ...]
     segment_ids: tuple[int, ...]
     example: int
     reasoning_step_ids: tuple[int, ...] = ()
-    teacher: EncodedSample | None = None
+    teacher_text: EncodedSample | None = None
 
     @property
     def reasoning_step_count(self) -> int:
         """Reasoning steps that both texts have."""
         own = max(self.reasoning_step_ids, default=0)
-        return own if self.teacher is None else min(own, self.teacher.reasoning_step_count)
+        return own if self.teacher_text is None else min(own, self.teacher_text.reasoning_step_count)
 
     @property
     def label_count(self) -> int:
@@ -168,7 +168,7 @@ def _with_teachers_text(
     encoded = encode_examples(texts, tokenizer, max_length, reasoning_steps=True).samples if texts else []
     teachers = {places[row.example]: replace(row, example=places[row.example]) for row in encoded}
     return [
-        replace(row, teacher=teachers.get(row.example))
+        replace(row, teacher_text=teachers.get(row.example))
         for row in samples
         if row.example not in own or row.example in teachers
     ]

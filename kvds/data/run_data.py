@@ -130,7 +130,7 @@ def _check_steps(cfg: RunConfig, samples: Sequence[EncodedSample]) -> None:
             "align_tokens=segment: no training row has a rationale, so that there is no step to match; expected rows "
             "with reasoning (or --align_tokens position)"
         )
-    if cfg.logit_kd_weight and any(sample.teacher is not None for sample in samples):
+    if cfg.logit_kd_weight and any(sample.teacher_text is not None for sample in samples):
         raise InputError(
             f"logit_kd_weight={cfg.logit_kd_weight}: some rows have a teacher_rationale, and the logits of another "
             "text correspond to none of the student's; expected 0 (or rows without teacher_rationale)"

@@ -171,7 +171,7 @@ def _columns(samples: Sequence[EncodedSample], prefix: str = "") -> dict[str, Te
     if any(row.reasoning_step_ids for row in samples):
         columns["step_ids"] = flat((row.reasoning_step_ids for row in samples), torch.int32)
     columns = {f"{prefix}{name}": column for name, column in columns.items()}
-    teachers = [row.teacher for row in samples if row.teacher is not None]
+    teachers = [row.teacher_text for row in samples if row.teacher_text is not None]
     return columns | (_columns(teachers, _TEACHER) if teachers else {})
 
 

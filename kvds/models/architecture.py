@@ -133,8 +133,8 @@ def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> None:
 
 
 class ModelConfigs(NamedTuple):
-    """The architectures of a run: the student's, and the teachers' in the order of ``cfg.teachers``, as far as a loss
-    reads them.
+    """The architectures of a run: the student's, and the teachers' in the order of ``cfg.all_teachers``, of whom there
+    are none where no loss reads them.
     """
 
     student: PreTrainedConfig
@@ -151,7 +151,7 @@ def load_model_configs(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Mo
     Raises:
         InputError: no such model, or one that this run cannot use.
     """
-    teachers = cfg.teachers if cfg.uses_teacher else ()
+    teachers = cfg.all_teachers if cfg.uses_teacher else ()
     student = _load_model_config(cfg, tokenizer, cfg.student, flag="student")
     return ModelConfigs(student, [_load_model_config(cfg, tokenizer, name, flag="teacher") for name in teachers])
 

@@ -25,7 +25,7 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     """The one tokenizer of a run: ``--tokenizer_name``, else the teacher's, else the student's."""
     if cfg.tokenizer_name is not None:
         return _tokenizer(cfg.tokenizer_name, "--tokenizer_name")
-    names = [name for name in ((cfg.teacher if cfg.uses_teacher else None), cfg.student) if name is not None]
+    names = [name for name in ((cfg.first_teacher if cfg.uses_teacher else None), cfg.student) if name is not None]
     for position, name in enumerate(dict.fromkeys(names)):
         try:
             return _tokenizer(name, "--teacher_name" if position == 0 else "--student_name")
@@ -43,7 +43,7 @@ def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     vocabularies.
     """
     flag_of_teacher = "--teacher_names" if cfg.teacher_names else "--teacher_name"
-    teachers = [(flag_of_teacher, name) for name in cfg.teachers] if cfg.uses_teacher else []
+    teachers = [(flag_of_teacher, name) for name in cfg.all_teachers] if cfg.uses_teacher else []
     for flag, name in (*teachers, ("--student_name", cfg.student)):
         if name is None or not Path(name).is_dir() or not any(Path(name).glob("tokenizer*")):
             continue

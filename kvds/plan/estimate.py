@@ -78,7 +78,7 @@ class RunPlan:
         self.student_config = load_config(cfg.student, cfg.student_config_overrides, flag="student")
         self.teacher_config = None
         if cfg.uses_teacher:
-            self.teacher_config = load_config(cfg.teacher or "", cfg.teacher_config_overrides, flag="teacher")
+            self.teacher_config = load_config(cfg.first_teacher or "", cfg.teacher_config_overrides, flag="teacher")
         self._step_peaks: dict[tuple[int, bool], int] = {}
         self.planner = StepPlanner(cfg, self.student_config, self.teacher_config, self.dtype, machine.device)
 

@@ -35,7 +35,7 @@ def build_teachers(
 
     Args:
         cfg: The run.
-        configs: The teachers' model configurations, in the order of ``cfg.teachers``.
+        configs: The teachers' model configurations, in the order of ``cfg.all_teachers``.
         raw: The DeepSpeed configuration file.
         device: Of this rank.
         observe: As of :class:`kvds.teacher.teacher.Teacher`.
@@ -60,7 +60,7 @@ def build_teachers(
     for number, config in enumerate(configs):
         placed = None if whole else teacher_engine_config(raw, cfg, dist.get_world_size())
         model = load_model(
-            cfg.teachers[number], config, init=cfg.teacher_init, dtype=dtype,
+            cfg.all_teachers[number], config, init=cfg.teacher_init, dtype=dtype,
             attn_implementation=cfg.attn_implementation, seed=cfg.teacher_seed(number), flag="teacher",
             engine_config=placed,
         )  # fmt: skip

@@ -93,9 +93,9 @@ def _short(value: Any) -> str:
 def _weights(cfg: RunConfig, config: Any) -> str:
     if cfg.teacher_init == "random":
         return f"random, seed {cfg.teacher_seed()}"
-    folder = Path(cfg.teacher or "")
+    folder = Path(cfg.first_teacher or "")
     if not folder.is_dir():
-        return f"{cfg.teacher} {getattr(config, '_commit_hash', None)}"
+        return f"{cfg.first_teacher} {getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

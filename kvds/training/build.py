@@ -36,7 +36,7 @@ class RunModels:
     Attributes:
         student: In the run's dtype, on the device or in ZeRO-3's shards.
         aligner: On the device; None where no keys and values are matched.
-        teachers: In the order of ``cfg.teachers``; empty where none is used.
+        teachers: In the order of ``cfg.all_teachers``; empty where none is used.
     """
 
     student: Any

@@ -111,7 +111,7 @@ class TrainingRun:
 
         choice = TokenChoice(cfg)
         models = self._build_models(raw, engine_config, model_configs, choice, calibrate=resume_step is None)
-        self.teacher = models.teachers[0] if models.teachers else None
+        self.teachers = models.teachers
         self.inputs = StepInputBuilder(cfg, models.teachers, choice, device)
         self.aligner_config = None if models.aligner is None else aligner_config_dict(models.aligner)
 
@@ -214,9 +214,10 @@ class TrainingRun:
 
     def _ready(self, batches: list[TokenBatch]) -> list[TokenBatch]:
         """A step's micro-batches, ready to be copied to the device, what a cache holds for them read."""
-        if isinstance(self.teacher, CachedTeacher):
-            for batch in batches:
-                self.teacher.read_ahead(batch)
+        for teacher in self.teachers:
+            if isinstance(teacher, CachedTeacher):
+                for batch in batches:
+                    teacher.read_ahead(batch)
         return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
 
     def _feed(self, timer: PhaseTimer) -> InputFeed:

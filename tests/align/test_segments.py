@@ -122,7 +122,7 @@ def test_texts_of_different_lengths_meet_step_by_step(mode, monkeypatch):
 
     total, steps = torch.zeros(()), 0
     for sample in ROWS:
-        count, text = sample.reasoning_step_count, sample.teacher or sample
+        count, text = sample.reasoning_step_count, sample.teacher_text or sample
         if count:
             own = pooled(student, sample.input_ids, sample.reasoning_step_ids, count)
             theirs = pooled(teacher_model, text.input_ids, text.reasoning_step_ids, count)

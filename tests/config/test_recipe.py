@@ -25,7 +25,7 @@ def test_defaults_are_those_of_the_design():
     assert (cfg.kv_weight_share, cfg.kv_weight_value) == (2.0, None)
     assert (cfg.batch_size, cfg.lr, cfg.max_length, cfg.seed) == (8, 5e-5, 512, 0)
     assert cfg.datasets == ("synthetic",)
-    assert (cfg.teacher, cfg.student) == ("gpt2", "gpt2")
+    assert (cfg.first_teacher, cfg.student) == ("gpt2", "gpt2")
     assert cfg.uses_kv and cfg.uses_teacher and cfg.warnings == []
 
 
@@ -130,7 +130,7 @@ def test_which_losses_need_what(changes, kv, teacher):
 
 def test_every_model_of_a_run_has_a_seed_of_its_own():
     cfg = RunConfig(student_name="gpt2", teacher_names=("a", "b", "c"), output_dir="x", seed=7)
-    assert [cfg.seed, *(cfg.teacher_seed(number) for number in range(len(cfg.teachers)))] == [7, 8, 9, 10]
+    assert [cfg.seed, *(cfg.teacher_seed(number) for number in range(len(cfg.all_teachers)))] == [7, 8, 9, 10]
     assert cfg.teacher_seed() == cfg.teacher_seed(0)
 
 

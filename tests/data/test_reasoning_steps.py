@@ -159,17 +159,17 @@ ROWS = [
 
 def test_the_teachers_text_is_encoded_beside_the_rows(tokenizer):
     first, second, third = encode_examples(ROWS, tokenizer, 99, reasoning_steps=True).samples
-    assert first.teacher is not None and second.teacher is None
+    assert first.teacher_text is not None and second.teacher_text is None
     assert decoded_steps(first, tokenizer) == ["68-2=48", "-1=38\n"]
-    assert decoded_steps(first.teacher, tokenizer) == [line + "\n" for line in LONG.split("\n")]
+    assert decoded_steps(first.teacher_text, tokenizer) == [line + "\n" for line in LONG.split("\n")]
     # The teacher's third step meets none.
     assert [row.reasoning_step_count for row in (first, second, third)] == [2, 1, 0]
     same = dataclasses.replace(ROWS[0], rationale=LONG, teacher_rationale=None)
-    assert encode_examples([same], tokenizer, 99).samples[0].input_ids == first.teacher.input_ids
+    assert encode_examples([same], tokenizer, 99).samples[0].input_ids == first.teacher_text.input_ids
     # Too long for the teacher: the row is left out and counted.
-    corpus = encode_examples(ROWS, tokenizer, len(first.teacher.input_ids) - 1, reasoning_steps=True)
+    corpus = encode_examples(ROWS, tokenizer, len(first.teacher_text.input_ids) - 1, reasoning_steps=True)
     assert [row.example for row in corpus.samples] == [1, 2] and corpus.too_long == 1
-    assert all(row.teacher is None for row in encode_examples(ROWS, tokenizer, 99).samples)
+    assert all(row.teacher_text is None for row in encode_examples(ROWS, tokenizer, 99).samples)
 
 
 def test_batches_hold_both_texts_and_count_common_steps(tokenizer):
@@ -184,7 +184,7 @@ def test_batches_hold_both_texts_and_count_common_steps(tokenizer):
     assert text is not None and text.input_ids.shape[1] > first.input_ids.shape[1]
     assert first.num_reasoning_steps == text.num_reasoning_steps == 3
     assert second.num_reasoning_steps == 1 and second.teacher_text is None
-    for batch, rows in ((first, samples[:2]), (text, [samples[0].teacher, samples[1]])):
+    for batch, rows in ((first, samples[:2]), (text, [samples[0].teacher_text, samples[1]])):
         for position, row in enumerate(rows):
             length = len(row.input_ids)
             assert tuple(batch.input_ids[position, :length].tolist()) == row.input_ids

@@ -59,7 +59,7 @@ def test_what_is_read_is_what_was_encoded(tokenizer: Any, tmp_path: Path, encodi
         corpus = encode_once(ROWS, tokenizer, 64, reasoning_steps=steps, files=files)
         assert list(corpus.samples) == list(expected.samples) and corpus.too_long == expected.too_long == 1
     assert encodings == [len(ROWS)] and corpus.samples[-1] == expected.samples[-1]
-    assert corpus.samples[2:5] == expected.samples[2:5] and any(row.teacher for row in corpus.samples) == steps
+    assert corpus.samples[2:5] == expected.samples[2:5] and any(row.teacher_text for row in corpus.samples) == steps
     assert [path.suffix for path in (tmp_path / "new" / "folder").iterdir()] == [".safetensors"]
     tokenizer(["a", "a b"], padding=True, truncation=True, max_length=1)  # leaves its mark on the tokenizer
     encode_once(ROWS, tokenizer, 64, reasoning_steps=steps, files=files)

@@ -213,7 +213,7 @@ def test_shell_characters_in_names_are_letters(name, tmp_path, mark, monkeypatch
         try:
             cfg = parse_run_config(["--model_name", "gpt2", "--output_dir", "out", flag, hostile])
             if flag == "--teacher_name":
-                load_config(cfg.teacher or "", flag="teacher")
+                load_config(cfg.first_teacher or "", flag="teacher")
             elif flag == "--tokenizer_name":
                 load_tokenizer(cfg)
         except InputError as error:

@@ -258,7 +258,7 @@ def fingerprint(models: Path, **changes: Any) -> dict[str, str]:
     cfg: RunConfig = parse_run_config(flags(models, output_dir="x", **changes))
     tokenizer = load_tokenizer(cfg)
     rows = load_run_data(cfg, tokenizer, rank=0, world_size=1).loader.samples
-    teacher = load_config(cfg.teacher or "", cfg.teacher_config_overrides, flag="teacher")
+    teacher = load_config(cfg.first_teacher or "", cfg.teacher_config_overrides, flag="teacher")
     return cache_fingerprint(cfg, tokenizer, teacher, rows, "fp32")
 
 
