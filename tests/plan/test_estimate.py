@@ -222,7 +222,9 @@ SELECTED = {"kv_method": "uniform", "kv_budget": 8}
 def test_what_is_compared_is_planned(recipe, changes, states, tokens):
     sizes = "num_hidden_layers=3,hidden_size=64,intermediate_size=160,num_attention_heads=4,head_dim=16,vocab_size=512"
     cfg = config(recipe, **changes)
-    student, teacher = (load_config(getattr(cfg, side), sizes, flag=side) for side in ("student", "teacher"))
+    student, teacher = (
+        load_config(name, sizes, flag=side) for side, name in (("student", cfg.student), ("teacher", cfg.first_teacher))
+    )
     planner = StepPlanner(cfg, student, teacher, torch.float32, "cpu")
     planned = planner.plan(BatchShape(4, 48, 100, 8 if cfg.kv_budget else 48), checkpointing=False)
     assert planned.teacher_kv == 4 * states * 4 * tokens
@@ -234,7 +236,9 @@ def test_a_teacher_that_runs_ahead_is_planned_beside_the_student(recipe):
     batch = BatchShape(4, 48, 100, 8)
     for device in ("cuda", "cpu"):
         plain, ahead = (
-            StepPlanner(cfg, *(load_config(getattr(cfg, side), sizes, flag=side) for side in ("student", "teacher")),
+            StepPlanner(cfg, *(
+        load_config(name, sizes, flag=side) for side, name in (("student", cfg.student), ("teacher", cfg.first_teacher))
+    ),
                         torch.float32, device).plan(batch, checkpointing=False)
             for cfg in (config(recipe, **SELECTED, **more) for more in ({}, {"teacher_overlap": "true"}))
         )  # fmt: skip
