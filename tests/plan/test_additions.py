@@ -24,7 +24,7 @@ from kvds.kv import KVShape, gather_positions
 from kvds.kv.observed import ObservedLayer, ObservingRows
 from kvds.kv.scores import SCORES
 from kvds.kv.select import CHOICES
-from kvds.plan.estimate import Machine, Plan
+from kvds.plan.estimate import Machine, RunPlan
 from kvds.teacher.teacher import Teacher
 from kvds.teacher.token_selection import TokenChoice
 from tests.harness.distillation_setup import CPU, batch_of, samples, setup
@@ -136,7 +136,9 @@ def test_flags_and_rules_know_them(added: None, recipe: Path) -> None:
 
 
 def test_a_plan_counts_them(added: None, recipe: Path) -> None:
-    plan = Plan(config(recipe, alignment_mode="norms", kv_method="right_half", kv_budget=4), Machine(1, 1, 80 * 2**30))
+    plan = RunPlan(
+        config(recipe, alignment_mode="norms", kv_method="right_half", kv_budget=4), Machine(1, 1, 80 * 2**30)
+    )
     assert plan.aligner_parameters == 2 * 24  # keys and values, the student's layers
     assert plan.rows.largest.slots == 4 and plan.work is not None and plan.work.aligner == 0
     assert plan.peak > plan.states().held and plan.step.aligner > 0
