@@ -59,11 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         flags += ["--output_dir", "outputs/plan"]
     cfg = parse_run_config(flags)
     logging.getLogger("kvds").setLevel(logging.ERROR)
-    from kvds.plan.estimate import Machine, Plan
+    from kvds.plan.estimate import Machine, RunPlan
     from kvds.plan.token_budget import with_token_budget
 
     machine = Machine(arguments.gpus, arguments.nodes, memory)
-    plan = Plan(with_token_budget(cfg, machine), machine, arguments.rows)
+    plan = RunPlan(with_token_budget(cfg, machine), machine, arguments.rows)
     print(format_plan(plan, arguments.tflops * 1e12 * arguments.utilization))
     return 0 if plan.fits and plan.evaluation_fits else 1
 

@@ -25,7 +25,7 @@ def file_rules(cfg: AllSettings) -> Iterator[Rule]:
         raise InputError("output_dir is empty; expected a folder to write the run to (--output_dir outputs/NAME)")
     if os.path.exists(cfg.output_dir) and not os.path.isdir(cfg.output_dir):
         raise InputError(f"output_dir={cfg.output_dir}: is a file; expected a folder")
-    if cfg.uses_teacher and not cfg.teacher:
+    if cfg.uses_teacher and not cfg.first_teacher:
         raise InputError(
             "--teacher_name is missing; expected a folder or a hub name (or --model_name, or --alignment_mode none)"
         )

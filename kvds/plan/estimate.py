@@ -244,7 +244,7 @@ class RunPlan:
         if self.fits:
             return []
         if self.cfg.tokens_per_batch:
-            return ["tokens_per_batch: 0", *Plan(replace(self.cfg, tokens_per_batch=0), self.machine).advice()]
+            return ["tokens_per_batch: 0", *RunPlan(replace(self.cfg, tokens_per_batch=0), self.machine).advice()]
         if self.cfg.teacher_overlap:
             plain = RunPlan(replace(self.cfg, teacher_overlap=False), self.machine, self.rows)
             more = plain.advice()

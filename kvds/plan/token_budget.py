@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvds.config import RunConfig
 from kvds.config.row_rules import forbids_one_row
 from kvds.errors import InputError
-from kvds.plan.estimate import Machine, Plan
+from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.rows import RowPlan
 from kvds.plan.several import SeveralTeachersPlan
 from kvds.plan.step import BatchShape
@@ -68,5 +68,5 @@ def _peak(cfg: RunConfig, machine: Machine, tokens: int) -> int:
     cfg = replace(cfg, tokens_per_batch=tokens)
     largest = BatchShape(1, tokens, tokens, tokens, -(-tokens // cfg.max_length))
     rows = RowPlan(largest, cfg.max_length - 1, None, None, None, "")
-    plan = SeveralTeachersPlan(cfg, machine, rows) if cfg.teacher_names else Plan(cfg, machine, rows)
+    plan = SeveralTeachersPlan(cfg, machine, rows) if cfg.teacher_names else RunPlan(cfg, machine, rows)
     return plan.peak

@@ -262,7 +262,7 @@ class TrainingRun:
                 gradient_watch = self.engine.module.gradient_watch
                 squares = gradient_watch.squares() if gradient_watch is not None else {}
                 meter.update(metrics | squares, micro.tokens, share=1 / micro.count)
-                self.bad_steps.note(inputs.batch, metrics)
+                self.nonfinite_steps.note(inputs.batch, metrics)
             self.step += 1
             bar.update()
             self.nonfinite_steps.end_step(self.step)

@@ -195,7 +195,7 @@ def test_checkpointing_and_kv_show_in_the_plan(recipe):
 
 def test_only_what_is_compared_is_told_by_group(recipe):
     both, values, hidden = (
-        Plan(config(recipe, **changes), Machine(8, 1, 80 * 2**30))
+        RunPlan(config(recipe, **changes), Machine(8, 1, 80 * 2**30))
         for changes in ({}, {"kv_parts": "v", "layer_groups": 2}, {"alignment_mode": "hidden"})
     )
     tokens = both.rows.largest.rows * both.rows.largest.tokens
