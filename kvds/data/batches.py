@@ -73,7 +73,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
-        reasoning_step_ids = self.reasoning_step_ids
+        step_ids = self.reasoning_step_ids
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -81,7 +81,7 @@ class TokenBatch:
             labels=self.labels.to(device, non_blocking=True),
             segment_ids=self.segment_ids.to(device, non_blocking=True),
             sample_ids=self.sample_ids.to(device, non_blocking=True),
-            reasoning_step_ids=None if reasoning_step_ids is None else reasoning_step_ids.to(device, non_blocking=True),
+            reasoning_step_ids=None if step_ids is None else step_ids.to(device, non_blocking=True),
             teacher_text=None if self.teacher_text is None else self.teacher_text.to(device),
             packing=None if self.packing is None else self.packing.to(device),
         )

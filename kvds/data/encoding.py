@@ -109,7 +109,7 @@ def compare_rows(
             (rationale_text(row), ids[ends[0] : ends[1]]),
             (answer_text(row), ids[ends[1] : -1]),
         ]
-        return own if sample.teacher is None else own + pieces(sample.teacher, row.teacher_rationale)
+        return own if sample.teacher_text is None else own + pieces(sample.teacher_text, row.teacher_rationale)
 
     found = compare_texts([pieces(sample) for sample in samples], tokenizer)
     return replace(found, first=samples[found.first].example) if found.lossy else found
