@@ -1,4 +1,4 @@
-"""``kvds COMMAND …``: what is done with runs and models outside of training (which ``launch/distill.py`` starts)."""
+"""Command line ``kvds COMMAND …``: all but training, which ``launch/distill.py`` starts, is done from here."""
 
 from __future__ import annotations
 

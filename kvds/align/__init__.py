@@ -1,4 +1,4 @@
-"""From the keys and values of two models to a loss."""
+"""Alignment: from the keys and values of two models to a loss."""
 
 from __future__ import annotations
 

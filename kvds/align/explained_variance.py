@@ -1,4 +1,4 @@
-"""How well the maps explain the target on given text: R² and loss of each target layer."""
+"""Explained variance: how well the maps explain the target on given text, R² and loss of each target layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an aligner learns before step 1: statistics of both sides, and closed-form starts of the dimension maps.
+"""Fit of an aligner before step 1: statistics of both sides, and closed-form starts of the dimension maps.
 
 Moments are summed in fp64 over batches and ranks, then written once, so that every rank starts from the same numbers
 whatever the number of ranks. With ``x`` the mixed source rows and ``y`` the target rows of a dimension map ``P``, both

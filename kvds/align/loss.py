@@ -1,4 +1,4 @@
-"""What an aligner returns."""
+"""Alignment loss: what an aligner returns."""
 
 from __future__ import annotations
 

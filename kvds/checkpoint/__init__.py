@@ -1,1 +1,1 @@
-"""What a run leaves on disk and goes on from."""
+"""Checkpoints: what a run leaves on disk and goes on from."""

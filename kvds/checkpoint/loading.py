@@ -1,4 +1,4 @@
-"""Loading a checkpoint into an engine, also one that another number of ranks wrote."""
+"""Checkpoints loaded into an engine, also those that another number of ranks wrote."""
 
 from __future__ import annotations
 

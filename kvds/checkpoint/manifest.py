@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: names, sizes and SHA-256 of its files, so that damage is known before it is read.
+"""Manifest of a checkpoint: names, sizes and SHA-256 of its files, so that damage is known before it is read.
 
 The checksums are of the bytes that were handed to the operating system, not of the bytes that came to lie on the disk:
 reading a file back compares the two. They tell damage, not malice: who can write the files can write the manifest.

@@ -1,4 +1,4 @@
-"""Under what a checkpoint was written: how many ranks, rows of a global step, ZeRO stage; and what that asks of a
+"""Origin of a checkpoint: the ranks, rows of a global step and ZeRO stage of its run; and what that asks of a
 resume.
 
 The order of samples is that of global steps, so that a run goes on with the same samples on another number of ranks as

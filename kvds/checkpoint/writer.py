@@ -1,4 +1,4 @@
-"""Saving a checkpoint with all ranks so that it is whole or not there, on a disk that may be full."""
+"""Checkpoint writer: all ranks save together, whole or not at all, on a disk that may be full."""
 
 from __future__ import annotations
 

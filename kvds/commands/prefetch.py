@@ -1,4 +1,4 @@
-"""On a machine with internet: bring a recipe's models, tokenizers and data sets into a folder, for nodes without.
+"""Bring a recipe's models, tokenizers and data sets into a folder, where there is internet, for nodes without.
 
 The recipe keeps its names; a job sources DIR/env.sh, or is given KVDS_PREFETCHED=DIR with the files of launch/slurm.
 Exit status 1 where something could not be brought or, with --check, is missing.

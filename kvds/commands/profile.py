@@ -1,4 +1,4 @@
-"""What an aligner is made of and what it has learned: parameters, mixing heat maps, spectra, fit on held-out text."""
+"""Profile of an aligner, of what it has learned, too: parameters, mixing heat maps, spectra, fit on held-out text."""
 
 from __future__ import annotations
 

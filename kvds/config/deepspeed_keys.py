@@ -1,4 +1,4 @@
-"""Which keys of DeepSpeed's JSON a run may set, what each takes, and which features a run cannot honour."""
+"""Keys of DeepSpeed's JSON that a run may set, what each takes, and which features a run cannot honour."""
 
 from __future__ import annotations
 

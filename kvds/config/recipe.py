@@ -1,4 +1,4 @@
-"""From a recipe file and flags to a run's configuration."""
+"""A run's configuration, from a recipe file and flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From encoded rows to token batches, padded or packed; every batch knows its global step's exact counts."""
+"""Token batches of encoded rows, padded or packed; every batch knows its global step's exact counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From rows to token ids: every token knows its segment.
+"""Encoding of rows as token ids: every token knows its segment.
 
 A row is ``prompt⏎ rationale⏎ #### answer<end>``. Its segments are tokenised one by one and joined, so that no token
 straddles two, and a generated completion starts from exactly the ids that training puts before it. A begin-of-text

@@ -1,4 +1,4 @@
-"""Which samples meet: those of like length in a step, and within a step in a micro-batch."""
+"""Groups of samples that meet: those of like length in a step, and within a step in a micro-batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the next token counts."""
+"""Labels: where the next token counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples make up which step, on which rank.
+"""Batch loader: which samples make up which step, on which rank.
 
 The samples of optimizer step n are a pure function of seed and n: the same on any number of ranks, and resuming is
 asking for a later n.

@@ -1,4 +1,4 @@
-"""From names on the command line to rows: files, hub data sets and the built-in problems, mixed by weight.
+"""Mixture of rows, by names on the command line: files, hub data sets and the built-in problems, by weight.
 
 A name is a corpus of :data:`kvds.data.corpora.CORPORA` (its table lists the hub names), ``arc`` (easy and challenge),
 ``synthetic``, or a file of one's own with ``prompt``, ``rationale`` and ``answer``. ``FILE.jsonl`` is judged by

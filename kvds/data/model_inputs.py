@@ -1,4 +1,4 @@
-"""From a batch, packed or not, to what a backbone is called with, and back from samples to packed rows."""
+"""Model inputs: what a backbone is called with on a batch, packed or not, and the way back to packed rows."""
 
 from __future__ import annotations
 

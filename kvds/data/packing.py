@@ -1,4 +1,4 @@
-"""Several samples in one row, without padding between them.
+"""Packing: several samples in one row, without padding between them.
 
 Each sample keeps its own positions, counted from 0, and sees itself alone: attention is causal within a sample and
 blocked between samples. Losses, selections and segments stay those of the sample, wherever it lies.

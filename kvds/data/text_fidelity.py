@@ -1,4 +1,4 @@
-"""What a tokenizer makes of text: each row's tokens are read back and compared with it, before a run learns from them.
+"""Text fidelity: the tokens of each row are read back and compared with its text, before a run learns from them.
 
 A character that a tokenizer does not know vanishes from what is learned and from what is judged, and no loss shows it:
 ``$5.00`` becomes ``500``. A text in another Unicode form (NFD under a tokenizer that composes) says the same and is

@@ -1,4 +1,4 @@
-"""What the KV loss sends back at keys and values, against all else that arrives there."""
+"""Gradient watch: what the KV loss sends back at keys and values, against all else that arrives there."""
 
 from __future__ import annotations
 

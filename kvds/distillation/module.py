@@ -24,8 +24,7 @@ class DistillationModule(nn.Module):
 
     ``loss = w_task · CE + w_kv · KV + w_kd · KD``, each part the micro-batch's sum over positions divided by the global
     step's mean count (``TokenBatch.label_normalizer``, ``position_normalizer``): averaged over ranks and
-    micro-batches, as
-    DeepSpeed does, it is the mean over the whole global batch, however it was split and padded.
+    micro-batches, as DeepSpeed does, it is the mean over the whole global batch, however it was split and padded.
 
     Args:
         student: A causal language model.

@@ -1,4 +1,4 @@
-"""From a batch to all that the student's forward needs: labelled positions, the teacher's output, a selection."""
+"""Builder of a step's input, of a batch: labelled positions, the teacher's output, a selection."""
 
 from __future__ import annotations
 

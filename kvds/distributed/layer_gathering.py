@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers at a time: a decoder layer, not each of its projections and norms."""
+"""Layer gathering: ZeRO-3 gathers a decoder layer at a time, not each of its projections and norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGUSR1, SIGTERM, the end of the time given, or a launcher that is gone.
+"""Preemption: a run is asked to stop by SIGUSR1, SIGTERM, the end of its time, or a launcher that is gone.
 
 A handler only sets a flag. Ranks get signals at different moments, one after the other or one alone, so the flag is put
 together over all ranks once per step (and once per batch of calibration and evaluation): all of them leave the same

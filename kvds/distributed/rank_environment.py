@@ -1,4 +1,4 @@
-"""Which rank this process is: the launchers' variables, and Slurm's where ``srun`` alone started the ranks."""
+"""Rank environment: the launchers' variables, and Slurm's where ``srun`` alone started the ranks."""
 
 from __future__ import annotations
 

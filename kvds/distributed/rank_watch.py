@@ -1,4 +1,4 @@
-"""One rank dies or hangs: the others learn of it, one of them says which and why, and all end.
+"""Rank watch: one rank dies or hangs, the others learn of it, one of them says which and why, and all end.
 
 Each rank says once a second, in a thread of its own, that it lives, in the store that the process group was made with
 (rank 0's, or torchrun's). Rank 0 reads all, the others read rank 0 and its verdict: what a second costs does not grow

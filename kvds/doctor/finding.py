@@ -1,4 +1,4 @@
-"""What a check of ``kvds doctor`` found."""
+"""Finding: what a check of ``kvds doctor`` found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a model is on held-out rows: cross entropy of the completion, and exact match of the generated answer."""
+"""Evaluation of a model on held-out rows: cross entropy of the completion, exact match of the generated answer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What runs left behind, read back and compared."""
+"""Experiments: arms × seeds, run, kept and compared."""

@@ -1,4 +1,4 @@
-"""Runs experiments: jobs dealt out to worker processes, each result kept the moment it is there.
+"""Runner of experiments: jobs dealt out to worker processes, each result kept the moment it is there.
 
 A job counts as done when its line is in ``runs.jsonl``: an interrupted experiment goes on where it stopped, and a job
 that was interrupted is done anew from its start.

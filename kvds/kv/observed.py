@@ -1,4 +1,4 @@
-"""Which tokens observe, and the attention that their queries pay: a few rows of it, never the whole matrix."""
+"""Observing tokens, and the attention that their queries pay: a few rows of it, never the whole matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model an alignment reads: keys and values, these with queries, or hidden states."""
+"""Readings: what of a model an alignment reads, be it keys and values, these with queries, or hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a token is worth keeping, from a model's keys and the attention that observing tokens pay to them.
+"""Scores: how much a token is worth keeping, from a model's keys and the attention of observing tokens to them.
 
 Every score is computed per layer and KV head, each sample on its own, and averaged over both, since one selection
 serves all layers and heads. Layers are taken a few at a time: memory stays that of a few.

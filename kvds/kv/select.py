@@ -1,4 +1,4 @@
-"""Which token positions are distilled.
+"""Token selection: which positions are distilled.
 
 A method scores nothing across samples: each row's selection depends on that row alone. The number of slots ``M`` comes
 from the budget and the padded length, so no device is asked; rows with fewer eligible positions mask the rest.

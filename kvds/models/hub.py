@@ -1,4 +1,4 @@
-"""What transformers loads from a hub name or a folder, with failures told in the user's terms."""
+"""Hub names and folders: what transformers loads from them, with failures told in the user's terms."""
 
 from __future__ import annotations
 

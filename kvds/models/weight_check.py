@@ -1,4 +1,4 @@
-"""Every tensor of a model folder has its place in the model, or is explained, or the folder is refused.
+"""Weight check: every tensor of a folder has its place in the model, or is explained, or the folder is refused.
 
 transformers leaves out what a configuration has no place for and keeps a head that differs from the embeddings which
 the configuration ties it to, with a warning at most: a run would train or judge another model than the folder holds.

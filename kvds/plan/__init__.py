@@ -1,1 +1,1 @@
-"""What a run will take, from configurations alone: memory per GPU, work, time, disk, and what would make it fit."""
+"""Plan: what a run will take, from configurations alone: memory per GPU, work, time, disk, and what makes it fit."""

@@ -1,4 +1,4 @@
-"""How long the rows of a run are: read where tokenizer and data lie here, assumed where not."""
+"""Rows of a run and how long they are: read where tokenizer and data lie here, assumed where not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What takes the place of a run's modules on fake tensors: its memory, without its data."""
+"""Stand-ins: they take the place of a run's modules on fake tensors, with its memory and without its data."""
 
 from __future__ import annotations
 

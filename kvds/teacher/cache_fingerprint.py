@@ -1,4 +1,4 @@
-"""What a teacher cache was made of, so that one made of something else is refused with the difference named."""
+"""Fingerprint of a teacher cache: one made of something else is refused, with the difference named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which positions of a batch are matched, and the teacher's forward: the one that the other reads comes first."""
+"""Token choice: which positions of a batch are matched, and the teacher's forward; what the other reads comes first."""
 
 from __future__ import annotations
 

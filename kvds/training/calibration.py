@@ -1,4 +1,4 @@
-"""Before step 1: the aligner's statistics and start from a few batches, and the weight of the KV loss from one.
+"""Calibration before step 1: an aligner's statistics and start from a few batches, the KV loss's weight from one.
 
 Both see the training data in training order and touch neither weights of the student nor any state that training reads.
 """
@@ -70,8 +70,7 @@ def calibrate_kv_weight(
     """The weight at which the KV loss's gradient on the student has ``share`` times the norm of the task's.
 
     ``weight = share · task_weight · ‖∇_student CE‖ / ‖∇_student KV‖``, over the micro-batches of one global step, on
-    any
-    number of ranks. No optimizer step is taken and no gradient stays.
+    any number of ranks. No optimizer step is taken and no gradient stays.
 
     Raises:
         InputError: one of the two losses sends the student no gradient, so that no weight has the meaning asked for.

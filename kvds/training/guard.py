@@ -1,4 +1,4 @@
-"""What stands around a run on each rank: it may be asked to stop, and it ends when another rank does."""
+"""Guard of a run on each rank: it may be asked to stop, and it ends when another rank does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seconds per phase, memory, and means of metrics over a logging interval: nothing here makes a step wait."""
+"""Meters: seconds per phase, memory, and means over a logging interval; nothing here makes a step wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps whose numbers are not finite: counted, told, and the end of the run when they do not stop.
+"""Non-finite steps: steps whose numbers are not, counted, told, and the end of the run when they do not stop.
 
 DeepSpeed reads the global norm of the gradient on the host before each optimizer step and leaves the step out on all
 ranks where it is not finite (ZeRO stages 1 to 3, and bf16). In fp32 at stage 0 it reads no norm and steps with a plain

@@ -1,4 +1,4 @@
-"""What a run comes to: its student judged on held-out rows, and exported with its aligner."""
+"""Results of a run: its student judged on held-out rows, and exported with its aligner."""
 
 from __future__ import annotations
 
