@@ -40,6 +40,7 @@ class BatchLoader:
         width: How long rows are made for the longest sample of a batch.
         tokens_per_batch: Tokens of the one row that a micro-batch is; 0 = micro-batches of ``batch_size`` samples.
         longest: No sample has more tokens; 0: as many as the longest of ``samples``.
+        exchanged: Rows take the keys and values of others of their micro-batch: those of one alone count nowhere.
 
     Raises:
         InputError: there are no samples.
@@ -62,6 +63,7 @@ class BatchLoader:
         width: RowWidth = AS_LONGEST,
         tokens_per_batch: int = 0,
         longest: int = 0,
+        exchanged: bool = False,
     ) -> None:
         if not samples:
             raise InputError(
@@ -73,6 +75,7 @@ class BatchLoader:
         self._pack_to, self._group_by_length, self._width = pack_to, group_by_length, width
         self._lengths = [len(sample.input_ids) for sample in samples]
         self._tokens_per_batch, self._longest = tokens_per_batch, longest or max(self._lengths)
+        self._exchanged = exchanged
         self._labels = [sample.label_count for sample in samples]
         self._positions = [
             sample.reasoning_step_count if sample.reasoning_step_ids else position_count(len(sample.input_ids))
@@ -139,7 +142,13 @@ class BatchLoader:
         real = [i for i in ids if i >= 0]
         # At least one token, so that a step of rows without any divides by no zero.
         labels = max(1, sum(self._labels[i] for i in real)) / shares
-        positions = max(1, sum(self._positions[i] for i in real)) / shares
+        if self._shuffle and shares > 1 and not dealt:
+            ids = deal_by_length(ids, self._lengths, self._batch_size, packed=self._pack_to is not None)
+        counted = [i for i in ids if i >= 0]
+        if self._exchanged:
+            micros = [ids[begin : begin + self._batch_size] for begin in range(0, len(ids), self._batch_size)]
+            counted = [i for micro in micros for i in micro if i >= 0 and sum(other >= 0 for other in micro) > 1]
+        positions = max(1, sum(self._positions[i] for i in counted)) / shares
         if dealt:
             return [
                 collate_packed(
@@ -148,8 +157,6 @@ class BatchLoader:
                 )
                 for row in dealt[self._rank :: self._world_size]
             ]  # fmt: skip
-        if self._shuffle and shares > 1:
-            ids = deal_by_length(ids, self._lengths, self._batch_size, packed=self._pack_to is not None)
         batches = []
         for micro in range(self._accumulation):
             begin = (micro * self._world_size + self._rank) * self._batch_size

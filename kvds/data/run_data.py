@@ -88,6 +88,7 @@ def load_run_data(
             width=width,
             tokens_per_batch=budget,
             longest=cfg.max_length if budget else 0,
+            exchanged=cfg.uses_kv and cfg.teacher_kv == "shuffled",
         )
 
     held_out_rows = _mixture(cfg, "eval").examples if cfg.eval_subset_size else []

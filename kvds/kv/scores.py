@@ -88,6 +88,11 @@ def _rkv(layer: ObservedLayer, rows: ObservingRows, real: Tensor, weight: float)
 
 
 def _rkv_window(layer: ObservedLayer, rows: ObservingRows, real: Tensor, weight: float) -> Tensor:
+    """``λ·mean_q maxpool(max_g A[g, q]) − (1−λ)·R``, with attention over the whole row, as R-KV's paper writes it.
+
+    Not what its published code computes: that takes the maximum over the group of the logits, a softmax over the past
+    alone, the mean over queries, and the pool last. The two keep 56 to 67 % of the same tokens.
+    """
     keys = layer.keys()
     attention = attention_rows(layer, keys, rows, real).amax(2)  # [B, H, Q, T]
     past = attention.masked_fill(rows.at(real.shape[1])[:, None, None], 0.0)
@@ -122,7 +127,7 @@ def token_scores(method: str, observed: Observed, real: Tensor, *, rkv_lambda: f
 
     * ``rkv``: ``λ·I − (1−λ)·R`` with :func:`importance` and :func:`redundancy`;
     * ``rkv_window``: the same with the last tokens as observers, attention max-pooled over 7 neighbours and
-      :func:`redundancy_sparing_latest`;
+      :func:`redundancy_sparing_latest` (the paper's equations, not its published code: see there);
     * ``snapkv``: mean attention of the last tokens, averaged over 5 neighbours;
     * ``keydiff``: ``−cos(k_i, mean_j k̂_j)``.
 

@@ -13,7 +13,8 @@ def shuffled_states(states: Poolable, attention_mask: Tensor, real: Tensor) -> P
 
     Rows are put in order of length, and each takes those of the next (the longest those of the shortest): partners are
     of the same length where there is such a row. Where they are not, token t of n reads the partner's token at the same
-    relative position, ``⌊t · n_partner / n⌋``, so that every real token faces a real one. A single row keeps its own.
+    relative position, ``⌊t · n_partner / n⌋``, so that every real token faces a real one. A row without any
+    other has no partner: it gets zeros, which must count nowhere (:class:`kvds.teacher.token_selection.TokenChoice`).
 
     Args:
         states: Keys and values, or hidden states: per layer ``[B, H, T, D]``.
@@ -32,6 +33,7 @@ def shuffled_states(states: Poolable, attention_mask: Tensor, real: Tensor) -> P
     index = torch.where(positions < own, positions * other // own, positions)  # [B, T]
 
     def exchanged(layer: Tensor) -> Tensor:
-        return layer[partner].gather(2, index[:, None, :, None].expand(-1, layer.shape[1], -1, layer.shape[3]))
+        other = layer[partner].gather(2, index[:, None, :, None].expand(-1, layer.shape[1], -1, layer.shape[3]))
+        return other.masked_fill(count < 2, 0.0)
 
     return type(states)(*(tuple(map(exchanged, layers)) for layers in states))

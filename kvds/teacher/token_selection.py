@@ -43,6 +43,13 @@ class TokenChoice:
             observed: The teacher's keys and query rows, where the method reads them.
             step: What random draws depend on.
         """
+        selection = self._choose(batch, observed, step)
+        if self._cfg.teacher_kv == "matched":
+            return selection
+        alone = (batch.sample_ids >= 0).sum() < 2  # nothing but its own would be there to borrow
+        return replace(selection, mask=selection.mask & ~alone)
+
+    def _choose(self, batch: TokenBatch, observed: Observed | None, step: int) -> Selection:
         cfg = self._cfg
         if batch.reasoning_step_ids is not None:
             return matched_reasoning_steps(batch)

@@ -22,7 +22,8 @@ LARGEST_DRIFT = 100.0
 def held_weight(weight: float, ratio: float, share: float, start: float) -> float:
     """The next weight of the KV loss under ``--kv_weight hold:SHARE``.
 
-    ``weight · (share / ratio) ^ GAIN``, bounded per call and over the run; unchanged where the ratio says nothing.
+    ``weight · (share / ratio) ^ GAIN``, bounded per call and over the run; unchanged where the ratio says nothing. A
+    weight that is still the start's, which was calibrated on another gradient, goes all the way at once.
 
     Args:
         weight: As it was when ``ratio`` was measured.
@@ -32,7 +33,9 @@ def held_weight(weight: float, ratio: float, share: float, start: float) -> floa
     """
     if not (math.isfinite(ratio) and ratio > 0):
         return weight
-    change = min(max((share / ratio) ** GAIN, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+    change = share / ratio
+    if weight != start:
+        change = min(max(change**GAIN, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
     return min(max(weight * change, start / LARGEST_DRIFT), start * LARGEST_DRIFT)
 
 

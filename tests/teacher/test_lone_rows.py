@@ -1,0 +1,46 @@
+"""A row that is alone in its micro-batch has no other's keys and values to borrow: nothing of it is matched."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from kvds.config.recipe import parse_run_config
+from kvds.data.tokenizer import train_problem_tokenizer
+from kvds.teacher.token_selection import TokenChoice
+from tests.harness.small_run_data import load
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_problem_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "matched"])
+@pytest.mark.parametrize("align", ["position", "segment"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_row_alone_matches_nothing_where_rows_exchange(
+    tokenizer: Any, tmp_path: Any, kind: str, align: str, accumulation: int
+) -> None:
+    options = {"teacher_kv": kind, "align_tokens": align, "gradient_accumulation_steps": accumulation}
+    data = load(tokenizer, tmp_path, synthetic_problems=21, eval_subset_size=5, **options)
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    cfg = parse_run_config(["--model_name", "gpt2", "--output_dir", "x", "--batch_size", "4", *flags])
+    choice = TokenChoice(cfg)
+    lone = 0
+    for loader, shares in ((data.loader, accumulation), (data.eval_loader, 1)):
+        for step in range(loader.steps_per_epoch):
+            batches = loader.step(step)
+            kept = [choice.select(batch, None).mask for batch in batches]
+            counted = sum(int(mask.sum()) for mask in kept)
+            assert batches[0].position_normalizer * shares == pytest.approx(max(1, counted))
+            for batch, mask in zip(batches, kept, strict=True):
+                real = batch.sample_ids >= 0
+                alone = int(real.sum()) == 1
+                lone += alone
+                rows = torch.zeros_like(real) if alone and kind == "shuffled" else real
+                assert torch.equal(mask.any(1), rows)
+    assert lone >= 2  # of 21 training and of 5 held-out rows one is left over
