@@ -1,5 +1,5 @@
-"""Origin of a checkpoint: the ranks, rows of a global step and ZeRO stage of its run; and what that asks of a
-resume.
+"""Origin of a checkpoint: the ranks, rows of a global step and ZeRO stage of its run, and what it was made of; and what
+that asks of a resume.
 
 The order of samples is that of global steps, so that a run goes on with the same samples on another number of ranks as
 long as a step has the same rows: the gradient accumulation makes up for the ranks.
@@ -31,11 +31,14 @@ class Origin:
         ranks: Processes, each of which wrote its shard.
         rows_per_step: Rows of a global step: batch size × gradient accumulation × ranks.
         zero_stage: How far weights, gradients and optimizer were sharded.
+        identity: What :func:`kvds.checkpoint.run_identity.run_identity` says of the run; None: an earlier version
+            wrote it and did not know.
     """
 
     ranks: int
     rows_per_step: int
     zero_stage: int
+    identity: dict[str, str] | None = None
 
 
 def write_origin(folder: Path, origin: Origin) -> dict[Path, FileEntry]:
@@ -59,7 +62,10 @@ def read_origin(run_dir: Path, step: int) -> Origin:
     """
     path = run_dir / CHECKPOINTS / step_tag(step) / ORIGIN_FILE
     try:
-        return Origin(**{name: int(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        identity = content.pop("identity", None)
+        known = None if identity is None else {str(name): str(text) for name, text in identity.items()}
+        return Origin(**{name: int(value) for name, value in content.items()}, identity=known)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: does not say how many ranks wrote the checkpoint; expected one that this version of kvds saved "

@@ -66,10 +66,13 @@ class CheckpointWriter:
         engine: The engine around student and aligner; its checkpoint engine is replaced.
         run_dir: The run's ``--output_dir``.
         keep: How many checkpoints stay; 0 = all.
+        identity: Of the run, which goes with each checkpoint.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, run_dir: Path, *, keep: int = 0) -> None:
-        self._engine, self._run_dir, self._keep = engine, run_dir, keep
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, run_dir: Path, *, keep: int = 0, identity: dict[str, str] | None = None
+    ) -> None:
+        self._engine, self._run_dir, self._keep, self._identity = engine, run_dir, keep, identity
         self._failures = 0
         # Its scripts to turn a checkpoint into weights are written unguarded; `kvds export` does that.
         engine._copy_recovery_script = lambda *arguments: None
@@ -118,7 +121,9 @@ class CheckpointWriter:
         if main and not faults:
             files = {name: entry for of_rank, _ in everyone for name, entry in of_rank.items()}
             engine = self._engine
-            origin = Origin(dist.get_world_size(), engine.train_batch_size(), engine.zero_optimization_stage())
+            origin = Origin(
+                dist.get_world_size(), engine.train_batch_size(), engine.zero_optimization_stage(), self._identity
+            )  # fmt: skip
             try:
                 files |= {str(path.relative_to(aside)): entry for path, entry in write_origin(aside, origin).items()}
                 commit_checkpoint(self._run_dir, step, files, keep=self._keep)

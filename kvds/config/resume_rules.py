@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from kvds.config.recipe import load_recipe
 from kvds.config.run_config import RunConfig
+from kvds.config.values import split_dataset_weight
 from kvds.errors import InputError
 
 
@@ -24,8 +26,17 @@ def check_resumable(cfg: RunConfig, saved: str | Path) -> None:
         name, value = field.name, getattr(cfg, field.name)
         # Where the weight is held, it moves at logging steps.
         free = field.metadata["may_change"] and not (name == "logging_steps" and cfg.kv_weight_held)
-        if not free and name in before and before[name] != value:
+        same = _by_content(name, before.get(name)) == _by_content(name, value)
+        if not free and name in before and not same:
             raise InputError(
                 f"--{name} {value}: the checkpoint in {cfg.output_dir} was trained with {before[name]}; expected "
                 f"the same value to go on (or --resume never, or another --output_dir)"
             )
+
+
+def _by_content(name: str, value: Any) -> Any:
+    """``value`` without the places of own files: their rows are compared once they are read, wherever they lie."""
+    if name != "datasets" or value is None:
+        return value
+    named = [split_dataset_weight(spec) for spec in value]
+    return [("a file" if corpus.endswith((".jsonl", ".json")) else corpus, weight) for corpus, weight in named]

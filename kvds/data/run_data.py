@@ -17,8 +17,9 @@ from kvds.data.example import Example
 from kvds.data.loader import BatchLoader
 from kvds.data.mixture import Mixture, load_mixture
 from kvds.data.text_fidelity import check_texts
-from kvds.data.token_files import TokenFiles, default_folder, encode_once
+from kvds.data.token_files import TokenFiles, encode_once
 from kvds.errors import InputError
+from kvds.identity.file_digest import cache_folder
 from kvds.kv import selected_count
 
 log = logging.getLogger("kvds")
@@ -121,7 +122,7 @@ def load_run_data(
 
 def _folder(cfg: RunConfig) -> Path | None:
     if cfg.data_cache is None:
-        return default_folder()
+        return cache_folder()
     return None if cfg.data_cache == "never" else Path(cfg.data_cache)
 
 

@@ -1,7 +1,8 @@
 """Rows as tokens on disk: tokenised once, read by memory mapping by every rank and every later run.
 
 A file is named by a hash of all that its contents follow from: the rows' texts, the tokenizer, the options. It is
-written aside and renamed, so that it is whole or not there, whoever else writes the same at the same time. Fast
+written aside and renamed, so that it is whole or not there, whoever else writes the same at the same time; it holds its
+name and a checksum of its rows, so that one that was damaged or swapped for another is written anew. Fast
 tokenizers use all cores for one call (unless ``TOKENIZERS_PARALLELISM=false``), which is why one process encodes and
 the others wait, instead of ``datasets``' map over processes: that would send rows and tokenizer through pickles.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import uuid
@@ -22,7 +24,6 @@ from typing import TYPE_CHECKING, overload
 import tokenizers
 import torch
 import transformers
-from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +32,7 @@ from kvds.data.encoding import EncodedCorpus, EncodedSample, compare_rows, encod
 from kvds.data.example import Example
 from kvds.data.text_fidelity import TextFidelity
 from kvds.durable_files import json_text
+from kvds.identity.contents import short_hash, tokenizer_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,13 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvds")
 
 # Part of each fingerprint: raise it whenever rows are encoded or stored in another way.
-_FORMAT = 2
-_TEACHER = "teacher."
-
-
-def default_folder() -> Path:
-    """``kvds`` below the folder in which ``datasets`` keeps its own files."""
-    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "kvds"
+_FORMAT = 3
+_TEACHER, _FACTS = "teacher.", "kvds"
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def encode_once(
     corpus = None
     try:
         if files.first:
-            corpus = read_corpus(path)
+            corpus = read_corpus(path, verify=True)
             if corpus is None:
                 corpus = _encoded(examples, tokenizer, max_length, reasoning_steps)
                 _write_corpus(path, corpus)
@@ -103,13 +100,10 @@ def _fingerprint(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, reasoning_steps: bool
 ) -> str:
     options = (
-        _FORMAT, tokenizers.__version__, transformers.__version__, tokenizer.bos_token_id, tokenizer.eos_token_id,
-        max_length, reasoning_steps,
+        _FORMAT, tokenizers.__version__, transformers.__version__, tokenizer_identity(tokenizer), max_length,
+        reasoning_steps,
     )  # fmt: skip
     digest = hashlib.sha256(json_text(options).encode())
-    backend = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
-    # Before its tokens stand the padding and truncation of the last call, which each call sets anew.
-    digest.update((backend.partition('"added_tokens"')[2] or backend).encode())
     for example in examples:
         texts = (example.prompt, example.rationale, example.answer, example.teacher_rationale)
         digest.update(json_text(texts).encode())
@@ -125,11 +119,19 @@ class StoredSamples(Sequence[EncodedSample]):
 
     def __init__(self, columns: dict[str, Tensor]) -> None:
         self._columns = columns
+        self._digest: str | None = None
         self._ends: list[int] = columns["ends"].tolist()
         self._teachers: dict[int, EncodedSample] = {}
         if f"{_TEACHER}ends" in columns:
             own = {key.removeprefix(_TEACHER): value for key, value in columns.items() if key.startswith(_TEACHER)}
             self._teachers = {row.example: row for row in StoredSamples(own)}
+
+    @property
+    def digest(self) -> str:
+        """Of all columns; read once."""
+        if self._digest is None:
+            self._digest = _digest(self._columns)
+        return self._digest
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -175,9 +177,18 @@ def _columns(samples: Sequence[EncodedSample], prefix: str = "") -> dict[str, Te
     return columns | (_columns(teachers, _TEACHER) if teachers else {})
 
 
-def _notes(corpus: EncodedCorpus) -> dict[str, str]:
-    """What a file says beside its rows, so that every reader tells the same of them."""
-    return {"too_long": str(corpus.too_long), "fidelity": corpus.fidelity.to_json()}
+def rows_identity(samples: Sequence[EncodedSample]) -> str:
+    """Every token of every row, in order, whether they lie in a file or not."""
+    digest = samples.digest if isinstance(samples, StoredSamples) else _digest(_columns(samples))
+    return f"{len(samples)} rows {digest[:16]}"
+
+
+def _digest(columns: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.dtype} {list(column.shape)}\n".encode())
+        digest.update(column.numpy().data)
+    return digest.hexdigest()
 
 
 def _write_corpus(path: Path, corpus: EncodedCorpus) -> None:
@@ -185,7 +196,14 @@ def _write_corpus(path: Path, corpus: EncodedCorpus) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.unfinished")  # no other process's
-        save_file(_columns(corpus.samples), unfinished, _notes(corpus))
+        columns = _columns(corpus.samples)
+        facts = {
+            "too_long": corpus.too_long, "fidelity": corpus.fidelity.to_json(), "rows": _digest(columns),
+            "of": path.stem,
+        }  # fmt: skip
+        # In one entry: several are written in any order, and the same rows would be other bytes each time.
+        text = json_text(facts | {"facts": short_hash(facts)})
+        save_file(columns, unfinished, {_FACTS: text})
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         log.warning("data_cache=%s: rows as tokens could not be kept there (%s)", path.parent, error)
@@ -194,16 +212,25 @@ def _write_corpus(path: Path, corpus: EncodedCorpus) -> None:
                 unfinished.unlink()
 
 
-def read_corpus(path: Path) -> EncodedCorpus | None:
-    """The rows of a file, memory-mapped; None where there is none that can be read."""
+def read_corpus(path: Path, *, verify: bool = False) -> EncodedCorpus | None:
+    """The rows of a file, memory-mapped; None where there is none that can be read.
+
+    Args:
+        path: Of the file.
+        verify: Also read all of it, and refuse what is not what was written under this name.
+    """
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            notes = file.metadata()
-            fidelity = TextFidelity.from_json(notes["fidelity"])
-            return EncodedCorpus(StoredSamples(columns), int(notes["too_long"]), fidelity)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            facts = json.loads(file.metadata()[_FACTS])
+        samples = StoredSamples(columns)
+        if verify and facts["of"] != path.stem:
+            raise ValueError(f"holds the rows of {facts['of']}")
+        if verify and (facts["rows"] != samples.digest or facts.pop("facts") != short_hash(facts)):
+            raise ValueError("its checksum differs")
+        return EncodedCorpus(samples, int(facts["too_long"]), TextFidelity.from_json(facts["fidelity"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
         log.warning("data_cache=%s: cannot be read (%s); rows are tokenised anew", path, error)
         return None

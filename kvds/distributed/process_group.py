@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from kvds.distributed.rank_environment import adopt_slurm_ranks, free_port
+
+_T = TypeVar("_T")
 
 
 def init_distributed() -> torch.device:
@@ -64,3 +68,17 @@ def all_reduce_sum(tensor: Tensor) -> None:
 def all_reduce_max(tensor: Tensor) -> None:
     """Take the maximum of ``tensor`` over all ranks in place."""
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
+def from_first_rank(make: Callable[[], _T]) -> _T:
+    """What ``make`` returns on rank 0, on every rank; all call it, and what it raises there all of them raise."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = make()
+        except Exception as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]

@@ -24,6 +24,7 @@ from torch import distributed as dist
 
 from kvds.durable_files import json_text
 from kvds.errors import InputError, RunError, one_line
+from kvds.identity.process import start_ticks
 
 log = logging.getLogger("kvds")
 _T = TypeVar("_T")
@@ -67,7 +68,7 @@ class RankWatch:
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._timeout))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"kvds/{attempt}/{_attempts}", store)
-        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": _start_ticks(os.getpid())}
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": start_ticks(os.getpid())}
         self._store.set(f"who{self._rank}", json_text(who))
         self._store.set(f"beat{self._rank}", "0")
         if self._rank == 0:
@@ -161,7 +162,7 @@ class RankWatch:
         """What to say of a silent rank; one of this host that hangs is killed, since it would stay behind."""
         who = self._who[rank]
         here = who["host"] == socket.gethostname()
-        living = here and _start_ticks(who["pid"]) == who["since"]
+        living = here and start_ticks(who["pid"]) == who["since"]
         if living and rank != self._rank:
             with contextlib.suppress(OSError):
                 os.kill(who["pid"], signal.SIGKILL)
@@ -222,13 +223,3 @@ def _within(seconds: float, call: Callable[..., _T], *arguments: Any) -> _T:
     if not found:
         raise TimeoutError(f"no answer for {seconds:.0f} s")
     return found[0]
-
-
-def _start_ticks(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did; None where it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from kvds.align.loss import state_names
 from kvds.config import RunConfig
 from kvds.data.encoding import EncodedSample
-from kvds.durable_files import json_text
+from kvds.data.token_files import rows_identity
 from kvds.errors import InputError
+from kvds.identity.contents import architecture_identity, tokenizer_identity
 from kvds.kv.states import KV_PARTS
+from kvds.models.weights_identity import NOT_HERE, weights_identity
 
-# What of a weight file is hashed: enough to tell two trainings apart without reading gigabytes.
-_EDGE = 2**20
+# Raise it where a part comes to know more, or says it in another way.
+_FORMAT = "2"
 
 
 def cache_fingerprint(
@@ -26,6 +26,8 @@ def cache_fingerprint(
     teacher: PreTrainedConfig,
     samples: Sequence[EncodedSample],
     dtype: str,
+    *,
+    fetch: bool = True,
 ) -> dict[str, str]:
     """Name → text; where a cache and a run agree on all, the cache serves the run (``parts``: where it has those asked
     for).
@@ -36,23 +38,23 @@ def cache_fingerprint(
         teacher: The teacher's architecture.
         samples: The training rows as tokens, in the loader's numbering.
         dtype: That the teacher computes in, ``"bf16"`` or ``"fp32"``.
+        fetch: Bring the teacher's weights from the hub; else they are left out where they are not here.
     """
-    rows = hashlib.sha256()
-    for sample in samples:
-        rows.update(json_text([sample.input_ids, sample.segment_ids]).encode())
-    own = {
-        key: value for key, value in teacher.to_dict().items() if key not in ("_name_or_path", "transformers_version")
-    }
-    return {
-        "tokenizer": f"{len(tokenizer)} entries {_short(tokenizer.get_vocab())}",
-        "teacher architecture": f"{teacher.model_type} {_short(own)}",
-        "teacher weights": _weights(cfg, teacher),
+    weights = weights_identity(
+        cfg.first_teacher or "", init=cfg.teacher_init, seed=cfg.teacher_seed(), flag="--teacher_name", fetch=fetch
+    )
+    parts = {
+        "format": _FORMAT,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "teacher architecture": architecture_identity(teacher),
+        "teacher weights": weights,
         "teacher dtype": dtype,
-        "data set": f"{len(samples)} rows {rows.hexdigest()[:16]}",
+        "data set": rows_identity(samples),
         "selection": f"{cfg.kv_method} {cfg.kv_budget} mask_first_token={cfg.mask_first_token}",
         "kv_rope": cfg.kv_rope,
         "parts": " ".join(state_names(cfg)),
     }
+    return {name: text for name, text in parts.items() if fetch or text != NOT_HERE}
 
 
 def parts_in(fingerprint: Mapping[str, str]) -> list[str]:
@@ -75,6 +77,11 @@ def check_fingerprint(
     Raises:
         InputError: naming what differs, in the cache and in the run.
     """
+    if expected.get("format", "") != found.get("format", ""):
+        raise InputError(
+            f"teacher_cache={folder}: an earlier version wrote it, which did not look at every byte of the teacher; "
+            "expected one of this version (kvds cache, into another folder, or leave --teacher_cache away)"
+        )
     found = {**found, "parts": " ".join(parts_in(found))}
     for name in expected:
         if name == "parts" and not goes_on and set(parts_in(expected)) <= set(parts_in(found)):
@@ -84,24 +91,3 @@ def check_fingerprint(
                 f"teacher_cache={folder}: its {name} is {found.get(name, 'not recorded')}, the run's {expected[name]}; "
                 "expected a cache made with the run's own flags (kvds cache, or leave --teacher_cache away)"
             )
-
-
-def _short(value: Any) -> str:
-    return hashlib.sha256(json_text(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _weights(cfg: RunConfig, config: Any) -> str:
-    if cfg.teacher_init == "random":
-        return f"random, seed {cfg.teacher_seed()}"
-    folder = Path(cfg.first_teacher or "")
-    if not folder.is_dir():
-        return f"{cfg.first_teacher} {getattr(config, '_commit_hash', None)}"
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE))
-            file.seek(max(0, size - _EDGE))
-            digest.update(file.read())
-    return f"files {digest.hexdigest()[:16]}"

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from kvds.data.batches import TokenBatch, collate
 from kvds.data.encoding import EncodedSample
+from kvds.durable_files import json_text
 from kvds.errors import InputError
+from kvds.identity.folder_owner import create_once
 from kvds.kv import KVStates, Selection
 from kvds.teacher.cache_fingerprint import check_fingerprint, parts_in
-from kvds.teacher.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_json, write_shard
+from kvds.teacher.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_shard
 from kvds.teacher.teacher import Teacher, TeacherOutput
 
 _FINGERPRINT = "fingerprint.json"
@@ -61,10 +63,8 @@ def write_teacher_cache(
     folder.mkdir(parents=True, exist_ok=True)
     made_of = {**fingerprint, "store": store, "samples per shard": str(shard_samples)}
     mark = folder / _FINGERPRINT
-    if mark.is_file():
+    if mark.is_file() or not create_once(mark, json_text(made_of, indent=1) + "\n"):
         check_fingerprint(_fingerprint_in(mark), made_of, folder, goes_on=True)
-    else:
-        write_json(mark, made_of)
     shards = -(-len(samples) // shard_samples)
     for number in range(rank, shards, world_size):
         numbers = range(number * shard_samples, min(len(samples), (number + 1) * shard_samples))

@@ -18,6 +18,7 @@ from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
 from kvds.distillation.losses import head_chunk_count
 from kvds.distillation.module import DistillationModule
+from kvds.distributed.process_group import from_first_rank
 from kvds.kv import KVShape
 from kvds.models.architecture import ModelConfigs
 from kvds.models.loading import TORCH_DTYPES, load_model
@@ -114,7 +115,7 @@ def build_run_models(
                 member.to(device).try_out(dtype, device)
 
     def made_of(config: Any) -> dict[str, str]:
-        return cache_fingerprint(cfg, tokenizer, config, loader.samples, compute_dtype(raw))
+        return from_first_rank(lambda: cache_fingerprint(cfg, tokenizer, config, loader.samples, compute_dtype(raw)))
 
     teachers = build_teachers(
         cfg, model_configs.teachers, raw, device=device, observe=choice.observing, made_of=made_of

@@ -21,6 +21,7 @@ from kvds.align import build_aligner
 from kvds.checkpoint.folder import step_tag
 from kvds.checkpoint.origin import fit_to_origin, read_origin
 from kvds.checkpoint.run_folder import checkpoints_to_try, first_whole
+from kvds.checkpoint.run_identity import check_identity, run_identity
 from kvds.config import RunConfig
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
@@ -29,6 +30,7 @@ from kvds.data.loader import BatchLoader
 from kvds.data.run_data import load_run_data
 from kvds.durable_files import existing_parent
 from kvds.errors import InputError
+from kvds.identity.folder_owner import living_owner, refusal
 from kvds.kv import KVShape
 from kvds.models.architecture import load_model_configs
 from kvds.models.loading import TORCH_DTYPES
@@ -57,6 +59,9 @@ def dry_run(cfg: RunConfig) -> None:
     raw = load_deepspeed_config(cfg.deepspeed_config)
     step = first_whole(Path(cfg.output_dir), checkpoints_to_try(cfg))
     lines = {"output": f"{cfg.output_dir}: " + ("a new run" if step is None else f"goes on from {step_tag(step)}")}
+    owner = living_owner(Path(cfg.output_dir))
+    if owner is not None:
+        raise refusal(Path(cfg.output_dir), owner)
     if step is not None:
         origin, stage = read_origin(Path(cfg.output_dir), step), raw["zero_optimization"]["stage"]
         cfg = fit_to_origin(cfg, origin, step=step, world_size=machine.ranks, zero_stage=stage)
@@ -64,8 +69,11 @@ def dry_run(cfg: RunConfig) -> None:
     _check_engine(cfg, raw, machine.ranks)
     tokenizer = load_tokenizer(cfg)
     check_same_tokenizer(cfg, tokenizer)
-    student, teachers = load_model_configs(cfg, tokenizer)
+    student, teachers = models = load_model_configs(cfg, tokenizer)
     data = load_run_data(cfg, tokenizer, rank=0, world_size=machine.ranks)
+    if step is not None:
+        now = run_identity(cfg, tokenizer=tokenizer, models=models, data=data, fetch=False)
+        check_identity(cfg, origin, step, now)
     _check_aligners(cfg, student, teachers, raw)
     if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
         from kvds.teacher.tensor_parallel import check_heads  # imports DeepSpeed
@@ -132,7 +140,7 @@ def _check_cache(cfg: RunConfig, tokenizer: Any, teacher: Any, raw: dict[str, An
     dtype = compute_dtype(raw)
     folder = Path(cfg.teacher_cache or "")
     found = ShardReader(folder, TORCH_DTYPES[dtype], verify=False).manifest["fingerprint"]
-    expected = cache_fingerprint(cfg, tokenizer, teacher, [], dtype)
+    expected = cache_fingerprint(cfg, tokenizer, teacher, [], dtype, fetch=False)
     check_fingerprint(found, {name: text for name, text in expected.items() if name != "data set"}, folder)
 
 

@@ -1,18 +1,24 @@
-"""Guard of a run on each rank: it may be asked to stop, and it ends when another rank does."""
+"""Guard of a run on each rank: its folder is its own, it may be asked to stop, and it ends when another rank does."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from torch import distributed as dist
 
+from kvds.checkpoint.run_folder import check_writable, make_folder
 from kvds.config import RunConfig
 from kvds.distributed.preemption import PREEMPTED_FILE, Preempted, StopRequest
+from kvds.distributed.process_group import from_first_rank
 from kvds.distributed.rank_watch import RankWatch
+from kvds.errors import RunError
+from kvds.identity.folder_owner import FolderOwner
 
 log = logging.getLogger("kvds")
 
@@ -44,13 +50,15 @@ class RunGuard:
 
 @contextlib.contextmanager
 def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuard]:
-    """Within it signals, the clock and the end of another rank are heeded; all ranks enter it, in their process group.
+    """Within it rank 0 owns the output folder for all, and signals, the clock and the end of another rank are heeded;
+    all ranks enter it, in their process group.
 
     Args:
         cfg: ``max_minutes``, ``rank_timeout`` and the output folder are read.
         stop: A request that already listens to signals; None: one of its own.
 
     Raises:
+        InputError: another job owns the output folder, or it cannot be made.
         Preempted: the run was asked to stop; a checkpoint of its last step is saved and it is closed as KILLED.
     """
     own = stop is None
@@ -60,8 +68,28 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
     guard = RunGuard(stop)
     watch = RankWatch(cfg.rank_timeout, on_lost=lambda: guard.close("FAILED")).start()
     main = dist.get_rank() == 0
-    marker = Path(cfg.output_dir) / PREEMPTED_FILE
+    folder = Path(cfg.output_dir)
+    marker = folder / PREEMPTED_FILE
+
+    def end() -> None:  # what another job writes there now must not be mixed with a last word of this one
+        error = RunError(owner.loss)
+        print(f"\nkvds: error: {error}", file=sys.stderr, flush=True)
+        watch.report(error)
+        os._exit(1)
+
+    def heed_stop() -> None:
+        if stop.reason is not None:
+            raise Preempted(stop.reason)
+
+    def take() -> None:
+        check_writable(folder)
+        make_folder(folder)
+        owner.take(between=heed_stop)
+        marker.unlink(missing_ok=True)  # an earlier start's; whoever looks for it asks about this one
+
+    owner = FolderOwner(folder, on_lost=end)
     try:
+        from_first_rank(take)
         try:
             yield guard
         except Preempted as reason:
@@ -69,12 +97,10 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
             if guard.run is not None:
                 guard.run.save_before_leaving()
             raise
-        if main:  # a launcher may have an exit code of its own: who starts the run again can look for the file
-            marker.unlink(missing_ok=True)
         guard.close("FINISHED")
     except Preempted as reason:
         guard.close("KILLED")
-        if main and marker.parent.is_dir():
+        if main and owner.held:  # a launcher may have an exit code of its own: who starts the run again looks for it
             marker.write_text(f"{reason}\n")
         watch.stop()
         raise
@@ -83,6 +109,7 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
         guard.close("FAILED")
         raise
     finally:
+        owner.leave()
         watch.stop()
         if own:
             stop.remove()

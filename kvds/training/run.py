@@ -22,6 +22,7 @@ from kvds.checkpoint.export import save_architecture
 from kvds.checkpoint.loading import load_checkpoint
 from kvds.checkpoint.origin import fit_to_origin, read_origin
 from kvds.checkpoint.run_folder import find_checkpoint, open_run_folder
+from kvds.checkpoint.run_identity import check_identity, run_identity
 from kvds.checkpoint.writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.config.deepspeed_file import load_deepspeed_config
@@ -31,7 +32,7 @@ from kvds.data.run_data import RunData, load_run_data
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.distributed.preemption import StopRequest
-from kvds.distributed.process_group import init_distributed
+from kvds.distributed.process_group import from_first_rank, init_distributed
 from kvds.durable_files import json_text
 from kvds.evaluation.model import in_words
 from kvds.models.architecture import ModelConfigs, load_model_configs
@@ -102,10 +103,13 @@ class TrainingRun:
         self.device, self.stop = device, StopRequest() if stop is None else stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.output_dir = Path(cfg.output_dir)
+        asked = cfg
         cfg, engine_config, resume_step = self._open(cfg, raw)
         self.cfg = cfg
 
         self.tokenizer, model_configs, self.data = self._load_data()
+        identity = self._identify(model_configs, resume_step)
+        open_run_folder(asked, resume_step, main_rank=self.rank == 0)
         self.loader = self.data.loader
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
 
@@ -117,7 +121,7 @@ class TrainingRun:
 
         self.engine = build_engine(models.module(cfg, self.tokenizer), cfg, engine_config, self.total_steps)
         self.results = RunResults(cfg, self.tokenizer, self.data, self.engine, self.inputs, device, self.stop.check)
-        self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints)
+        self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints, identity=identity)
         self.nonfinite_steps = NonfiniteSteps(self.engine, self.output_dir, cfg.max_bad_steps)
 
         self.step = 0
@@ -135,8 +139,8 @@ class TrainingRun:
     # -- construction ---------------------------------------------------------------------------------------------
 
     def _open(self, cfg: RunConfig, raw: dict[str, Any]) -> tuple[RunConfig, dict[str, Any], int | None]:
-        """The run as these ranks train it, the engine's settings and the step to go on from; makes its folder."""
-        asked, resume_step = cfg, find_checkpoint(cfg)
+        """The run as these ranks train it, the engine's settings and the step to go on from."""
+        resume_step = find_checkpoint(cfg)
         if resume_step is not None:
             origin, stage = read_origin(self.output_dir, resume_step), raw["zero_optimization"]["stage"]
             cfg = fit_to_origin(cfg, origin, step=resume_step, world_size=self.world_size, zero_stage=stage)
@@ -147,7 +151,6 @@ class TrainingRun:
         check_engine_config(engine_config, cfg.deepspeed_config)
         for warning in cfg.warnings:
             log.warning("%s", warning)
-        open_run_folder(asked, resume_step, main_rank=self.rank == 0)
         return cfg, engine_config, resume_step
 
     def _load_data(self) -> tuple[PreTrainedTokenizerBase, ModelConfigs, RunData]:
@@ -160,6 +163,14 @@ class TrainingRun:
             cfg, tokenizer, rank=self.rank, world_size=self.world_size, first=first_of_node, wait=dist.barrier
         )
         return tokenizer, model_configs, data
+
+    def _identify(self, model_configs: ModelConfigs, resume_step: int | None) -> dict[str, str]:
+        """What the run is made of, which must be what the checkpoint to go on from was made of."""
+        cfg, tokenizer, data = self.cfg, self.tokenizer, self.data
+        found = from_first_rank(lambda: run_identity(cfg, tokenizer=tokenizer, models=model_configs, data=data))
+        if resume_step is not None:
+            check_identity(cfg, read_origin(self.output_dir, resume_step), resume_step, found)
+        return found
 
     def _build_models(
         self, raw: dict[str, Any], engine_config: dict[str, Any], model_configs: ModelConfigs, choice: TokenChoice, *,

@@ -5,6 +5,7 @@ are there before they are asked for.
 from __future__ import annotations
 
 import dataclasses
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kvds.data.encoding import EncodedCorpus, encode_examples
 from kvds.data.example import Example
 from kvds.data.read_ahead import ReadAhead
 from kvds.data.synthetic import synthetic_examples
-from kvds.data.token_files import TokenFiles, encode_once, read_corpus
+from kvds.data.token_files import TokenFiles, encode_once, read_corpus, rows_identity
 from kvds.data.tokenizer import train_problem_tokenizer
 from tests.harness.small_run_data import load
 
@@ -129,6 +130,41 @@ def test_a_damaged_file_is_told_of_and_replaced(
     assert "cannot be read" in caplog.text and list(again.samples) == list(whole.samples)
     kept = read_corpus(path)
     assert kept is not None and list(kept.samples) == list(whole.samples) and kept.fidelity == whole.fidelity
+
+
+def test_a_flipped_bit_and_a_file_of_other_rows_are_told_of_and_replaced(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = TokenFiles(tmp_path)
+    whole = encode_once(ROWS, tokenizer, 64, files=files)
+    [path] = tmp_path.iterdir()
+    content = path.read_bytes()
+    other = encode_once(ROWS[::-1], tokenizer, 64, files=files)
+    assert rows_identity(whole.samples) != rows_identity(other.samples)
+    swapped = next(file for file in tmp_path.iterdir() if file != path).read_bytes()
+    begin = content.index(b"too_long")
+    draw = random.Random(0)
+    for place in (None, *(draw.randrange(begin, len(content)) for _ in range(60))):
+        written = bytearray(swapped if place is None else content)
+        if place is not None:
+            written[place] ^= 1 << draw.randrange(8)
+        path.unlink()
+        path.write_bytes(written)
+        caplog.clear()
+        with caplog.at_level("WARNING", "kvds"):
+            again = encode_once(ROWS, tokenizer, 64, files=files)
+        assert ("holds the rows of" if place is None else "cannot be read") in caplog.text
+        assert list(again.samples) == list(whole.samples) and path.read_bytes() == content
+
+
+def test_rows_are_the_same_in_a_file_and_out_of_it(tokenizer: Any, tmp_path: Path) -> None:
+    kept = encode_once(ROWS, tokenizer, 64, files=TokenFiles(tmp_path))
+    again = encode_once(ROWS, tokenizer, 64, files=TokenFiles(tmp_path))
+    plain = encode_examples(ROWS, tokenizer, 64)
+    assert len({rows_identity(corpus.samples) for corpus in (kept, again, plain)}) == 1
+    assert rows_identity(again.samples).startswith(f"{len(plain.samples)} rows ")
+    for changed in (plain.samples[:-1], plain.samples[::-1]):
+        assert rows_identity(changed) != rows_identity(plain.samples)
 
 
 def same(a: TokenBatch, b: TokenBatch) -> bool:

@@ -46,7 +46,8 @@ CACHES = {
     "cache_of_another_store": '{"store": "int4", "shards": [], "fingerprint": {}}',
     "cache_without_records": '{"store": "fp32", "shards": [{}], "fingerprint": {}}',
     "cache_without_shards": json.dumps(_RECORD),
-    "cache_of_something": '{"store": "fp32", "shards": [], "fingerprint": {"tokenizer": "another"}}',
+    "cache_of_something": '{"store": "fp32", "shards": [], "fingerprint": {"format": "2", "tokenizer": "another"}}',
+    "cache_of_before": '{"store": "fp32", "shards": [], "fingerprint": {"tokenizer": "another"}}',
 }
 # What a run was trained with, where it is resumed with another value.
 TRAINED_WITH = {

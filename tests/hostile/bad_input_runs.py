@@ -163,12 +163,14 @@ RUNS: dict[str, Case] = {
 
     "no cache": ({"teacher_cache": "@/empty"}, ("teacher_cache=@/empty: holds no manifest.json", "`kvds cache`")),
     **{f"{name}": ({"teacher_cache": f"@/{name}"}, (f"teacher_cache=@/{name}/manifest.json: damaged", "run it again"))
-       for name in CACHES if name not in ("cache_without_shards", "cache_of_something")},
+       for name in CACHES if name not in ("cache_without_shards", "cache_of_something", "cache_of_before")},
     "cache without its shards": (
         {"teacher_cache": "@/cache_without_shards"},
         ("shard-00000.safetensors: missing or cut short", "expected 1 bytes")),
     "cache of something else": (
         {"teacher_cache": "@/cache_of_something"}, ("its tokenizer is another, the run's ", "the run's own flags")),
+    "cache of an earlier version": (
+        {"teacher_cache": "@/cache_of_before"}, ("teacher_cache=@/cache_of_before", "earlier version", "kvds cache")),
 }
 # What a dry run does not see: it makes no folder.
 NOT_DRY = {"output nowhere"}
