@@ -1,4 +1,4 @@
-"""Start of a process, which with its number tells it from all others: numbers are given anew once a process has ended."""
+"""Start of a process, which with its number tells it from all others: numbers are given anew once one has ended."""
 
 from __future__ import annotations
 
