@@ -71,6 +71,11 @@ class ModelSettings:
         "folder or hub name; unset: the teacher's, else the student's", None, form="model", may_change=True
     )
     attn_implementation: str = setting("attention of transformers", "sdpa", choices=("sdpa", "eager"))
+    compile: str = setting(
+        "torch.compile of what stands around attention in the layers of teacher and student: faster steps after a "
+        "first one of up to a minute; auto: on a GPU, where the models fit", "auto", choices=("auto", "on", "off"),
+        may_change=True,
+    )  # fmt: skip
     gradient_checkpointing: bool = setting("recompute the student's layers in the backward pass", False)
     checkpoint_offload: bool = setting("gradient_checkpointing: keep the layers' inputs in host memory", False)
     teacher_cache: str | None = setting(

@@ -54,6 +54,8 @@ def cache_rules(cfg: AllSettings, folder: str | Path) -> Iterator[Rule]:
 def _heads(cfg: AllSettings) -> Iterator[Rule]:
     if cfg.teacher_placement != "tensor_parallel":
         return
+    expected = "auto or off with --teacher_placement tensor_parallel, whose layers are in parts"
+    yield cfg.compile != "on", "compile", cfg.compile, expected
     yield cfg.teacher_tp_size >= 2, "teacher_tp_size", cfg.teacher_tp_size, "at least 2 ranks"
     mode, method = ALIGNMENT_MODES[cfg.alignment_mode], SELECTION_METHODS[cfg.kv_method]
     for found, flag in (

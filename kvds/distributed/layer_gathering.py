@@ -12,7 +12,7 @@ from kvds.kv.families import FAMILIES, backbone
 _SET_BY_THE_FILE = ("leaf_module", "stage3_module_granularity_threshold")
 
 
-def gather_whole_layers(model: nn.Module, engine_config: Mapping[str, Any]) -> int:
+def gather_whole_layers(model: nn.Module, engine_config: Mapping[str, Any]) -> list[nn.Module]:
     """Mark the decoder layers that a ZeRO-3 engine around ``model`` shall gather as one (DeepSpeed's leaf modules).
 
     DeepSpeed otherwise runs its hooks, and asks for weights, once per projection and norm: of a small student the host
@@ -32,14 +32,14 @@ def gather_whole_layers(model: nn.Module, engine_config: Mapping[str, Any]) -> i
         engine_config: DeepSpeed's configuration. What it says itself about the size of what is gathered stands.
 
     Returns:
-        How many layers are gathered whole.
+        The layers that are gathered whole.
     """
     zero = engine_config["zero_optimization"]
     if zero["stage"] != 3 or any(name in zero for name in _SET_BY_THE_FILE):
-        return 0
+        return []
     trained = {parameter.requires_grad for parameter in model.parameters()}
     if len(trained) != 1:
-        return 0
+        return []
     from deepspeed.utils import set_z3_leaf_module  # a replicated teacher runs where DeepSpeed is not installed
 
     body: Any = backbone(model)
@@ -47,4 +47,4 @@ def gather_whole_layers(model: nn.Module, engine_config: Mapping[str, Any]) -> i
     whole = layers if trained == {True} else layers[:-1]
     for layer in whole:
         set_z3_leaf_module(layer, True)
-    return len(whole)
+    return whole

@@ -70,7 +70,7 @@ def build_teachers(
                 wants_states=cfg.uses_kv, reads=ALIGNMENT_MODES[cfg.alignment_mode].teacher_reads,
                 wants_hidden=cfg.logit_kd_weight > 0, parts=state_names(cfg),
                 observe=observe, shuffled=cfg.teacher_kv == "shuffled",
-                tensor_parallel=cfg.teacher_tp_size if shared else 1,
+                tensor_parallel=cfg.teacher_tp_size if shared else 1, compiled=cfg.compile,
             )
         )  # fmt: skip
     return teachers

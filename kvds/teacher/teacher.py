@@ -29,6 +29,7 @@ from kvds.kv.families import backbone
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.kv.states import KV_PARTS
+from kvds.models.compiled_layers import compile_as_asked, refuse_uncompiled
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Teacher:
         shuffled: Exchange the rows' keys and values, a control (:func:`kvds.kv.shuffled_states`).
         tensor_parallel: Ranks that share one model, each with some of its heads; 1 = none. Then keys and values alone
             are wanted, and all ranks of a group call at the same time.
+        compiled: ``--compile``.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Teacher:
         observe: Callable[[TokenBatch], ObservingRows | None] | None = None,
         shuffled: bool = False,
         tensor_parallel: int = 1,
+        compiled: str = "off",
     ) -> None:
         model.requires_grad_(False).eval()
         self.config, self._dtype = model.config, next(model.parameters()).dtype
@@ -112,13 +115,16 @@ class Teacher:
         if tensor_parallel > 1:
             from kvds.teacher.tensor_parallel import HeadShards
 
+            refuse_uncompiled(compiled, "its heads are dealt out to several ranks", flag="teacher")
             self._shards = HeadShards(backbone(model), tensor_parallel, self._dtype)
         elif engine_config is None:
+            compile_as_asked(model, compiled, device, flag="teacher")
             self._forward: nn.Module = module.to(device)
         else:
             import deepspeed  # a replicated teacher runs where DeepSpeed is not installed
 
-            gather_whole_layers(model, engine_config)
+            whole = gather_whole_layers(model, engine_config)
+            compile_as_asked(model, compiled, device, flag="teacher", layers=whole)
             self._forward = deepspeed.initialize(model=module, config=engine_config)[0]
             self._forward.eval()
         self._backbone = backbone(model)

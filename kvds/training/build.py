@@ -21,6 +21,7 @@ from kvds.distillation.module import DistillationModule
 from kvds.distributed.process_group import from_first_rank
 from kvds.kv import KVShape
 from kvds.models.architecture import ModelConfigs
+from kvds.models.compiled_layers import check_compilable
 from kvds.models.loading import TORCH_DTYPES, load_model
 from kvds.teacher.build import build_teachers
 from kvds.teacher.cache_fingerprint import cache_fingerprint
@@ -102,6 +103,7 @@ def build_run_models(
         InputError: models that cannot be loaded, or keys and values that cannot be mapped.
     """
     dtype = TORCH_DTYPES[compute_dtype(raw)]
+    check_compilable(cfg, model_configs)
     # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
     aligner: KVAligner | AlignerGroup | None = None
     if cfg.uses_kv:

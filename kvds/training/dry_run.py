@@ -33,6 +33,7 @@ from kvds.errors import InputError
 from kvds.identity.folder_owner import living_owner, refusal
 from kvds.kv import KVShape
 from kvds.models.architecture import load_model_configs
+from kvds.models.compiled_layers import check_compilable
 from kvds.models.loading import TORCH_DTYPES
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.estimate import Machine, RunPlan
@@ -70,6 +71,7 @@ def dry_run(cfg: RunConfig) -> None:
     tokenizer = load_tokenizer(cfg)
     check_same_tokenizer(cfg, tokenizer)
     student, teachers = models = load_model_configs(cfg, tokenizer)
+    check_compilable(cfg, models)
     data = load_run_data(cfg, tokenizer, rank=0, world_size=machine.ranks)
     if step is not None:
         now = run_identity(cfg, tokenizer=tokenizer, models=models, data=data, fetch=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,7 @@ class TrainingRun:
         self.nonfinite_steps = NonfiniteSteps(self.engine, self.output_dir, cfg.max_bad_steps)
 
         self.step = 0
+        self.first_step_seconds: float | None = None
         self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
         self.evaluation_pending = False
         self.meter = IntervalMeter(device)
@@ -257,7 +259,7 @@ class TrainingRun:
             self.stop.check()
             watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
             weights = self._weights()
-            last = False
+            begun, last = time.perf_counter(), False
             while not last:
                 micro, inputs = feed.take(weights, watch=watch)
                 last = micro.last
@@ -276,6 +278,7 @@ class TrainingRun:
                 self.nonfinite_steps.note(inputs.batch, metrics)
             self.step += 1
             bar.update()
+            self._tell_first_step(begun)
             self.nonfinite_steps.end_step(self.step)
             self.run_log.record_nonfinite_steps(wait=watch)
             if watch:
@@ -287,6 +290,14 @@ class TrainingRun:
             if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
                 meter.restart_clock()
         bar.close()
+
+    def _tell_first_step(self, begun: float) -> None:
+        """How long the first step of this attempt took, in which all is compiled and met for the first time."""
+        if self.first_step_seconds is None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.first_step_seconds = time.perf_counter() - begun
+            log.info("the first step took %.1f s", self.first_step_seconds)
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0 and self.step < self.total_steps

@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 from kvds.config.recipe import parse_run_config
 from kvds.distributed.process_group import leave_distributed
+from kvds.models import compiled_layers
 from kvds.training.run import train
 
 if __name__ == "__main__":
@@ -26,6 +27,7 @@ if __name__ == "__main__":
         return fetch(self, module, *arguments, **keywords)
 
     PartitionedParameterCoordinator.fetch_sub_module = noted
+    compiled_layers.BACKEND = "aot_eager"  # the pieces and their gradients, without a compiler's minute
     for name, flags in json.loads(Path(runs).read_text()).items():
         fetched[name] = Counter()
         train(parse_run_config(flags))

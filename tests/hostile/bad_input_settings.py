@@ -124,6 +124,8 @@ FLAGS = {
     "--packing --alignment_mode relation": ("packing=true", "--no_packing with --alignment_mode relation"),
     "--packing --alignment_mode structural_kv": ("packing=true", "--no_packing with --alignment_mode structural_kv"),
     "--packing --teacher_kv shuffled": ("packing=true", "--no_packing with --teacher_kv shuffled"),
+    "--compile yes": ("compile=yes", "auto, on, off", "--compile auto"),
+    "--compile on --teacher_placement tensor_parallel": ("compile=on", "auto or off", "tensor_parallel"),
     "--tokens_per_batch -1": ("tokens_per_batch=-1", "at least 0", "leave --tokens_per_batch away"),
     "--tokens_per_batch 100 --max_length 128": ("tokens_per_batch=100", "at least max_length=128", "0 for padded rows"),
     "--tokens_per_batch 4096 --packing":

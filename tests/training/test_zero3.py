@@ -81,6 +81,10 @@ RUNS: dict[str, dict[str, object]] = {
     "one_row_teacher_zero3": {"tokens_per_batch": 100, "teacher_placement": "zero3", "logit_kd_weight": 0.5},
     "one_row_teacher_heads": {"tokens_per_batch": 100, "teacher_placement": "tensor_parallel"},
     "one_row_cached": {"tokens_per_batch": 64, "teacher_cache": None, "kv_method": "right_crop", "kv_budget": 6},
+    "compiled": {"compile": "on", "deepspeed_config": None, "kv_weight": "hold:0.6"},  # sharded: set in the fixture
+    "compiled_one_row": {"compile": "on", "tokens_per_batch": 100, "deepspeed_config": None, "eval_subset_size": 6,
+                         "max_new_tokens": 2, "eval_steps": 2, "gradient_checkpointing": "true"},
+    "compiled_teacher_zero3": {"compile": "on", "teacher_placement": "zero3", "logit_kd_weight": 0.5},
     "crop": {"kv_method": "right_crop", "kv_budget": 6},
     "rkv": {"kv_method": "rkv", "kv_budget": 0.4, "rkv_lambda": 0.3, "teacher_placement": "zero3"},
     "random": {"kv_method": "random", "kv_budget": 6, "seed": 3},
@@ -112,7 +116,7 @@ def distributed(models, tmp_path_factory) -> Path:
     sharded, zero2 = json.loads(json.dumps(raw)), json.loads(json.dumps(raw))
     sharded["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1}
     zero2["zero_optimization"] = {"stage": 2}
-    for name in ("sharded", "kv_only", "sharded_checkpointing"):
+    for name in ("sharded", "kv_only", "sharded_checkpointing", "compiled", "compiled_one_row"):
         (folder / f"{name}.json").write_text(json.dumps(sharded))
     for name in ("zero2", "one_row_zero2"):
         (folder / f"{name}.json").write_text(json.dumps(zero2))
@@ -172,7 +176,7 @@ def test_two_ranks_equal_a_plain_loop(name, models, distributed):
         k: v
         for k, v in RUNS[name].items()
         if k not in ("deepspeed_config", "teacher_placement", "gradient_checkpointing", "checkpoint_offload", "packing",
-                     "teacher_cache", "tokens_per_batch")
+                     "teacher_cache", "tokens_per_batch", "compile")
     }  # fmt: skip
     whole = {"batch_size": 8, "gradient_accumulation_steps": 1}
     cfg = parse_run_config(flags(models, distributed / "plain", **{**changes, **whole}))
