@@ -274,7 +274,8 @@ class TrainingRun:
                     self.engine.step()
                 gradient_watch = self.engine.module.gradient_watch
                 squares = gradient_watch.squares() if gradient_watch is not None else {}
-                meter.update(metrics | squares, micro.tokens, share=1 / micro.count)
+                # All ranks together count one step, so that steps on other numbers of ranks weigh the same.
+                meter.update(metrics | squares, micro.tokens, share=1 / (micro.count * self.world_size))
                 self.nonfinite_steps.note(inputs.batch, metrics)
             self.step += 1
             bar.update()
