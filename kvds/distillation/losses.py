@@ -8,8 +8,6 @@ its weight on all ranks together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kvds.data.labels import LabelledPositions
 from kvds.distillation.head_loss import summed_cross_entropy
+from kvds.models.own_logits import Head
 
 # Logits of one chunk: at most this many elements (256 MiB in fp32).
 _CHUNK_ELEMENTS = 2**26
-Head = Callable[[Tensor], Tensor]
 
 
 def head_chunk_count(max_tokens: int, vocab_size: int) -> int:

@@ -17,6 +17,7 @@ from kvds.distillation.losses import head_losses, spoil_gradient
 from kvds.distillation.step import StepInput, TeacherKV
 from kvds.kv import Selection, States, open_capture, pool_reasoning_steps, selected_shares
 from kvds.kv.families import backbone
+from kvds.models.own_logits import head_of, is_plain_head
 
 
 class DistillationModule(nn.Module):
@@ -54,6 +55,7 @@ class DistillationModule(nn.Module):
         self._rope, self._head_chunks = rope, head_chunks
         self._kd_temperature, self._kd_vocab_size = kd_temperature, kd_vocab_size
         self._offload_checkpoints = offload_checkpoints
+        self._plain_head = is_plain_head(student)
         self.gradient_watch: GradientWatch | None = None
 
     def _storage(self, ids: Tensor) -> AbstractContextManager[Any]:
@@ -96,7 +98,7 @@ class DistillationModule(nn.Module):
 
         teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
         task, kd = head_losses(
-            self.student.get_output_embeddings(),  # type: ignore[operator]
+            head_of(self.student, plain=self._plain_head),
             hidden,
             step.labelled,
             num_chunks=self._head_chunks,

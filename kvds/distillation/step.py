@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import LabelledPositions
-from kvds.distillation.losses import Head
 from kvds.kv import Selection, States
+from kvds.models.own_logits import Head
 from kvds.teacher.teacher import TeacherOutput
 
 

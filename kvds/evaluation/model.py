@@ -24,6 +24,7 @@ from kvds.durable_files import json_text
 from kvds.evaluation.generation import Completion, generate_completions, greedy_defaults, prompt_length
 from kvds.kv.families import backbone
 from kvds.models.architecture import check_positions
+from kvds.models.own_logits import check_own_logits, head_of, is_plain_head
 
 log = logging.getLogger("kvds")
 
@@ -94,6 +95,9 @@ def evaluate_model(
     completions: dict[int, Completion] = {}
     bar = tqdm(total=2 * len(share), desc="evaluate", unit="row", disable=not progress or rank != 0, mininterval=0.5)
     with torch.no_grad(), _evaluation_mode(model), bar:
+        if samples:  # the same row on every rank
+            shortest = min(samples, key=lambda sample: len(sample.input_ids))
+            check_own_logits(model, torch.tensor(shortest.input_ids, device=next(model.parameters()).device))
         for rows in _batches(share, batch_size, largest_share, between_batches):
             for row, loss in zip(rows, completion_losses(model, rows, pad), strict=True):
                 losses[row.example] = (loss, row.label_count)
@@ -208,7 +212,7 @@ def completion_losses(model: nn.Module, rows: Sequence[EncodedSample], pad: int)
     labelled = LabelledPositions.from_labels(batch.labels).to(device)
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state  # [B, T, hidden]
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = head_of(model, plain=is_plain_head(model))
     chunk = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)  # type: ignore[union-attr, operator]
     flat = hidden.reshape(-1, hidden.shape[-1])
     losses = torch.cat(

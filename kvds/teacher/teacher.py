@@ -29,7 +29,9 @@ from kvds.kv.families import backbone
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.kv.states import KV_PARTS
+from kvds.models.buffers import buffers_kept
 from kvds.models.compiled_layers import compile_as_asked, refuse_uncompiled
+from kvds.models.own_logits import head_of, is_plain_head
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,18 @@ class TeacherOutput:
 class _TeacherModule(nn.Module):
     """Backbone and head behind one ``forward``: ZeRO-3 follows its trace of modules from the root it was given."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, wants_logits: bool) -> None:
         super().__init__()
         self.model = model
+        self._plain_head = wants_logits and is_plain_head(model)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return head_of(self.model, plain=self._plain_head)(hidden)
 
     def forward(self, inputs: Tensor, **masks: Tensor) -> Tensor:
         """``[B, T]`` ids → ``[B, T, hidden]``; or hidden states (no mask) → logits."""
         if not masks:
-            return self.model.get_output_embeddings()(inputs)  # type: ignore[operator]
+            return self._head(inputs)
         output = backbone(self.model)(input_ids=inputs, use_cache=False, **masks)
         return output.last_hidden_state
 
@@ -110,7 +116,7 @@ class Teacher:
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
         self._reads, self._observe, self._shuffled = reads, observe, shuffled
         self._parts = tuple(parts)
-        module = _TeacherModule(model)
+        module = _TeacherModule(model, wants_hidden)
         self._shards = None
         if tensor_parallel > 1:
             from kvds.teacher.tensor_parallel import HeadShards
@@ -125,7 +131,8 @@ class Teacher:
 
             whole = gather_whole_layers(model, engine_config)
             compile_as_asked(model, compiled, device, flag="teacher", layers=whole)
-            self._forward = deepspeed.initialize(model=module, config=engine_config)[0]
+            with buffers_kept(module):
+                self._forward = deepspeed.initialize(model=module, config=engine_config)[0]
             self._forward.eval()
         self._backbone = backbone(model)
 

@@ -28,6 +28,7 @@ from kvds.kv import KVShape, KVStates
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.kv.states import KV_PARTS
+from kvds.models.buffers import buffers_kept
 
 
 class _Groups:
@@ -80,7 +81,7 @@ class HeadShards:
         groups = [dist.new_group(list(range(begin, begin + size))) for begin in begins]  # all ranks make all groups
         self._group: Any = groups[dist.get_rank() // size]
         self._size, self._rank, self._dtype = size, dist.get_rank() % size, dtype
-        with contextlib.redirect_stdout(io.StringIO()):  # AutoTP prints what it found
+        with buffers_kept(backbone), contextlib.redirect_stdout(io.StringIO()):  # AutoTP prints what it found
             deepspeed.init_inference(
                 backbone, dtype=dtype, replace_with_kernel_inject=False,
                 # The engine takes its size from the one and shards by the other.

@@ -21,6 +21,7 @@ from kvds.config.deepspeed_file import compute_dtype
 from kvds.distillation.module import DistillationModule
 from kvds.distributed.layer_gathering import gather_whole_layers
 from kvds.errors import InputError, one_line
+from kvds.models.buffers import buffers_kept
 from kvds.models.compiled_layers import compile_as_asked
 from kvds.models.loading import TORCH_DTYPES
 from kvds.training.nonfinite_steps import leave_out_nonfinite_steps
@@ -102,7 +103,8 @@ def build_engine(
     compile_as_asked(module.student, cfg.compile, device, flag="student", layers=whole if sharded else None)
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
-    return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config)[0]
+    with buffers_kept(module):
+        return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config)[0]
 
 
 def check_engine_config(engine_config: dict[str, Any], path: str) -> None:

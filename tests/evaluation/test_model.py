@@ -16,6 +16,7 @@ from kvds.data.example import Example, extract_answer
 from kvds.data.synthetic import synthetic_examples
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.evaluation.model import evaluate_model
+from tests.harness.scaled_families import SCALED, small_scaled_config
 
 LIMITS = {"max_new_tokens": 24, "max_length": 64, "progress": False}
 
@@ -33,6 +34,8 @@ def tiny(family: str, vocab_size: int, positions: int = 128) -> nn.Module:
         config = GPT2Config(
             vocab_size=vocab_size, n_layer=2, n_embd=32, n_head=2, n_positions=positions, initializer_range=0.3
         )  # fmt: skip
+    elif family in SCALED:
+        config = small_scaled_config(family, vocab_size=vocab_size)
     else:
         config = Qwen2Config(
             vocab_size=vocab_size, num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
@@ -70,7 +73,7 @@ def overfit(model: nn.Module, tokenizer, rows: list[Example]) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "granite", "gemma2"])
 def test_cross_entropy_is_the_mean_per_token_of_a_plain_computation(tokenizer, examples, family):
     model = tiny(family, len(tokenizer)).eval()
     expected: dict[str, list[torch.Tensor]] = {}
