@@ -56,6 +56,7 @@ class Parrot(nn.Module):
 def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parrot has no logits."""
     monkeypatch.setattr(evaluation, "completion_losses", lambda model, rows, pad: [0.0] * len(rows))
+    monkeypatch.setattr(evaluation, "check_own_logits", lambda model, ids: None)
 
 
 def judged(rows: list[Example], tokenizer: Any, positions: int | None = None, **options: Any) -> dict[str, float]:
