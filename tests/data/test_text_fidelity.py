@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvds.data.encoding import compare_rows, encode_examples
@@ -17,7 +17,7 @@ from kvds.data.text_fidelity import TextFidelity, check_texts
 from kvds.data.token_files import TokenFiles, encode_once
 from kvds.errors import InputError
 from tests.harness.small_run_data import load
-from tests.harness.text_tokenizers import KINDS, LETTERS, NORMALIZERS, TEXT, made
+from tests.harness.text_tokenizers import KINDS, LETTERS, NORMALIZERS, TEXT, fuzzed, made
 
 
 def row(prompt: str, rationale: str = "", answer: str = "1", **more: Any) -> Example:
@@ -30,7 +30,7 @@ def fidelity(rows: list[Example], tokenizer: Any, **options: Any) -> TextFidelit
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-@settings(max_examples=60, deadline=None)
+@fuzzed
 @given(rows=st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=4))
 def test_a_row_is_lossy_where_its_tokens_say_another_text(kind: str, normalizer: str, rows: list[tuple]) -> None:
     tokenizer = made(kind, normalizer)
@@ -60,7 +60,7 @@ def test_what_is_lost_is_named_with_an_example() -> None:
     assert found.lossy == 3 and found.lost[:2] == ("?", "$") and set(found.lost) == {"$", "*", "?"}
     assert (found.first, found.before, found.after) == (0, "a b?\n", "a b\n")
     teachers = [row("a", "b", teacher_rationale="b"), row("a", "b", teacher_rationale="$")]
-    assert [fidelity([r], tokenizer, steps=True).lossy for r in teachers] == [0, 1]
+    assert [fidelity([r], tokenizer, reasoning_steps=True).lossy for r in teachers] == [0, 1]
     assert [fidelity([r], tokenizer).lossy for r in teachers] == [0, 0]  # nobody reads it
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -20,7 +20,7 @@ from kvds.errors import InputError
 from kvds.evaluation import model as evaluation
 from kvds.evaluation.generation import generation_budget, prompt_length
 from kvds.evaluation.model import evaluate_model, in_words
-from tests.harness.text_tokenizers import KINDS, LETTERS, NORMALIZERS, TEXT, made
+from tests.harness.text_tokenizers import KINDS, LETTERS, NORMALIZERS, TEXT, fuzzed, made
 
 LIMITS = {"batch_size": 3, "max_new_tokens": 10**4, "max_length": 10**4, "progress": False}
 
@@ -67,7 +67,7 @@ def judged(rows: list[Example], tokenizer: Any, positions: int | None = None, **
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-@settings(max_examples=40, deadline=None)
+@fuzzed
 @given(rows=st.lists(st.tuples(TEXT, TEXT.map(lambda t: t.replace("#", ""))), min_size=1, max_size=4))
 def test_a_perfect_student_is_right_on_every_row(kind: str, normalizer: str, rows: list[tuple[str, str]]) -> None:
     tokenizer = made(kind, normalizer)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import string
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 LETTERS = sorted({*string.ascii_letters, *string.digits, *" \n#.=+-<|>_", "é", "\u0301", "ﬁ", "²"})
 NORMALIZERS = {"none": None, "nfc": normalizers.NFC(), "nfkc": normalizers.NFKC(), "lower": normalizers.Lowercase()}
+EXAMPLES = os.environ.get("KVDS_FUZZ_EXAMPLES")
+# Of each kind and normalizer; as in tests/hostile/test_fuzz_input.py the same ones unless more are asked for.
+fuzzed = settings(max_examples=int(EXAMPLES or 40), derandomize=EXAMPLES is None, deadline=None)
 KINDS = ("letters", "unknown", "bytes", "byte_fallback")
 
 
