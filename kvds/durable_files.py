@@ -65,8 +65,34 @@ def write_durably(path: Path, text: str) -> None:
     sync_file(path.parent)
 
 
+def _umask() -> int:
+    """Of this process. Asking the system sets it for a moment, for all threads: where Linux shows it, it is read."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def set_modes(path: Path) -> None:
+    """Give a file, or a folder with all in it, the modes that plainly opened files have under this process's umask.
+
+    What is written through temporary files, as safetensors are, could be read by its owner alone.
+    """
+    umask = _umask()
+    for entry in (path, *path.rglob("*")):
+        if not entry.is_symlink():
+            found = entry.stat().st_mode
+            entry.chmod(found & 0o7000 | (0o777 if entry.is_dir() else 0o666) & ~umask)
+
+
 def put_in_place(new: Path, target: Path) -> None:
-    """Give the finished file or folder ``new`` the name ``target``; what bore that name before is removed after."""
+    """Give the finished file or folder ``new`` the name ``target``, with modes by the umask; what bore that name before
+    is removed after.
+    """
+    set_modes(new)
     old = None
     if target.is_dir():  # a folder that holds something cannot be replaced in one step
         old = target.with_name(target.name + ".replaced")

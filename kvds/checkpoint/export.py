@@ -10,16 +10,25 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from kvds.align import aligner_config_dict
 from kvds.checkpoint.aligner_file import ALIGNER_FILE, save_aligner
 from kvds.checkpoint.folder import CHECKPOINTS, latest_step, saved_steps, step_tag
 from kvds.checkpoint.manifest import folder_faults
+from kvds.checkpoint.model_card import recorded_results, write_model_card
 from kvds.checkpoint.origin import read_origin
+from kvds.config.recipe import load_recipe
 from kvds.durable_files import UNFINISHED, put_in_place
 from kvds.errors import InputError, one_line
 from kvds.kv.row_attention import plain_attention
+from kvds.models.generation import GENERATION_FILE, fit_generation, source_generation
 
 STUDENT_FOLDER = "student"
 
@@ -46,14 +55,23 @@ def gather_parameters(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     return state
 
 
-def plain_student(config: PreTrainedConfig, state: dict[str, Tensor]) -> nn.Module:
-    """A transformers model of its own with the gathered weights: for evaluation, generation and export."""
+def plain_student(
+    config: PreTrainedConfig, state: dict[str, Tensor], generation: GenerationConfig | None = None
+) -> nn.Module:
+    """A transformers model of its own with the gathered weights: for evaluation, generation and export.
+
+    Args:
+        config: The student's.
+        state: Its weights.
+        generation: Of the model that it was made of; None: what ``config`` alone says.
+    """
     dtype = next(iter(state.values())).dtype
     config = copy.deepcopy(config)  # the training model keeps its own
     attention = plain_attention(config._attn_implementation)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    model.config.use_cache = True  # training turns it off; who loads this model generates
+    if generation is not None:
+        model.generation_config = copy.deepcopy(generation)
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
     tied = (
@@ -67,13 +85,31 @@ def plain_student(config: PreTrainedConfig, state: dict[str, Tensor]) -> nn.Modu
     return model.eval()
 
 
-def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load."""
+def save_student(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, max_new_tokens: int | None = None
+) -> None:
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load, and
+    whose plain ``generate()`` ends where an evaluation ends.
+
+    Args:
+        model: The student; its generation settings become those of the folder.
+        tokenizer: Of its rows.
+        folder: To write.
+        max_new_tokens: See :func:`kvds.models.generation.fit_generation`.
+    """
     unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
+    generation = fit_generation(model, tokenizer, max_new_tokens)
+    model.generation_config = GenerationConfig()  # transformers refuses to save what some published files say
     model.save_pretrained(unfinished)  # type: ignore[operator]
+    model.generation_config = generation
     tokenizer.save_pretrained(unfinished)
+    _write_generation(generation, unfinished)
     put_in_place(unfinished, folder)
+
+
+def _write_generation(generation: GenerationConfig, folder: Path) -> None:
+    generation.to_json_file(folder / GENERATION_FILE, use_diff=True, keys_to_pop=["compile_config"])
 
 
 def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path) -> Path:
@@ -120,11 +156,15 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
     dtype = config.dtype or torch.float32
     student = {k.removeprefix("student."): v.to(dtype) for k, v in state.items() if k.startswith("student.")}
     output.mkdir(parents=True, exist_ok=True)
+    settings = run_dir / "config.yaml"
     save_student(
-        plain_student(config, _without_tied_copies(config, student)),
+        plain_student(config, _without_tied_copies(config, student), source_generation(str(plan.absolute()))),
         AutoTokenizer.from_pretrained(plan),
         output / STUDENT_FOLDER,
+        max_new_tokens=load_recipe(settings).get("max_new_tokens") if settings.is_file() else None,
     )
+    if settings.is_file():
+        write_model_card(run_dir, output / STUDENT_FOLDER, step, recorded_results(run_dir, step))
     if aligner_config is not None:
         aligner = {k.removeprefix("aligner."): v for k, v in state.items() if k.startswith("aligner.")}
         save_aligner(aligner_config, aligner, output / ALIGNER_FILE)
@@ -159,14 +199,15 @@ def _without_tied_copies(config: PreTrainedConfig, state: dict[str, Tensor]) -> 
     return {k: v for k, v in state.items() if not (tied and k == "lm_head.weight")}
 
 
-def save_architecture(
-    run_dir: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, aligner: Any
-) -> None:
-    """Write beside the checkpoints what turning one into a plain model takes: configuration, tokenizer, aligner
-    configuration.
+def save_architecture(run_dir: Path, student: Any, tokenizer: PreTrainedTokenizerBase, aligner: Any) -> None:
+    """Write beside the checkpoints what turning one into a plain model takes: configuration, the source's generation
+    settings, tokenizer, aligner configuration.
     """
     folder = run_dir / CHECKPOINTS / "model"
-    config.save_pretrained(folder)
+    student.config.save_pretrained(folder)
+    (folder / GENERATION_FILE).unlink(missing_ok=True)
+    if not student.generation_config._from_model_config:
+        _write_generation(student.generation_config, folder)
     tokenizer.save_pretrained(folder)
     if aligner is not None:
         torch.save(aligner_config_dict(aligner), folder / "aligner.pt")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,13 @@ class RunData:
         loader: This rank's training micro-batches, by optimizer step.
         eval_examples: Held-out rows, at most ``eval_subset_size`` per corpus; empty when there is no evaluation.
         eval_loader: The same rows as batches in fixed order; None when there are none.
+        rows: Corpus → rows to train on.
     """
 
     loader: BatchLoader
     eval_examples: list[Example]
     eval_loader: BatchLoader | None
+    rows: Mapping[str, int]
 
 
 def load_run_data(
@@ -117,6 +120,7 @@ def load_run_data(
         loader=batches(corpus.samples, accumulation=cfg.gradient_accumulation_steps, shuffle=True),
         eval_examples=examples,
         eval_loader=batches(held_out, accumulation=1, shuffle=False) if held_out else None,
+        rows=Counter(mixture.examples[sample.example].corpus for sample in corpus.samples),
     )
 
 

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from torch import Tensor
 from kvds.data.encoding import EncodedCorpus, EncodedSample, compare_rows, encode_examples
 from kvds.data.example import Example
 from kvds.data.text_fidelity import TextFidelity
-from kvds.durable_files import json_text
+from kvds.durable_files import json_text, put_in_place
 from kvds.identity.contents import short_hash, tokenizer_identity
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ def _write_corpus(path: Path, corpus: EncodedCorpus) -> None:
         # In one entry: several are written in any order, and the same rows would be other bytes each time.
         text = json_text(facts | {"facts": short_hash(facts)})
         save_file(columns, unfinished, {_FACTS: text})
-        os.replace(unfinished, path)
+        put_in_place(unfinished, path)
     except (OSError, SafetensorError) as error:
         log.warning("data_cache=%s: rows as tokens could not be kept there (%s)", path.parent, error)
         if unfinished is not None:

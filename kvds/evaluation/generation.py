@@ -11,10 +11,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kvds.data.encoding import EncodedSample, Segment
 from kvds.data.text_fidelity import decode_texts
+from kvds.models.generation import greedy_generation
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,10 @@ def generation_budget(model: Any, sample: EncodedSample, max_new_tokens: int) ->
 
 
 @contextlib.contextmanager
-def greedy_defaults(model: Any, tokenizer: PreTrainedTokenizerBase, pad: int) -> Iterator[None]:
-    """Plain greedy generation whatever the checkpoint's generation_config.json asks for (sampling, repetition penalty).
-
-    ``generate`` fills every value that its caller leaves open from the model's own defaults: those are set aside.
-    """
+def greedy_defaults(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within it, the model generates as it is judged (:mod:`kvds.models.generation`)."""
     own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, use_cache=True,
-        pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    model.generation_config = greedy_generation(model, tokenizer)
     try:
         yield
     finally:
@@ -85,6 +80,7 @@ def _generate(
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     generated = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=budget)[:, width:]
-    ended = (generated == tokenizer.eos_token_id).any(1).tolist()
+    ends = torch.tensor(model.generation_config.eos_token_id, device=device)
+    ended = torch.isin(generated, ends).any(1).tolist()
     texts = decode_texts(tokenizer, generated.tolist())
     return [Completion(text, not end) for text, end in zip(texts, ended, strict=True)]

@@ -103,7 +103,7 @@ def evaluate_model(
                 losses[row.example] = (loss, row.label_count)
             bar.update(len(rows))
         share = sorted(share, key=lambda sample: -prompt_length(sample))
-        with greedy_defaults(model, tokenizer, pad):
+        with greedy_defaults(model, tokenizer):
             for rows in _batches(share, batch_size, largest_share, between_batches):
                 found = generate_completions(model, tokenizer, rows, pad, max_new_tokens)
                 completions |= {row.example: completion for row, completion in zip(rows, found, strict=True)}

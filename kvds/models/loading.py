@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvds.errors import InputError, one_line
 from kvds.kv.row_attention import run_attention
+from kvds.models.generation import source_generation
 from kvds.models.hub import from_hub, model_folder
 from kvds.models.weight_check import check_weights
 
@@ -75,15 +76,18 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
             except (KeyError, ValueError) as error:
                 raise InputError(
                     f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected "
                     f"a config.json that fits (see --{flag}_config_overrides)"
                 ) from error
+        model.generation_config = source_generation(name) or model.generation_config
+        return model
     place = f"--{flag}_name"
     folder = model_folder(name, place)
-    check_weights(folder, config, f"{place}={name}", remedy=f"or --{flag}_init random")
+    remedy = "" if flag == "model" else f"or --{flag}_init random"  # a command without such a flag
+    check_weights(folder, config, f"{place}={name}", remedy=remedy)
     with _partitioned_loading(engine_config):
         return from_hub(
             AutoModelForCausalLM, str(folder), "model with weights", place,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvds.durable_files import json_text
+from kvds.durable_files import json_text, put_in_place
 from kvds.errors import InputError
 from kvds.kv.states import KV_PARTS
 
@@ -40,7 +39,7 @@ def write_json(path: Path, content: Any) -> None:
     """Replace ``path`` as a whole: processes that write the same, on one node or several, do not disturb each other."""
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
     unfinished.write_text(json_text(content, indent=1) + "\n")
-    os.replace(unfinished, path)
+    put_in_place(unfinished, path)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -80,7 +79,7 @@ def write_shard(folder: Path, number: int, parts: Mapping[str, Sequence[Tensor]]
         "sha256": _hash(unfinished),
         "bytes": unfinished.stat().st_size,
     }
-    os.replace(unfinished, path)
+    put_in_place(unfinished, path)
     write_json(path.with_suffix(".json"), record)
 
 

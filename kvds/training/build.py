@@ -126,7 +126,6 @@ def build_run_models(
         cfg.student or "", model_configs.student, init=cfg.student_init, dtype=dtype,
         attn_implementation=cfg.attn_implementation, seed=cfg.seed, flag="student", engine_config=engine_config,
     )  # fmt: skip
-    student.config.use_cache = False
     if not any(hasattr(p, "ds_id") for p in student.parameters()):
         student.to(device)
     student.train()

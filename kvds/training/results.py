@@ -46,7 +46,8 @@ class RunResults:
     def plain_student(self) -> nn.Module:
         """The student as a plain model on this rank, for generation: under ZeRO-3 no rank could generate alone."""
         student = self._engine.module.student
-        return plain_student(student.config, gather_parameters(student, keep=True)).to(self._device)
+        whole = gather_parameters(student, keep=True)
+        return plain_student(student.config, whole, student.generation_config).to(self._device)
 
     def evaluate(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Corpus, or ``all`` → metric → value, of ``model`` on the held-out rows."""
@@ -70,6 +71,6 @@ class RunResults:
         main_rank, aligner = dist.get_rank() == 0, self._engine.module.aligner
         aligner_state = None if aligner is None else gather_parameters(aligner, keep=main_rank)
         if main_rank:
-            save_student(model, self._tokenizer, folder / STUDENT_FOLDER)
+            save_student(model, self._tokenizer, folder / STUDENT_FOLDER, max_new_tokens=self._cfg.max_new_tokens)
             if aligner_state is not None and aligner_config is not None:
                 save_aligner(aligner_config, aligner_state, folder / ALIGNER_FILE)

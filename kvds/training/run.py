@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from kvds.align import aligner_config_dict
 from kvds.checkpoint.aligner_file import ALIGNER_START_FILE, save_aligner
-from kvds.checkpoint.export import save_architecture
+from kvds.checkpoint.export import STUDENT_FOLDER, save_architecture
 from kvds.checkpoint.loading import load_checkpoint
+from kvds.checkpoint.model_card import save_card_facts, write_model_card
 from kvds.checkpoint.origin import fit_to_origin, read_origin
 from kvds.checkpoint.run_folder import find_checkpoint, open_run_folder
 from kvds.checkpoint.run_identity import check_identity, run_identity
@@ -193,7 +195,8 @@ class TrainingRun:
         if cfg.gradient_checkpointing:
             models.student.gradient_checkpointing_enable({"use_reentrant": False})
         if self.rank == 0:
-            save_architecture(self.output_dir, models.student.config, self.tokenizer, aligner)
+            save_architecture(self.output_dir, models.student, self.tokenizer, aligner)
+            save_card_facts(self.output_dir, self.data.rows, Counter(e.corpus for e in self.data.eval_examples))
         return models
 
     def _restore(self, resume_step: int | None) -> str | None:
@@ -358,11 +361,15 @@ class TrainingRun:
         """Export the student and the aligner, evaluate on held-out rows and write ``eval.json``."""
         model = self.results.plain_student()
         self.results.export(model, self.aligner_config, self.output_dir)
+        student, results = self.output_dir / STUDENT_FOLDER, dict[str, dict[str, float]]()
+        if self.rank == 0:  # should the evaluation be killed, its student is whole
+            write_model_card(self.output_dir, student, self.step, results)
         if self.data.eval_examples:
             results = self._evaluate(model)
             if self.rank == 0:
                 (self.output_dir / "eval.json").write_text(json_text(results, indent=1) + "\n")
                 log.info("held-out: %s", in_words(results))
+                write_model_card(self.output_dir, student, self.step, results)
         self.run_log.conclude(draw_report=draw_report)
 
     def close(self, status: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
 
 from kvds.data.encoding import EncodedSample, encode_examples
 from kvds.data.example import Example
@@ -31,8 +32,8 @@ class Parrot(nn.Module):
     def __init__(self, samples: list[EncodedSample], pad: int, positions: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(max_position_embeddings=positions)
-        self.generation_config: Any = None
+        self.config = PreTrainedConfig(max_position_embeddings=positions)
+        self.generation_config = GenerationConfig()
         self._known = {s.input_ids[: prompt_length(s)]: s.input_ids[prompt_length(s) :] for s in samples}
         self._pad = pad
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 
 from kvds.checkpoint.aligner_file import load_aligner
 from kvds.cli import main
@@ -61,7 +61,9 @@ def models(tmp_path_factory) -> Path:
             num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, attention_dropout=0.1,
             initializer_range=0.3, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        model = AutoModelForCausalLM.from_config(config)
+        model.generation_config = GenerationConfig(do_sample=True, temperature=0.5, eos_token_id=[5, 999])
+        model.save_pretrained(folder / name)
     return folder
 
 
@@ -186,8 +188,24 @@ def test_an_exported_checkpoint_is_the_student_of_the_run(runs, tmp_path):
     assert all(torch.equal(aligners[0][name], aligners[1][name]) for name in aligners[0])
     files = [{path.name for path in (root / "student").iterdir()} for root in (runs / "straight", tmp_path)]
     assert files[0] == files[1]
-    configs = [json.loads((root / "student/config.json").read_text()) for root in (runs / "straight", tmp_path)]
-    assert configs[0] == configs[1]
+    for name in files[0]:
+        assert (runs / "straight/student" / name).read_bytes() == (tmp_path / "student" / name).read_bytes(), name
+
+
+def test_a_run_leaves_no_training_settings_and_no_file_that_others_cannot_read(runs):
+    student = runs / "straight/student"
+    content = {name: json.loads((student / name).read_text()) for name in ("config.json", "generation_config.json")}
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    for settings in content.values():
+        assert settings["use_cache"] is True and settings["eos_token_id"] == tokenizer.eos_token_id
+        assert settings["pad_token_id"] == tokenizer.pad_token_id
+    assert content["generation_config.json"]["temperature"] == 0.5  # the source's
+    card = (student / "README.md").read_text()
+    assert "- teacher: teacher" in card and "| synthetic | 10 | 0 |" in card and "for 6 steps" in card
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in (runs / "straight").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
 @pytest.mark.parametrize("run", ["straight", "flat"])
