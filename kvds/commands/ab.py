@@ -17,6 +17,7 @@ from kvds.config.values import number
 from kvds.errors import InputError
 from kvds.experiment.plan import Job, load_plan, parse_seeds
 from kvds.experiment.runner import KEEP, Experiment, Runner, Work, needs_preparation, prepare
+from kvds.identity.folder_owner import FolderOwner
 
 log = logging.getLogger("kvds")
 
@@ -67,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.only or []:
         if name not in arms:
             raise InputError(f"--only {name}: expected arms of the plan, {', '.join(arms)}")
-    experiments = [Experiment(plan, arguments.output / plan.name, arguments.tuned) for plan in plans]
+    experiments = [
+        Experiment(plan, arguments.output / plan.name, arguments.tuned, to_read=arguments.report_only) for plan in plans
+    ]
     if arguments.dry_run:
         return _list(experiments, arguments)
     if not arguments.report_only:
@@ -80,7 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
             keep=arguments.keep,
             deadline=None if minutes is None else time.monotonic() + 60 * minutes,
         )
-        with _sigterm_leaves(), runner:
+        with contextlib.ExitStack() as owned, _sigterm_leaves(), runner:
+            for experiment in experiments:
+                owned.enter_context(FolderOwner(experiment.folder, flag="output"))
             if not _train(experiments, runner, arguments):
                 log.warning("stopped early: what has finished is reported (the same command goes on)")
     return max([_report(experiment, arguments) for experiment in experiments])
@@ -193,6 +198,8 @@ def _report(experiment: Experiment, arguments: argparse.Namespace) -> int:
         log.warning("%s: %s", experiment.plan.name, error)
         return 1
     rows, failed = list(store.finished(jobs).values()), store.failed(jobs)
+    if arguments.report_only and (told := store.left_out(jobs)):
+        log.warning("%s", told)
     if not rows:
         reason = f": {failed[0]['error']}" if failed else ""
         log.warning("%s: no run has finished%s (logs: %s)", store.path, reason, arguments.output / "logs")

@@ -7,9 +7,14 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest
 from kvds.errors import InputError
+from kvds.identity.folder_owner import FolderOwner
+
+if TYPE_CHECKING:
+    from kvds.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
+    """Check, own the folder (each process its share of it: they do not talk to each other) and write."""
     if arguments.shard_samples < 1:
         raise InputError(f"--shard_samples {arguments.shard_samples}: expected at least 1 row per file")
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -55,7 +61,13 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     if not cfg.uses_kv:
         raise InputError(f"alignment_mode={cfg.alignment_mode}: expected a run that matches keys and values")
     check(cache_rules(cfg, arguments.output))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    owner = FolderOwner(arguments.output, flag="output", share=int(os.environ.get("RANK", "0")))
+    with owner.take(between=stop.check):
+        return _write_owned(arguments, cfg, stop)
 
+
+def _write_owned(arguments: argparse.Namespace, cfg: RunConfig, stop: StopRequest) -> int:
     import torch
     from tqdm import tqdm
 
@@ -65,13 +77,14 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     from kvds.kv import select_tokens
     from kvds.models.architecture import load_config
     from kvds.models.loading import TORCH_DTYPES, load_model
-    from kvds.models.tokenizer import load_tokenizer
+    from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
     from kvds.teacher.cache_fingerprint import cache_fingerprint
     from kvds.teacher.cached import write_teacher_cache
     from kvds.teacher.teacher import Teacher
 
     name = cfg.first_teacher or ""
     tokenizer = load_tokenizer(cfg)
+    check_same_tokenizer(cfg, tokenizer)
     config = load_config(name, cfg.teacher_config_overrides, flag="teacher")
     samples = load_run_data(cfg, tokenizer, rank=0, world_size=1).loader.samples
     dtype = compute_dtype(load_deepspeed_config(cfg.deepspeed_config))

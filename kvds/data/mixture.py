@@ -21,6 +21,7 @@ from typing import Any
 from kvds.config.settings import DataSettings
 from kvds.config.values import split_dataset_weight
 from kvds.data.corpora import CORPORA, Corpus, Parts, plain
+from kvds.data.corpus_names import corpus_names, held_out_file, is_file, is_own_file, own_file
 from kvds.data.example import ANSWER_MARK, Example
 from kvds.data.rows import BadRow, file_rows
 from kvds.data.synthetic import synthetic_examples
@@ -90,13 +91,14 @@ def load_mixture(
         InputError: unknown corpus, missing file, malformed row, or no row left of a corpus.
     """
     weights = _weights(datasets)
+    called = corpus_names(weights, data_dir)
     skipped: dict[str, int] = {}
     parts: dict[str, list[Example]] = {}
     for name in weights:
         if name == "synthetic":
             parts[name] = synthetic_examples(split, problems=synthetic_problems, seed=seed)
-        elif name.endswith((".jsonl", ".json")):
-            parts[name] = _own_file(name, split, data_dir, on_bad_row, skipped)
+        elif is_own_file(name):
+            parts[name] = _own_file(own_file(name, data_dir), called[name], split, on_bad_row, skipped)
         else:
             members = _ARC if name == "arc" else (name,)
             parts[name] = [row for member in members for row in _corpus(member, split, data_dir, on_bad_row, skipped)]
@@ -157,9 +159,9 @@ def check_rows(cfg: DataSettings, seed: int) -> None:
 
 
 def _is_small(name: str, data_dir: str | None) -> bool:
-    if name.endswith((".jsonl", ".json")):
-        places = [Path(name)] if data_dir is None else [Path(name), Path(data_dir) / name]
-        return all(path.stat().st_size <= _SMALL for path in places if _is_file(path))
+    if is_own_file(name):
+        path = own_file(name, data_dir)
+        return not is_file(path) or path.stat().st_size <= _SMALL
     return data_dir is not None or name == "synthetic"
 
 
@@ -167,7 +169,7 @@ def _weights(datasets: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for spec in datasets:
         name, weight = split_dataset_weight(spec)
-        if not name.endswith((".jsonl", ".json")):
+        if not is_own_file(name):
             known = [*CORPORA, "arc", "synthetic"]
             if name not in known:
                 raise InputError(
@@ -225,13 +227,12 @@ def _corpus(name: str, split: str, data_dir: str | None, on_bad_row: str, skippe
     return _examples(read, file_rows(path), str(path), name, on_bad_row, skipped)
 
 
-def _own_file(name: str, split: str, data_dir: str | None, on_bad_row: str, skipped: dict[str, int]) -> list[Example]:
+def _own_file(path: Path, corpus: str, split: str, on_bad_row: str, skipped: dict[str, int]) -> list[Example]:
     """Rows of a file with prompt, rationale and answer, less those of the other split."""
-    path = Path(name) if data_dir is None or _is_file(Path(name)) else Path(data_dir) / name
-    beside = path.with_name(f"{path.stem}.eval{path.suffix}")
-    separate = _is_file(beside)
+    beside = held_out_file(path)
+    separate = is_file(beside)
     source = beside if separate and split == "eval" else path
-    examples = list(_examples(plain, file_rows(source), str(source), path.stem, on_bad_row, skipped))
+    examples = list(_examples(plain, file_rows(source), str(source), corpus, on_bad_row, skipped))
     if separate:
         return examples
     held_out = _held_out({example.prompt for example in examples})
@@ -241,13 +242,6 @@ def _own_file(name: str, split: str, data_dir: str | None, on_bad_row: str, skip
             f"or held-out rows in {beside.name} (or --eval_subset_size 0)"
         )
     return [example for example in examples if (example.prompt in held_out) == (split == "eval")]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file system takes
-        return False
 
 
 def _held_out(prompts: set[str]) -> set[str]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ FINISHED, FAILED = "finished", "failed"
 # Logging intervals that a loss curve is smoothed over before its unsteadiness is measured.
 _SMOOTHING = 5
 IDENTITY = ("phase", "arm", "seed", "variant", "config_hash")
+# What a run read, by content.
+INPUTS = "inputs"
 
 Row = dict[str, Any]
 
@@ -30,14 +32,23 @@ class ResultStore:
 
     A process that is killed while it writes leaves part of a line; it is cut off when the file is opened again.
 
+    A row counts for a job where its run had the same settings and read the same contents. What is not on this machine
+    is taken to be what the newest row says. A row of an earlier version does not say what its run read, and is never
+    counted beside others: alone, where nothing is to be run, it is.
+
     Args:
         folder: The experiment's, made if missing.
+        inputs_of: From a job to what its run would read now (:func:`kvds.experiment.inputs.inputs_of`).
+        to_read: Nothing is to be run.
 
     Raises:
         InputError: a line that no experiment wrote.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self, folder: str | Path, inputs_of: Callable[[Job], Row] = lambda job: {}, *, to_read: bool = False
+    ) -> None:
+        self._inputs_of, self._to_read = inputs_of, to_read
         self.path = Path(folder) / RUNS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
@@ -65,16 +76,42 @@ class ResultStore:
         self.rows.append(row)
 
     def finished(self, jobs: Iterable[Job]) -> dict[tuple[Any, ...], Row]:
-        """The latest finished result of each of ``jobs``, by its key; results of other settings do not count."""
-        wanted = {job.key for job in jobs}
-        found = {key_of(row): row for row in self.rows if row["status"] == FINISHED}
-        return {key: row for key, row in found.items() if key in wanted}
+        """The latest finished result of each of ``jobs``, by its key; results of other settings or contents do not
+        count.
+        """
+        return {key_of(row): row for row in self._counted(jobs) if row["status"] == FINISHED}
 
     def failed(self, jobs: Iterable[Job]) -> list[Row]:
         """The latest result of each of ``jobs`` that has failed and has not finished since."""
-        wanted, done = {job.key for job in jobs}, self.finished(jobs)
-        latest = {key_of(row): row for row in self.rows if row["status"] == FAILED}
-        return [row for key, row in latest.items() if key in wanted and key not in done]
+        jobs = list(jobs)
+        done = self.finished(jobs)
+        latest = {key_of(row): row for row in self._counted(jobs) if row["status"] == FAILED}
+        return [row for key, row in latest.items() if key not in done]
+
+    def left_out(self, jobs: Sequence[Job]) -> str | None:
+        """How many finished results of these settings do not count, and why; None where all do."""
+        wanted = {job.key for job in jobs}
+        of_settings = [row for row in self.rows if key_of(row) in wanted and row["status"] == FINISHED]
+        counted = {id(row) for row in self._counted(jobs)}
+        others = [row for row in of_settings if id(row) not in counted]
+        if not others:
+            return None
+        return (
+            f"{self.path}: {len(others)} of {len(of_settings)} finished runs of these settings read other data or "
+            "models than there are now (or do not say which, as an earlier version wrote them); they are not counted"
+        )
+
+    def _counted(self, jobs: Iterable[Job]) -> list[Row]:
+        now = {job.key: self._inputs_of(job) for job in jobs}
+        newest = {name: text for row in self.rows for name, text in row.get(INPUTS, {}).items()}
+        old = self._to_read and not any(INPUTS in row for row in self.rows)
+
+        def same(row: Row, inputs: Row) -> bool:
+            read = row[INPUTS]
+            return all(read.get(name) == inputs.get(name, newest.get(name)) for name in {**read, **inputs})
+
+        rows = [row for row in self.rows if key_of(row) in now]
+        return [row for row in rows if (same(row, now[key_of(row)]) if INPUTS in row else old)]
 
 
 def identity(job: Job) -> Row:
@@ -137,7 +174,7 @@ def unsteadiness(losses: Sequence[float]) -> float:
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """One line per row, a column per number that any of them has; curves are left out."""
-    left_out = ("curves", "settings", "error")
+    left_out = ("curves", "settings", "error", INPUTS)
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in left_out))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")

@@ -22,16 +22,20 @@ from typing import Any
 from tqdm import tqdm
 
 from kvds.errors import InputError
+from kvds.experiment.inputs import inputs_of
 from kvds.experiment.launcher import chosen_gpus, run_log
 from kvds.experiment.plan import PREPARED, ExperimentPlan, Job, load_tuned, references, save_tuned
-from kvds.experiment.results import FAILED, FINISHED, ResultStore, Row, identity, key_of, value
+from kvds.experiment.results import FAILED, FINISHED, INPUTS, ResultStore, Row, identity, key_of, value
 from kvds.experiment.workers import WORKER_MODULE, Worker, device_groups, worker_environment
+from kvds.identity.folder_owner import FolderOwner
 from kvds.tracking.provenance import git_revision
 
 log = logging.getLogger("kvds")
 
 KEEP = ("metrics", "student", "all")
 TUNED_FILE = "tuned.yaml"
+# Workers of an experiment that was killed end by themselves within seconds.
+_ORPHAN_SECONDS = 30.0
 
 
 @dataclass
@@ -42,15 +46,30 @@ class Experiment:
         plan: What is to be run.
         folder: Holds ``runs.jsonl``, ``tuned.yaml``, ``prepared/`` and the report.
         tuned: A file of chosen values to use instead of its own.
+        to_read: Nothing is to be run.
     """
 
     plan: ExperimentPlan
     folder: Path
     tuned: Path | None = None
+    to_read: bool = False
     store: ResultStore = field(init=False)
 
     def __post_init__(self) -> None:
-        self.store = ResultStore(self.folder)
+        self.store = ResultStore(self.folder, self.inputs, to_read=self.to_read)
+
+    def inputs(self, job: Job) -> dict[str, str]:
+        """What a run of ``job`` would read now, by content, and what the prepared runs that it builds on would."""
+        found = inputs_of(job.settings, self.prepared)
+        needed, todo = set(), references(job.settings)
+        while todo:
+            name = todo.pop()
+            if name not in needed:
+                needed.add(name)
+                settings = {**self.plan.common, **self.plan.prepare[name]}
+                found = {**inputs_of(settings, self.prepared), **found}
+                todo += references(settings)
+        return found
 
     def prepared(self, name: str) -> Path:
         """Where the student of a prepared run is."""
@@ -132,6 +151,9 @@ class Runner:
             Whether all of it was tried (False: the deadline came first).
         """
         waiting = [(experiment, job) for experiment, job in work if not experiment.store.finished([job])]
+        for experiment in {id(experiment): experiment for experiment, _ in waiting}.values():
+            if told := experiment.store.left_out([job for e, job in waiting if e is experiment]):
+                log.warning("%s and made anew", told)
         todo: queue.SimpleQueue[Work] = queue.SimpleQueue()
         for item in waiting:
             todo.put(item)
@@ -182,8 +204,11 @@ class Runner:
 
     def _train(self, worker: Worker, experiment: Experiment, job: Job) -> Row | None:
         folder = experiment.folder / "runs" / job.name
-        if folder.exists():  # of a run that was interrupted
-            shutil.rmtree(folder)
+        inputs = experiment.inputs(job)
+        try:
+            _clear(folder)
+        except InputError as error:
+            return identity(job) | {"status": FAILED, "error": str(error), INPUTS: inputs}
         settings = {
             **{key: _resolved(item, experiment) for key, item in job.settings.items()},
             "output_dir": str(folder), "resume": "never", "report_to": "none", "save_steps": 0,
@@ -192,7 +217,9 @@ class Runner:
         answer = worker.ask({"settings": settings, **self._how}, self._deadline)
         if answer is None:
             return None
-        row = identity(job) | {"wall_seconds": time.perf_counter() - begun} | answer
+        if answer["status"] == FINISHED and experiment.inputs(job) != inputs:
+            answer = {"status": FAILED, "error": "data or models that it reads were changed while it ran"}
+        row = identity(job) | {"wall_seconds": time.perf_counter() - begun} | answer | {INPUTS: inputs}
         if row["status"] == FINISHED:
             if job.phase == "prepare":
                 target = experiment.prepared(job.arm)
@@ -206,6 +233,13 @@ class Runner:
             elif self._keep == "student":
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return row | {"git_revision": self._revision, "settings": job.settings}
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run that was interrupted has left, once the last of its processes is gone."""
+    if folder.exists():
+        with FolderOwner(folder).take(patience=_ORPHAN_SECONDS):
+            shutil.rmtree(folder)
 
 
 def _resolved(item: Any, experiment: Experiment) -> Any:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from kvds.config import RunConfig
 from kvds.errors import InputError
-from kvds.models.hub import from_hub
+from kvds.models.hub import from_hub, is_folder_name
+
+log = logging.getLogger("kvds")
+
+# One of these lies in every folder that brings a tokenizer, whatever its kind.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
 def _tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
@@ -38,6 +44,18 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     raise InputError("--model_name or --student_name is missing; expected a folder or a hub name")
 
 
+def _brought_by(name: str, flag: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's own folder or of the hub's copy; None where it brings none."""
+    if is_folder_name(name):
+        brings = any(file for pattern in _TOKENIZER_FILES for file in Path(name).glob(pattern))
+        return _tokenizer(name, flag) if brings else None
+    try:
+        return _tokenizer(name, flag)
+    except InputError as error:
+        log.warning("%s: its vocabulary is not compared with the run's; its size alone is", error)
+        return None
+
+
 def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Positions correspond one to one only where both models read the same ids: refuse models that bring other
     vocabularies.
@@ -45,10 +63,8 @@ def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     flag_of_teacher = "--teacher_names" if cfg.teacher_names else "--teacher_name"
     teachers = [(flag_of_teacher, name) for name in cfg.all_teachers] if cfg.uses_teacher else []
     for flag, name in (*teachers, ("--student_name", cfg.student)):
-        if name is None or not Path(name).is_dir() or not any(Path(name).glob("tokenizer*")):
-            continue
-        own = _tokenizer(name, flag)
-        if own.get_vocab() != tokenizer.get_vocab():
+        own = None if name is None else _brought_by(name, flag)
+        if own is not None and own.get_vocab() != tokenizer.get_vocab():
             raise InputError(
                 f"{flag}={name}: its tokenizer ({len(own)} entries) differs from the run's ({len(tokenizer)} "
                 "entries); expected teacher and student of one vocabulary, since keys and values are matched "

@@ -15,11 +15,11 @@ def make_hub_entry(folder: Path, cache: Path, name: str) -> None:
 
 def hub_copy(folder: Path, cache: Path, name: str, monkeypatch: Any) -> str:
     """As :func:`make_hub_entry`, with ``cache`` as the hub's cache of this process; the name."""
-    import huggingface_hub._snapshot_download as snapshot
     from huggingface_hub import constants
+    from transformers.utils import hub
 
-    for module in (constants, snapshot):
-        if hasattr(module, "HF_HUB_CACHE"):
-            monkeypatch.setattr(module, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    if hasattr(hub, "TRANSFORMERS_CACHE"):
+        monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(cache))
     make_hub_entry(folder, cache, name)
     return name

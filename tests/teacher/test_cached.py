@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
@@ -27,6 +28,7 @@ from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.errors import InputError
+from kvds.identity.folder_owner import FolderOwner
 from kvds.kv import KVShape, Selection, select_tokens, selected_count
 from kvds.teacher import cached as teacher_cache
 from kvds.teacher.cache_fingerprint import cache_fingerprint, check_fingerprint
@@ -306,6 +308,34 @@ def test_command_writes_what_training_reads(models: Path, tmp_path: Path, capsys
     CachedTeacher(tmp_path / "c", dtype=torch.float32, device=CPU, fingerprint=made_of)
     assert cli.main(["cache", "--output", str(tmp_path / "c"), "--store", "int8", "--", *own]) == 2
     assert "its store is bf16, the run's int8" in capsys.readouterr().err
+
+
+def test_one_weight_in_the_middle_of_a_large_teacher_is_another_teacher(models: Path, tmp_path: Path) -> None:
+    config = Qwen2Config.from_pretrained(models / "teacher", intermediate_size=40_000)  # 3 × 7.3 MiB
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "t")
+    made_of = fingerprint(models, teacher_name=tmp_path / "t")
+    tensors = load_file(tmp_path / "t/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][20_000, 7] += 1
+    save_file(tensors, tmp_path / "t/model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="its teacher weights is "):
+        check_fingerprint(made_of, fingerprint(models, teacher_name=tmp_path / "t"), Path("c"))
+    del made_of["format"]  # as an earlier version wrote it
+    with pytest.raises(InputError, match="an earlier version wrote it.*kvds cache, into another folder"):
+        check_fingerprint(made_of, fingerprint(models, teacher_name=tmp_path / "t"), Path("c"))
+
+
+def test_a_second_command_is_refused_and_other_shares_are_not(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c").mkdir()
+    command = ["cache", "--output", str(tmp_path / "c"), "--shard_samples", "10", "--", *flags(models)]
+    with FolderOwner(tmp_path / "c"):
+        assert cli.main(command) == 2
+        assert f"output={tmp_path / 'c'}: belongs to process {os.getpid()}" in capsys.readouterr().err
+        assert not list((tmp_path / "c").glob("*.safetensors"))
+        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        assert cli.main(command) == 0 and "this process's shards" in capsys.readouterr().out
 
 
 def test_a_command_that_is_asked_to_stop_ends_with_the_shard_in_flight_and_goes_on(

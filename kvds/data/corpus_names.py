@@ -1,0 +1,70 @@
+"""Names of a run's corpora in results, and the files of one's own among them.
+
+A name is no key: two files of one stem lie in different folders, and a file may be called as a known corpus is. Each is
+called by as little of its path as tells it from all others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from kvds.data.corpora import CORPORA
+from kvds.errors import InputError
+
+# Names with a meaning of their own; ``all`` is that of the mean over all corpora.
+_TAKEN = {*CORPORA, "arc", "synthetic", "all"}
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a name is that of a file, not of a known corpus."""
+    return name.endswith((".jsonl", ".json"))
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a file; one that no file system could have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def own_file(name: str, data_dir: str | None) -> Path:
+    """Where a file of one's own lies: as named, else below ``data_dir``."""
+    return Path(name) if data_dir is None or is_file(Path(name)) else Path(data_dir) / name
+
+
+def held_out_file(path: Path) -> Path:
+    """Where the held-out rows of a file lie if they do not lie in it."""
+    return path.with_name(f"{path.stem}.eval{path.suffix}")
+
+
+def corpus_names(names: Iterable[str], data_dir: str | None) -> dict[str, str]:
+    """Name as given, without weight → what the corpus is called, different for each.
+
+    Raises:
+        InputError: two names of one file.
+    """
+    files: dict[str, Path] = {}
+    for name in filter(is_own_file, names := list(names)):
+        path = own_file(name, data_dir).resolve()
+        for other, known in files.items():
+            if known == path:
+                raise InputError(
+                    f"datasets={name}: the same file as {other}; expected each corpus once (to weigh it: {name}:2)"
+                )
+        files[name] = path
+    parts = dict.fromkeys(files, 0)
+
+    def called(name: str) -> str:
+        path, more = files[name], parts[name]
+        return path.stem if more == 0 else "/".join(path.parts[-more:])
+
+    while True:
+        counts = Counter(map(called, files))
+        alike = [name for name in files if counts[called(name)] > 1 or called(name) in _TAKEN]
+        if not alike:
+            return {name: called(name) if name in files else name for name in names}
+        for name in alike:
+            parts[name] += 1
