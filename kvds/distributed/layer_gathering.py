@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kvds.kv.families import FAMILIES, backbone
+from kvds.kv.families import decoder_layers
 
 _SET_BY_THE_FILE = ("leaf_module", "stage3_module_granularity_threshold")
 
@@ -42,8 +42,7 @@ def gather_whole_layers(model: nn.Module, engine_config: Mapping[str, Any]) -> l
         return []
     from deepspeed.utils import set_z3_leaf_module  # a replicated teacher runs where DeepSpeed is not installed
 
-    body: Any = backbone(model)
-    layers = list(getattr(body, FAMILIES[body.config.model_type].layers))
+    layers = list(decoder_layers(model))
     whole = layers if trained == {True} else layers[:-1]
     for layer in whole:
         set_z3_leaf_module(layer, True)

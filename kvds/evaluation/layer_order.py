@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kvds.data.encoding import EncodedSample
 from kvds.evaluation.model import completion_losses
-from kvds.models.pruning import decoder_layers
+from kvds.kv.families import decoder_layers
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
-from kvds.kv.families import FAMILIES, AttentionLayout
+from kvds.kv.families import FAMILIES, AttentionLayout, attention_modules, check_each_once
 from kvds.kv.forward_capture import Capture
 from kvds.kv.observed import ObservedLayer, Rotation, gather_rows
 from kvds.kv.states import KV_PARTS, KVShape, KVStates
@@ -24,7 +24,8 @@ class KVCapture(Capture[KVStates]):
     of checkpointed layers is none. Captures of one model nest, and one capture may be entered again.
 
     Args:
-        model: A causal language model or its backbone, of a family in :data:`kvds.kv.families.FAMILIES`.
+        model: A causal language model or its backbone, of a family in :data:`kvds.kv.families.FAMILIES`; also inside
+            DDP, FSDP, DeepSpeed's engine or PEFT.
         rope: ``"pre"``: keys as projected (and normalised, where the family does); ``"post"``: rotated as attention
             uses them.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
@@ -42,7 +43,8 @@ class KVCapture(Capture[KVStates]):
             ``query_rows``.
 
     Raises:
-        InputError: unknown model family, layers that differ in heads or head_dim, or a layer that is not there.
+        InputError: unknown model family, layers that differ in heads or head_dim or share a module, or a layer that is
+            not there.
         RuntimeError: on leaving, where a layer was not run, or where ``require_grad`` finds a tensor without a graph.
     """
 
@@ -56,18 +58,20 @@ class KVCapture(Capture[KVStates]):
         parts: Sequence[str] = KV_PARTS,
         query_rows: Tensor | Literal["all"] | None = None,
     ) -> None:
-        config: Any = model.config
+        super().__init__(model)
+        config: Any = self._backbone.config
         self._shape = KVShape.from_config(config)
         if rope not in ("pre", "post"):
             raise InputError(f"kv_rope={rope}: expected pre or post")
         family = FAMILIES[config.model_type]
-        super().__init__(model)
-        attentions = [getattr(layer, family.attention) for layer in getattr(self._backbone, family.layers)]
+        attentions = attention_modules(self._backbone)
         self._layers = list(range(len(attentions)) if layers is None else layers)
         if absent := [layer for layer in self._layers if not 0 <= layer < len(attentions)]:
             raise InputError(f"layers={absent}: expected numbers from 0 to {len(attentions) - 1}")
         self._attentions: dict[int, nn.Module] = {layer: attentions[layer] for layer in self._layers}
         self._layouts: dict[int, AttentionLayout] = {layer: family.layout(attentions[layer]) for layer in self._layers}
+        check_each_once(layout.key_module for layout in self._layouts.values())
+        check_each_once(layout.value_module for layout in self._layouts.values())
         self._rope, self._require_grad = rope, require_grad
         self._query_rows = query_rows
         self._wants_keys = "keys" in parts or query_rows is not None

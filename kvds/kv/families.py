@@ -6,11 +6,14 @@ in which columns of the output, and how attention compares them. None of these f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from kvds.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,72 @@ def sliding_window_of(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) if not kinds or kinds[0] == "sliding_attention" else None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers inside what others put around it: DDP, FSDP and DeepSpeed's engine (``.module``), PEFT
+    (``.base_model.model``), ``torch.compile`` (``._orig_mod``), one in the other as well.
+
+    Raises:
+        InputError: there is none.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        base = getattr(inner, "base_model", None)
+        names = ("module", "model", "_orig_mod")
+        candidates = [getattr(base, "model", None), *(getattr(inner, name, None) for name in names)]
+        found = next((module for module in candidates if isinstance(module, nn.Module)), None)
+        if found is None:
+            raise InputError(
+                f"{type(model).__name__}: holds no model of transformers; expected one, or one inside DDP, FSDP, "
+                "DeepSpeed's engine or PEFT"
+            )
+        inner = found
+    return inner
+
+
 def backbone(model: nn.Module) -> nn.Module:
-    """The transformer without its language-model head; the model itself where it has none."""
+    """The transformer without its language-model head, also of a wrapped model; the model itself where it has none."""
+    model = unwrapped(model)
     return getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of a model's decoder layers.
+
+    Args:
+        model: Of a family in :data:`FAMILIES`; it or its backbone.
+
+    Raises:
+        InputError: another family, or a layer that stands there twice, so that what is read off it could be either's.
+    """
+    body: Any = backbone(model)
+    kind = body.config.model_type
+    if kind not in FAMILIES:
+        raise InputError(f"layers of a {kind} model are not known; expected one of {', '.join(FAMILIES)}")
+    layers = getattr(body, FAMILIES[kind].layers)
+    assert isinstance(layers, nn.ModuleList)
+    check_each_once(layers)
+    return layers
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention module of each of :func:`decoder_layers`."""
+    body: Any = backbone(model)
+    name = FAMILIES[body.config.model_type].attention
+    attentions: list[nn.Module] = [getattr(layer, name) for layer in decoder_layers(body)]
+    check_each_once(attentions)
+    return attentions
+
+
+def check_each_once(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules, one of each layer, of which one serves two layers.
+
+    Raises:
+        InputError: naming both.
+    """
+    first: dict[int, int] = {}
+    for layer, module in enumerate(modules):
+        if first.setdefault(id(module), layer) != layer:
+            raise InputError(
+                f"layers {first[id(module)]} and {layer} share one {type(module).__name__}, whose outputs would be "
+                "taken for either's; expected modules of its own in every layer"
+            )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
-from kvds.kv.families import FAMILIES
+from kvds.kv.families import decoder_layers
 from kvds.kv.forward_capture import Capture
 from kvds.kv.states import KVShape
 
@@ -71,10 +71,9 @@ class HiddenCapture(Capture[HiddenStates]):
     """
 
     def __init__(self, model: nn.Module, *, require_grad: bool = False) -> None:
-        config: Any = model.config
-        KVShape.from_config(config)
         super().__init__(model)
-        self._layers: list[nn.Module] = list(getattr(self._backbone, FAMILIES[config.model_type].layers))
+        KVShape.from_config(self._backbone.config)
+        self._layers: list[nn.Module] = list(decoder_layers(self._backbone))
         self._require_grad = require_grad
         self._outputs: dict[int, Tensor] = {}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvds.kv.families import FAMILIES
+from kvds.kv.families import attention_modules, decoder_layers
 from kvds.kv.module_forward import forward_of
 
 
@@ -24,10 +24,8 @@ def only_keys_and_values(backbone: nn.Module, *, queries: bool = False) -> Itera
         backbone: Of a family in :data:`kvds.kv.families.FAMILIES`, run without gradient.
         queries: Project the last layer's queries, too.
     """
-    config: Any = backbone.config
-    family = FAMILIES[config.model_type]
-    layer = getattr(backbone, family.layers)[-1]
-    attention = getattr(layer, family.attention)
+    layer: Any = decoder_layers(backbone)[-1]
+    attention: Any = attention_modules(backbone)[-1]
 
     def project(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         if hasattr(attention, "c_attn"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.kv.capture import KVCapture
-from kvds.kv.families import FAMILIES
+from kvds.kv.families import FAMILIES, attention_modules, check_each_once
 from kvds.kv.gather import gather_positions
 from kvds.kv.states import KV_PARTS, KVStates
 
@@ -39,9 +39,11 @@ class SelectedCapture:
         parts: Sequence[str] = KV_PARTS,
         deliver: Callable[[Tensor], Tensor | None] = lambda gathered: gathered,
     ) -> None:
+        self._attentions = attention_modules(backbone)
         config: Any = backbone.config
-        family = FAMILIES[config.model_type]
-        self._attentions = [getattr(layer, family.attention) for layer in getattr(backbone, family.layers)]
+        layouts = [FAMILIES[config.model_type].layout(attention) for attention in self._attentions]
+        check_each_once(layout.key_module for layout in layouts)
+        check_each_once(layout.value_module for layout in layouts)
         self._backbone, self._index, self._rope, self._deliver = backbone, index, rope, deliver
         self._kept: dict[str, list[Tensor | None]] = {part: [] for part in parts}
         self._stack = ExitStack()

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvds.config import RunConfig
 from kvds.errors import InputError
-from kvds.kv.families import FAMILIES, backbone
+from kvds.kv.families import decoder_layers
 from kvds.kv.row_attention import ROW_ATTENTION, run_attention
 from kvds.models.architecture import ModelConfigs
 
@@ -173,8 +173,7 @@ def compile_layers(model: nn.Module, layers: Sequence[nn.Module] | None = None, 
     Returns:
         How many layers were changed.
     """
-    body: Any = backbone(model)
-    chosen = list(getattr(body, FAMILIES[body.config.model_type].layers)) if layers is None else list(layers)
+    chosen = list(decoder_layers(model) if layers is None else layers)
     pieces = _pieces(BACKEND if backend is None else backend)
     for layer in chosen:
         kind: Any = type(layer)

@@ -11,24 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvds.errors import InputError
-from kvds.kv.families import FAMILIES, backbone
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of a model's decoder layers.
-
-    Raises:
-        InputError: a family that is not in :data:`kvds.kv.families.FAMILIES`.
-    """
-    family = FAMILIES.get(str(model.config.model_type))  # type: ignore[union-attr]
-    if family is None:
-        raise InputError(
-            f"--model_name: layers of a {model.config.model_type} model are not known; expected one of "  # type: ignore[union-attr]
-            f"{', '.join(FAMILIES)}"
-        )
-    layers = getattr(backbone(model), family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+from kvds.kv.families import FAMILIES
 
 
 def check_kept_layers(keep: Sequence[int], num_hidden_layers: int) -> None:

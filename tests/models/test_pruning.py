@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from kvds.errors import InputError
-from kvds.models.pruning import decoder_layers, prune_layers
+from kvds.kv.families import decoder_layers
+from kvds.models.pruning import prune_layers
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2,
