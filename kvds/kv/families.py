@@ -134,8 +134,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     inner = model
     while not isinstance(inner, PreTrainedModel):
         base = getattr(inner, "base_model", None)
-        names = ("module", "model", "_orig_mod")
-        candidates = [getattr(base, "model", None), *(getattr(inner, name, None) for name in names)]
+        candidates = [getattr(inner, "module", None), getattr(inner, "_orig_mod", None)]
+        candidates += [getattr(base, "model", None), getattr(inner, "model", None)]
         found = next((module for module in candidates if isinstance(module, nn.Module)), None)
         if found is None:
             raise InputError(
