@@ -233,7 +233,7 @@ def test_what_is_compared_is_planned(recipe, changes, states, tokens):
 
 def test_a_teacher_that_runs_ahead_is_planned_beside_the_student(recipe):
     sizes = "num_hidden_layers=3,hidden_size=64,intermediate_size=160,num_attention_heads=4,head_dim=16,vocab_size=512"
-    batch = BatchShape(4, 48, 100, 8)
+    batch = BatchShape(4, 48, 180, 8)
     for device in ("cuda", "cpu"):
         plain, ahead = (
             StepPlanner(cfg, *(
