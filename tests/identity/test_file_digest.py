@@ -67,6 +67,14 @@ def test_any_change_anywhere_is_another_digest(tmp_path_factory, data):
     assert (file_digest(folder / "a") == before) == (changed == content)
 
 
+@pytest.mark.parametrize("place", [0, 2**16 - 1, 2**16, 2**16 + 1, 2**20, 2**21 - 1])
+def test_where_chunks_meet_no_byte_is_left_out(tmp_path, place):
+    content = bytearray(LARGE)
+    before = file_digest(at_rest(tmp_path / "a", bytes(content)))
+    content[place] ^= 1
+    assert file_digest(at_rest(tmp_path / "a", bytes(content))) != before
+
+
 def test_a_second_look_reads_nothing_and_small_files_are_not_remembered(tmp_path, rested, reads):
     large, small = at_rest(tmp_path / "large"), at_rest(tmp_path / "small", b"few")
     first = file_digests([large, small])
