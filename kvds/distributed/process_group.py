@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
+from kvds.distributed.operation_builds import guard_builds
 from kvds.distributed.rank_environment import adopt_slurm_ranks, free_port
 
 _T = TypeVar("_T")
@@ -23,6 +24,7 @@ def init_distributed() -> torch.device:
     device.
     """
     adopt_slurm_ranks()
+    guard_builds()
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())

@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from kvds.distributed.operation_builds import BuildError, builds_under_way
 from kvds.distributed.rank_environment import free_port
 from kvds.doctor.finding import Finding, last_line
 
@@ -17,11 +18,17 @@ _REMEDY = (
     "export NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME=INTERFACE (ip -br addr lists them), NCCL_DEBUG=INFO says more; "
     "MASTER_ADDR must be reachable from every node"
 )
+_BUILD_FAILED = 4
 _SCRIPT = """
 import logging
 logging.disable(logging.WARNING)
+from kvds.distributed.operation_builds import BuildError
 from kvds.doctor.network import all_reduce_here
-text, right = all_reduce_here()
+try:
+    text, right = all_reduce_here()
+except BuildError as error:
+    print(error)
+    raise SystemExit(4)
 from kvds.distributed.process_group import leave_distributed
 leave_distributed()
 print(text)
@@ -80,17 +87,34 @@ def check_all_reduce(ranks: int, *, seconds: float = 300.0) -> list[Finding]:
         failed = next((rank for rank, status in enumerate(statuses) if status not in (0, None)), None)
         if failed is None and None in statuses:
             text = f"{ranks} ranks on this machine: no sum within {seconds:.0f} s"
+            if builds := _builds_under_way():
+                return [Finding("fault", "build", f"{text}; {builds}", "wait for that process, or stop it")]
             return [Finding("fault", "all-reduce", text, _REMEDY)]
-        said = last_line(logs[failed or 0].read_text(), "no reason given")
+        output = logs[failed or 0].read_text()
+        said = last_line(output, "no reason given")
+    if _BUILD_FAILED in statuses:
+        return [_build_fault(output)]
     if failed is not None:
         return [Finding("fault", "all-reduce", f"{ranks} ranks on this machine, rank {failed}: {said}", _REMEDY)]
     return [Finding("ok", "all-reduce", said)]
+
+
+def _build_fault(output: str) -> Finding:
+    """What keeps an operation from being built: the last line, whole, with its remedy in it."""
+    *_, said = output.strip().splitlines()
+    return Finding("fault", "build", said, "then kvds doctor again")
+
+
+def _builds_under_way() -> str:
+    return "; ".join(f"{folder} is being built by {owner}" for folder, owner in builds_under_way())
 
 
 def check_all_reduce_of_launch() -> list[Finding]:
     """Join the group of the launcher or ``srun`` that started this process on each rank."""
     try:
         text, right = all_reduce_here()
+    except BuildError as error:
+        return [_build_fault(str(error))]
     except Exception as error:  # each backend fails in its own way
         return [Finding("fault", "all-reduce", last_line(str(error), type(error).__name__), _REMEDY)]
     return [Finding("ok", "all-reduce", text) if right else Finding("fault", "all-reduce", text, _REMEDY)]

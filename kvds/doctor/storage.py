@@ -84,7 +84,9 @@ def check_space(output_dir: Path, *, warn_below: int = 20 * GIB, fault_below: in
 
 
 def check_caches() -> list[Finding]:
-    """Where compiled code goes, and locks that a killed build has left (every later run would wait for it)."""
+    """Where compiled code goes, and locks of torch's that a killed build has left. A run has builds of its own
+    (:mod:`kvds.distributed.operation_builds`); other programs would wait for them.
+    """
     findings = []
     for name, default in (("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions"), ("TRITON_CACHE_DIR", "~/.triton")):
         folder = Path(os.environ.get(name) or os.path.expanduser(default))
@@ -104,8 +106,10 @@ def check_caches() -> list[Finding]:
         for lock in locks:
             age = time.time() - lock.stat().st_mtime
             if age > _STALE_LOCK_SECONDS:
-                text = f"{lock}: lock of a build, {age / 3600:.1f} h old; a run would wait for it without a word"
-                findings.append(Finding("fault", "cache", text, f"if no build runs: rm {lock}"))
+                text = (
+                    f"{lock}: stale lock of a build, {age / 3600:.1f} h old; other programs wait for it without a word"
+                )
+                findings.append(Finding("warning", "cache", text, f"if no build runs: rm {lock}"))
     return findings
 
 

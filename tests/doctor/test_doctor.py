@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvds.cli import main
+from kvds.distributed import operation_builds
 from kvds.doctor import kernel, network, software, storage
 from kvds.doctor.finding import Finding, run_bounded
+from kvds.identity.folder_owner import FolderOwner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -90,15 +92,15 @@ def test_little_space_warns_and_none_is_a_fault(tmp_path):
     assert level(warn_below=4 * free, fault_below=2 * free) == "fault"
 
 
-def test_a_lock_left_by_a_killed_build_is_a_fault(tmp_path, monkeypatch):
+def test_a_lock_left_by_a_killed_build_is_named_as_such(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
     assert all(finding.level == "ok" for finding in storage.check_caches())  # a build that runs
     os.utime(lock, (0, 0))
-    faults = [finding for finding in storage.check_caches() if finding.level == "fault"]
-    assert only(faults).remedy == f"if no build runs: rm {lock}"
+    warnings = [finding for finding in storage.check_caches() if finding.level == "warning"]
+    assert only(warnings).remedy == f"if no build runs: rm {lock}" and "stale lock" in only(warnings).text
 
 
 def test_caches_and_records_on_a_network_file_system_warn(tmp_path, monkeypatch):
@@ -153,6 +155,26 @@ def test_a_rank_that_fails_or_hangs_is_a_fault_in_time(monkeypatch):
     monkeypatch.setattr(network, "_SCRIPT", "import time\ntime.sleep(60)")
     finding = only(network.check_all_reduce(2, seconds=0.5))
     assert finding.level == "fault" and "no sum within" in finding.text and "SOCKET_IFNAME" in finding.remedy
+
+
+def test_a_build_that_fails_or_takes_long_is_no_fault_of_the_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    begin = "from kvds.distributed.operation_builds import load_operation\n"
+    real = network._SCRIPT.replace("text, right = all_reduce_here()", "load_operation('op', lambda: None)")
+    monkeypatch.setattr(network, "_SCRIPT", begin + real)
+    finding = only(network.check_all_reduce(1))
+    assert (finding.level, finding.subject) == ("fault", "build") and "SOCKET_IFNAME" not in str(finding)
+    assert "cannot be kept in" in finding.text and "export TORCH_EXTENSIONS_DIR=FOLDER" in finding.text
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(network, "_SCRIPT", "import time\ntime.sleep(60)")
+    folder = operation_builds.builds_folder() / "op"
+    folder.mkdir(parents=True)
+    with FolderOwner(folder):
+        finding = only(network.check_all_reduce(2, seconds=0.5))
+    assert finding.subject == "build" and f"{folder} is being built by process {os.getpid()} on" in finding.text
+    assert "SOCKET_IFNAME" not in finding.remedy
 
 
 def test_a_program_that_hangs_is_stopped():
