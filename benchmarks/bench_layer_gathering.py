@@ -88,6 +88,8 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
             if not cuda:
                 zero["stage3_param_persistence_threshold"] = 1000  # narrow as they are, matrices shall be sharded
         raw["zero_optimization"] = zero
+        if zero["stage"] == 0 and cuda:
+            raw["data_types"] = {"grad_accum_dtype": "bf16"}  # DeepSpeed has no other bf16 without ZeRO
         config = Path(folder) / "deepspeed.json"
         config.write_text(json.dumps(raw))
         cfg = parse_run_config([

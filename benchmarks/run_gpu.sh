@@ -8,6 +8,7 @@
 #   ncu        what bounds the fused kernel, by its hardware counters            2 min
 #   step       benchmarks.train_step.bench --pair qwen2, beside the earlier way; TRL at  9 min
 #              16 rows, as many as leave room for its whole logits
+#   forms      benchmarks.train_step.forms: padded, in one row, compiled, under ZeRO  8 min
 #   layers     bench_layer_gathering.py: what ZeRO's stages cost the host        5 min
 #   scaling    bench_scaling.py on 1, 2, … GPUs                                  9 min
 #   gsm8k_large  A/B at 72 M → 15 M parameters on GSM8K, spread over all GPUs    9 min
@@ -23,11 +24,11 @@ while [ $# -gt 0 ]; do
     --data) data=$2 && shift 2 ;;
     --to) to=$2 && shift 2 ;;
     --wheels) wheels=$2 && shift 2 ;;
-    tests | sanitizer | ops | ncu | step | layers | scaling | gsm8k_large) stages+=("$1") && shift ;;
-    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -21 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
+    tests | sanitizer | ops | ncu | step | forms | layers | scaling | gsm8k_large) stages+=("$1") && shift ;;
+    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -22 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -21 ${BASH_SOURCE[0]})" >&2; exit 2; }
+[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -22 ${BASH_SOURCE[0]})" >&2; exit 2; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "run_gpu: torch sees no GPU" >&2; exit 2; }
 mkdir -p "$to"
 
@@ -61,6 +62,7 @@ run_stage() {
         CUDA_VISIBLE_DEVICES=0 timeout 140 python -m benchmarks.train_step.bench --pair qwen2 --batch_size 16 --rounds 8 --minutes 1 \
           --data_dir "$data" --output_dir "$to" --name "train_step_qwen2_$(name)_batch16" \
           --arms task_only teacher_forward kvds_structured kvds_structured_values kvds_logit_kd trl_gkd ;;
+    forms) timeout 480 python -m benchmarks.train_step.forms --data_dir "$data" --output "$to/step_forms_qwen2_$(name).csv" ;;
     layers) timeout 300 python -m benchmarks.bench_layer_gathering --turns 1 --output "$to/layer_gathering_$(name).csv" ;;
     scaling)
       # shellcheck disable=SC2086

@@ -11,8 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.train_step import bench as bench
+from benchmarks.train_step import forms
 from benchmarks.train_step.arms import ARMS, Workbench
 from benchmarks.train_step.workbench import Clock, build_model, load_samples, make_loader, make_pair, needed_flops
+from kvds.models import compiled_layers
 from kvds.teacher.teacher import Teacher
 
 CPU = torch.device("cpu")
@@ -121,3 +123,24 @@ def test_padding_needs_no_flops() -> None:
     assert needed_flops(pair.student, wider, train=True, head=True) == needed_flops(
         pair.student, batch, train=True, head=True
     )
+
+
+def test_forms_of_a_batch_see_the_same_rows_and_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_layers, "BACKEND", "eager")
+    flags = ["--pair", "tiny", "--rows", "4", "12", "--batches", "2", "--passes", "1", "--tokens_per_batch", "1024"]
+    forms.main([*flags, "--zero_forms", "--data_dir", str(tmp_path), "--output", str(tmp_path / "x.csv")])
+    with (tmp_path / "x.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["form"], int(row["rows"])) for row in rows] == [(name, n) for name in forms.FORMS for n in (4, 12)]
+    for count in ("4", "12"):
+        of_count = [row for row in rows if row["rows"] == count]
+        # The first micro-batch of a step that is cut holds part of it; whole steps have one loss.
+        whole = [float(row["task"]) for row in of_count if float(row["micro_batches"]) == 1]
+        assert len(whole) >= 2 and whole == pytest.approx([whole[0]] * len(whole), rel=1e-4)
+        run = {row["form"]: float(row["tokens_run"]) for row in of_count}
+        assert run["one row"] == run["one row, compiled"] < run["padded"] == run["padded, masked"]
+    assert max(float(row["micro_batches"]) for row in rows) > 1
+    table = capsys.readouterr().out.strip().splitlines()
+    assert len(table) == 2 * len(rows) + 2 and table[-1].startswith("| one row, compiled | 12 |")

@@ -20,6 +20,7 @@ from kvds.data.encoding import EncodedSample, encode_examples
 from kvds.data.loader import BatchLoader
 from kvds.data.mixture import load_mixture
 from kvds.kv import selected_count
+from kvds.kv.row_attention import run_attention
 
 # Dense bf16 peak in FLOP/s, from the vendor's data sheet (SXM).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -67,7 +68,7 @@ def build_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int
     """Random weights, made on ``device``."""
     torch.manual_seed(seed)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=run_attention("sdpa"))
 
 
 def load_samples(data_dir: Path | None, vocab: int, max_length: int, count: int) -> tuple[list[EncodedSample], str]:

@@ -101,7 +101,7 @@ def row_attention(
     if bounds.numel() == 0:
         return _row_by_row(query, key, value, dropout, scaling, sliding_window), None
     samples = [heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value)]  # [B · T, heads, head_dim]
-    attend = _attention_of(samples[0])
+    attend = _attention_of(samples[0], sliding_window)
     output = attend(*samples, bounds, max_length_q, dropout, scaling, sliding_window)
     return output.unflatten(0, (query.shape[0], -1)), None
 
@@ -134,14 +134,13 @@ def _sdpa(
     )  # fmt: skip
 
 
-def _attention_of(query: Tensor) -> Any:
+def _attention_of(query: Tensor, window: int | None) -> Any:
     """The kernel that takes samples by their bounds where one does, else one sample after the other."""
-    if not query.is_cuda:
-        return _sample_by_sample
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and query.shape[2] <= _FLASH_HEAD_DIM and query.shape[2] % _FLASH_MULTIPLE == 0:
+    if query.is_cuda and half and query.shape[2] <= _FLASH_HEAD_DIM and query.shape[2] % _FLASH_MULTIPLE == 0:
         return _flash
-    return _memory_efficient
+    # The gradients of torch's memory-efficient kernel know of no window (2.11): there the host waits for the bounds.
+    return _memory_efficient if query.is_cuda and window is None else _sample_by_sample
 
 
 def _flash(
@@ -156,13 +155,13 @@ def _flash(
 
 def _memory_efficient(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, dropout: float, scaling: float | None,
-    window: int | None,
+    window: None,
 ) -> Tensor:  # fmt: skip
     groups = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(groups, 1) if groups > 1 else heads for heads in (key, value))
     rows = [heads.unsqueeze(0) for heads in (query, key, value)]
     return torch.ops.aten._efficient_attention_forward(
-        *rows, None, bounds, bounds, longest, longest, dropout, _CAUSAL, True, scale=scaling, window_size=window
+        *rows, None, bounds, bounds, longest, longest, dropout, _CAUSAL, True, scale=scaling
     )[0].squeeze(0)
 
 

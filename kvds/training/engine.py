@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import nvtx as deepspeed_nvtx
 from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 from torch import distributed as dist
 from torch import nn
@@ -101,6 +102,9 @@ def build_engine(
     sharded = engine_config["zero_optimization"]["stage"] == 3
     device = torch.device(get_accelerator().current_device_name())
     compile_as_asked(module.student, cfg.compile, device, flag="student", layers=whole if sharded else None)
+    deepspeed_nvtx.enable_nvtx = (
+        False  # marks for a profiler around thousands of calls that the host is slow enough with
+    )
     warmup = round(cfg.warmup_ratio * total_steps)
     scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
     with buffers_kept(module):

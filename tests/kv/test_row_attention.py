@@ -78,12 +78,16 @@ def packed(**options: Any) -> TokenBatch:
 Result = tuple[list[float], dict[str, Tensor]]
 
 
+def train_module(student: Any, shapes: list[KVShape], **options: Any) -> DistillationModule:
+    """The student with a structured map of keys and values, the same in each call."""
+    torch.manual_seed(9)
+    return DistillationModule(student, build_aligner(*shapes, both_parts(alignment_mode="structured")), **options)
+
+
 def train(family: str, window: int | None, rope: str, attention: str, batch: TokenBatch, budget: Any = 0.5) -> Result:
     """Losses and gradients of one step: task, keys and values, logits."""
     student, teacher = (model_of(family, n, 16 * n, n, window, attention) for n in (2, 3))
-    shapes = [KVShape.from_config(model.config) for model in (student, teacher)]
-    torch.manual_seed(9)
-    module = DistillationModule(student, build_aligner(*shapes, both_parts(alignment_mode="structured")), rope=rope)
+    module = train_module(student, [KVShape.from_config(model.config) for model in (student, teacher)], rope=rope)
     runs = Teacher(teacher, device=torch.device("cpu"), rope=rope, wants_hidden=True)
     rows = unpacked(batch)
     selection = repacked(select_tokens("right_crop", budget, rows.segment_ids, rows.attention_mask), batch)

@@ -114,7 +114,9 @@ def distributed(models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     raw = json.loads((REPOSITORY / "ds_configs/zero3_cpu.json").read_text())
     sharded, zero2 = json.loads(json.dumps(raw)), json.loads(json.dumps(raw))
-    sharded["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1}
+    sharded["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1, "memory_efficient_linear": False,
+    }  # fmt: skip
     zero2["zero_optimization"] = {"stage": 2}
     for name in ("sharded", "kv_only", "sharded_checkpointing", "compiled", "compiled_one_row"):
         (folder / f"{name}.json").write_text(json.dumps(sharded))
