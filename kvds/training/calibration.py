@@ -5,7 +5,8 @@ Both see the training data in training order and touch neither weights of the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import deepspeed
@@ -64,13 +65,37 @@ def calibrate_aligner(
     moments.apply()
 
 
+@contextlib.contextmanager
+def _without_dropout(engine: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which checkpointed layers are checkpointed all the same; afterwards the mode from before.
+
+    A checkpointed layer asks its own mode alone, and what drops out is in its parts.
+    """
+    was_training = engine.training
+    engine.eval()
+    for module in engine.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+    try:
+        yield
+    finally:
+        engine.train(was_training)
+
+
 def calibrate_kv_weight(
-    engine: deepspeed.DeepSpeedEngine, steps: list[StepInput], share: float, task_weight: float
+    engine: deepspeed.DeepSpeedEngine, inputs: Sequence[Callable[[], StepInput]], share: float, task_weight: float
 ) -> float:
     """The weight at which the KV loss's gradient on the student has ``share`` times the norm of the task's.
 
     ``weight = share · task_weight · ‖∇_student CE‖ / ‖∇_student KV‖``, over the micro-batches of one global step, on
-    any number of ranks. No optimizer step is taken and no gradient stays.
+    any number of ranks, in the memory of a training step: one micro-batch at a time, checkpointed as in training, with
+    the teacher run for either loss. No optimizer step is taken and no gradient stays.
+
+    Args:
+        engine: What trains.
+        inputs: A call for each micro-batch, which makes the student's input.
+        share: Of the task's norm.
+        task_weight: Of the task loss.
 
     Raises:
         InputError: one of the two losses sends the student no gradient, so that no weight has the meaning asked for.
@@ -78,17 +103,16 @@ def calibrate_kv_weight(
     module = engine.module
     parameters = [p for p in module.student.parameters() if p.requires_grad]
     norms = {}
-    was_training = engine.training
-    engine.eval()  # no dropout: the ratio is that of the two losses, not of two masks
-    for name, weights in (("task", LossWeights(task=1.0)), ("kv", LossWeights(task=0.0, kv=1.0))):
-        for position, step in enumerate(steps):
-            engine.set_gradient_accumulation_boundary(position == len(steps) - 1)
-            loss, _ = engine(step=replace(step, weights=weights, watch=False))
-            engine.backward(loss)
-        norms[name] = gradient_norm(engine, parameters)
-        discard_gradients(engine)
-    engine.set_gradient_accumulation_boundary(None)
-    engine.train(was_training)
+    with _without_dropout(engine):  # the ratio is that of the two losses, not of two masks
+        for name, weights in (("task", LossWeights(task=1.0)), ("kv", LossWeights(task=0.0, kv=1.0))):
+            for position, make_input in enumerate(inputs):
+                engine.set_gradient_accumulation_boundary(position == len(inputs) - 1)
+                loss, _ = engine(step=replace(make_input(), weights=weights, watch=False))
+                engine.backward(loss)
+                del loss
+            norms[name] = gradient_norm(engine, parameters)
+            discard_gradients(engine)
+        engine.set_gradient_accumulation_boundary(None)
     if not norms["kv"] > 0 or not norms["task"] > 0:
         silent = "KV" if not norms["kv"] > 0 else "task"
         raise InputError(

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,8 @@ class TrainingRun:
         return state["mlflow_run_id"]
 
     def _calibrated_kv_weight(self, share: float) -> float:
-        steps = [self.inputs(batch) for batch in self.loader.step(0)]
-        return calibrate_kv_weight(self.engine, steps, share, self.cfg.task_weight or 1.0)
+        inputs = [partial(self.inputs, batch) for batch in self.loader.step(0)]
+        return calibrate_kv_weight(self.engine, inputs, share, self.cfg.task_weight or 1.0)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
