@@ -53,8 +53,17 @@ class PartMoments:
 
     def update(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], selection: Selection) -> None:
         """Add one batch."""
-        source, target = self._part.sides(student, teacher)
-        source_rows, target_rows = _selected(source, selection), _selected(target, selection)
+        source, target = self.sides(student, teacher)
+        self.add_rows(_selected(source, selection), _selected(target, selection))
+
+    def sides(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """``source`` and ``target`` of the part, see :meth:`AlignerPart.sides`."""
+        return self._part.sides(student, teacher)
+
+    def add_rows(self, source_rows: Tensor, target_rows: Tensor) -> None:
+        """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, a chunk of them in fp64 at a time."""
         self.count += source_rows.shape[1]
         for x, y in zip(source_rows.split(_CHUNK, 1), target_rows.split(_CHUNK, 1), strict=True):
             self._add(self._part.source_rows(x.to(self.count)), self._part.target_rows(y.to(self.count)))

@@ -15,6 +15,7 @@ from kvds.errors import InputError
 
 if TYPE_CHECKING:
     from kvds.plan.estimate import RunPlan
+    from kvds.plan.phases import Phases
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -60,12 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
     cfg = parse_run_config(flags)
     logging.getLogger("kvds").setLevel(logging.ERROR)
     from kvds.plan.estimate import Machine, RunPlan
+    from kvds.plan.phases import Phases
     from kvds.plan.token_budget import with_token_budget
 
     machine = Machine(arguments.gpus, arguments.nodes, memory)
     plan = RunPlan(with_token_budget(cfg, machine), machine, arguments.rows)
-    print(format_plan(plan, arguments.tflops * 1e12 * arguments.utilization))
-    return 0 if plan.fits and plan.evaluation_fits else 1
+    phases = Phases(plan)
+    print(format_plan(plan, phases, arguments.tflops * 1e12 * arguments.utilization))
+    return 0 if plan.fits and not phases.tight else 1
 
 
 def _size(count: float) -> str:
@@ -82,7 +85,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
 
 
-def format_plan(plan: RunPlan, flops_per_second: float) -> str:
+def format_plan(plan: RunPlan, phases: Phases, flops_per_second: float) -> str:
     """The plan as text."""
     from kvds.plan.estimate import MOST_ROWS
 
@@ -123,8 +126,8 @@ def format_plan(plan: RunPlan, flops_per_second: float) -> str:
         row("the next micro-batch's teacher, ahead", step.teacher_ahead)
     row("optimizer step", states.update)
     lines.append("")
-    row("peak in training", plan.peak)
-    row("peak in evaluation", plan.evaluation_peak)
+    for phase, peak in phases.peaks.items():
+        row(f"peak in {phase}{', the largest' if phase == phases.largest else ''}", peak)
     if machine.gpus:
         row(f"usable of {_size(machine.gpu_memory)}", machine.usable)
     if states.host + step.host:
@@ -157,13 +160,9 @@ def format_plan(plan: RunPlan, flops_per_second: float) -> str:
         "" if plan.disk is None else f"; the output folder grows to {_size(plan.disk)} (--save_steps {cfg.save_steps})"
     )
     lines.append(f"disk: {_size(plan.checkpoint)} per checkpoint{disk}")
-    if not plan.evaluation_fits:
-        lines.append(
-            "evaluation does not fit: each GPU holds a whole student then, and its cache of 4 × batch_size rows; "
-            "expected more memory on each GPU, or a smaller batch_size or max_new_tokens"
-        )
+    lines += [f"{phase} does not fit: {remedy}" for phase, remedy in phases.tight.items()]
     if plan.fits:
-        lines.append("fits" if plan.evaluation_fits else "training fits")
+        lines.append("training fits" if phases.tight else "fits")
     else:
         advice = plan.advice()
         lines.append("does not fit; in the recipe:" if advice else "does not fit, and no setting here would make it; "

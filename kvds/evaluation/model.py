@@ -24,12 +24,11 @@ from kvds.durable_files import json_text
 from kvds.evaluation.generation import Completion, generate_completions, greedy_defaults, prompt_length
 from kvds.kv.families import backbone
 from kvds.models.architecture import check_positions
-from kvds.models.own_logits import check_own_logits, head_of, is_plain_head
+from kvds.models.own_logits import EVALUATED_LOGITS, check_own_logits, head_of, is_plain_head
 
 log = logging.getLogger("kvds")
 
-# Logits of one chunk: at most this many elements (512 MiB in fp32).
-_CHUNK_ELEMENTS = 2**27
+_CHUNK_ELEMENTS = EVALUATED_LOGITS
 
 
 def evaluate_model(

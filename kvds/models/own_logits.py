@@ -18,6 +18,8 @@ from kvds.kv.families import backbone
 from kvds.kv.module_forward import forward_of
 
 Head = Callable[[Tensor], Tensor]
+EVALUATED_LOGITS = 2**27
+"""Logits that evaluation makes at once, at most (512 MiB in fp32, twice beside those of the model's dtype)."""
 # What two runs of the same operations may differ by, as a part of the norm of the logits.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _CHECKED_TOKENS = 4

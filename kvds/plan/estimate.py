@@ -14,7 +14,7 @@ from kvds.models.architecture import load_config
 from kvds.models.loading import TORCH_DTYPES
 from kvds.plan.rows import RowPlan, plan_rows
 from kvds.plan.states import ModelSize, StateMemory, aligner_size, model_size, state_memory
-from kvds.plan.step import BatchShape, StepMemory, StepPlanner, kv_bytes
+from kvds.plan.step import BatchShape, StepMemory, StepPlanner
 from kvds.plan.work import Work, checkpoint_bytes, disk_bytes, epoch_work
 
 GIB = 2**30
@@ -140,17 +140,6 @@ class RunPlan:
         """Of the recipe as it stands."""
         return self.peak_of(self.states(), self.step.peak)
 
-    @cached_property
-    def evaluation_peak(self) -> int:
-        """While a plain copy of the student generates: it, and its cache of four micro-batches."""
-        longest = BatchShape(4 * self.cfg.batch_size, self.cfg.max_length + self.cfg.max_new_tokens, 0, 0)
-        return (
-            self.states().held
-            + self.element * self.student_size.total
-            + kv_bytes(self.planner.student_shape, longest, self.element)
-            + (self.step.teacher_kv if self.step.teacher_ahead else 0)
-        )
-
     def kv_by_group(self) -> list[int]:
         """Bytes of what is compared of teacher and student, for each layer group that is compared together."""
         teacher = self.planner.teacher_shape
@@ -233,11 +222,6 @@ class RunPlan:
     def fits(self) -> bool:
         """Whether the recipe as it stands does."""
         return self.peak <= self.machine.usable
-
-    @property
-    def evaluation_fits(self) -> bool:
-        """Whether each GPU has room for a whole student, which evaluation and the export at the end make."""
-        return self.evaluation_peak <= self.machine.usable
 
     def advice(self) -> list[str]:
         """Recipe lines that make the run fit, cheapest first; empty where it fits or nothing here would help."""

@@ -30,7 +30,7 @@ from kvds.data.labels import LabelledPositions
 from kvds.data.model_inputs import model_inputs
 from kvds.distillation.losses import head_chunk_count
 from kvds.distillation.step import LossWeights, StepInput
-from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape
+from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape, open_capture
 from kvds.kv.families import backbone
 from kvds.kv.row_attention import run_attention
 from kvds.ops.lean import CHUNK_ELEMENTS
@@ -353,12 +353,28 @@ class StepPlanner:
 
     def _teacher_forward(self, batch: BatchShape) -> int:
         assert self.teacher is not None
+        return self._forward(self.teacher, batch, 2)[1]
+
+    def evaluation_forward(self, batch: BatchShape) -> int:
+        """The most that the student's forward without gradient holds at once."""
+        return self._forward(self.student, batch, 2)[1]
+
+    def read_student(self, batch: BatchShape) -> tuple[int, int]:
+        """Bytes of the student's states that the aligner reads, after a forward without gradient and at its peak."""
+        reads, layers = self._mode.reads, self.student_shape.num_hidden_layers
+        two, three = (self._forward(self.student, batch, count, reads) for count in (2, 3))
+        return _extrapolated(two[0], three[0], layers), _extrapolated(two[1], three[1], layers)
+
+    def _forward(self, config: PreTrainedConfig, batch: BatchShape, layers: int, reads: str = "") -> tuple[int, int]:
+        """What a forward without gradient leaves, with the states that ``reads`` names, and its peak."""
         memory = LiveMemory(self.device)
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            model = _model(_with_layers(self.teacher, 2), self.cfg, self.dtype).eval()
+            model = _model(_with_layers(config, layers), self.cfg, self.dtype).eval()
             ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
             memory.ignore(iter([*model.parameters(), *model.buffers(), ids]))
             tokens = TokenBatch(ids, ids, ids, ids, ids[:, 0], 1.0, 1.0, pads_right=True)
-            with memory:
+            capture = open_capture(model, reads, rope=self.cfg.kv_rope) if reads else None
+            with memory, capture or contextlib.nullcontext():
                 backbone(model)(**model_inputs(self._masked(tokens), model.config, self.dtype), use_cache=False)
-        return memory.peak
+            left = memory.live
+        return left, memory.peak

@@ -37,6 +37,7 @@ from kvds.models.compiled_layers import check_compilable
 from kvds.models.loading import TORCH_DTYPES
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.estimate import Machine, RunPlan
+from kvds.plan.phases import Phases
 from kvds.plan.rows import measured_rows
 from kvds.plan.several import SeveralTeachersPlan
 from kvds.plan.token_budget import with_token_budget
@@ -162,7 +163,14 @@ def _resources(cfg: RunConfig, machine: Machine, loader: BatchLoader, steps: int
 
 def _memory(plan: RunPlan | SeveralTeachersPlan) -> str:
     machine = plan.machine
-    text = f"{_size(plan.peak)} at the peak, {_size(machine.usable)} usable per {'GPU' if machine.gpus else 'process'}"
+    usable = f"{_size(machine.usable)} usable per {'GPU' if machine.gpus else 'process'}"
+    text = f"{_size(plan.peak)} at the peak, {usable}"
+    if isinstance(plan, RunPlan) and plan.fits:
+        phases = Phases(plan)
+        for phase, remedy in phases.tight.items():
+            peak = _size(phases.peaks[phase])
+            raise InputError(f"batch_size={plan.cfg.batch_size}: {phase} takes {peak}, {usable}: {remedy}")
+        return f"{_size(phases.peaks[phases.largest])} at the peak ({phases.largest}), {usable}"
     if not plan.fits:
         advice = ", ".join(plan.advice()) or "more ranks, or more memory"
         raise InputError(

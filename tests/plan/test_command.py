@@ -6,6 +6,7 @@ import pytest
 
 from kvds.cli import main
 from kvds.plan.estimate import Machine, RunPlan
+from kvds.plan.phases import GENERATION, TRAINING, Phases
 from tests.harness.plan_recipe import config
 
 
@@ -28,14 +29,17 @@ def test_nothing_helps_on_a_tiny_gpu(recipe, capsys):
 
 
 def test_a_whole_student_has_to_fit_for_evaluation(recipe, capsys):
-    long = RunPlan(config(recipe, max_new_tokens=8000), Machine(8, 1, 80 * 2**30))
-    assert long.peak < long.evaluation_peak and long.evaluation_fits
-    between = int(((long.peak + long.evaluation_peak) / 2 + 2**30) / 0.95)
-    assert RunPlan(config(recipe, max_new_tokens=8), Machine(8, 1, between)).evaluation_fits
+    long = Phases(RunPlan(config(recipe, max_new_tokens=8000), Machine(8, 1, 80 * 2**30)))
+    assert long.largest == GENERATION and not long.tight
+    training, generation = long.peaks[TRAINING], long.peaks[GENERATION]
+    between = int(((training + generation) / 2 + 2**30) / 0.95)
+    assert not Phases(RunPlan(config(recipe, max_new_tokens=8), Machine(8, 1, between))).tight
     size = ["--gpus", "8", "--gpu-memory", f"{between}B"]
     assert main(["plan", str(recipe), *size, "--set", "max_new_tokens=8000"]) == 1
     told = capsys.readouterr().out
-    assert "evaluation does not fit: each GPU holds a whole student" in told and told.endswith("\ntraining fits\n")
+    assert "evaluation, generation does not fit: each GPU holds a whole student" in told and told.endswith(
+        "\ntraining fits\n"
+    )
 
 
 def test_without_the_data_rows_are_assumed(recipe, capsys, tmp_path):
