@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest
+from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest, leave_at_once
 from kvds.errors import InputError
 from kvds.identity.folder_owner import FolderOwner
 
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write this process's shards; RANK and WORLD_SIZE, where a launcher sets them, share the work out. Asked to stop
-    (SIGUSR1, SIGTERM), it ends after the shard in flight with exit code 85.
+    (SIGUSR1, SIGTERM), it ends after the shard in flight with exit code 85; before the first one at once.
     """
-    stop = StopRequest().install()
+    stop = StopRequest().install(leave_at_once)
     try:
         return _write(arguments, stop)
     except Preempted as reason:
@@ -102,6 +102,7 @@ def _write_owned(arguments: argparse.Namespace, cfg: RunConfig, stop: StopReques
         bar.update(rows)
         stop.check()
 
+    stop.save_first()
     with tqdm(total=len(samples), desc=f"cache {arguments.output.name}", unit="row", disable=rank != 0) as bar:
         finished = write_teacher_cache(
             arguments.output,

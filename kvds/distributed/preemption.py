@@ -1,9 +1,12 @@
 """Preemption: a run is asked to stop by SIGUSR1, SIGTERM, the end of its time, or a launcher that is gone.
 
-A handler only sets a flag. Ranks get signals at different moments, one after the other or one alone, so the flag is put
-together over all ranks once per step (and once per batch of calibration and evaluation): all of them leave the same
-collective, save the checkpoint together and end with exit code 85, on which a batch script puts the job in the queue
-again. The flags travel between hosts, over gloo; no device is waited for. Imports no torch before ranks are joined.
+Before training begins there is nothing to save: a rank that is asked to stop then ends at once, whatever it waits for.
+
+Later a handler only sets a flag. Ranks get signals at different moments, one after the other or one alone, so the flag
+is put together over all ranks once per step (and once per batch of calibration and evaluation): all of them leave the
+same collective, save the checkpoint together and end with exit code 85, on which a batch script puts the job in the
+queue again. The flags travel between hosts, over gloo; no device is waited for. Imports no torch before ranks are
+joined.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from kvds.distributed.signal_listener import SignalListener
 
 EXIT_CODE = 85
 PREEMPTED_FILE = "preempted"
@@ -51,6 +57,19 @@ def launcher_chain(pid: int) -> list[tuple[int, str]]:
     return chain
 
 
+def leave_at_once(reason: str) -> None:
+    """End this process with exit code 85, in the middle of whatever its other threads do; rank 0 says why."""
+    if os.environ.get("RANK", "0") == "0":
+        # Past the streams: the main thread may be writing to one.
+        os.write(2, f"\nkvds: {early_words(reason)}\n".encode())
+    os._exit(EXIT_CODE)
+
+
+def early_words(reason: str) -> str:
+    """What to say of a stop before there was anything to save."""
+    return f"stopped: {reason} before the first step; nothing is lost, the same command starts again"
+
+
 class StopRequest:
     """Whether the ranks have been asked to stop.
 
@@ -65,22 +84,48 @@ class StopRequest:
         self._group: Any = None
         self._world_size = 1
         self._ended = threading.Event()
+        self._leave: Callable[[str], None] | None = None
+        self._leaves = threading.Lock()
+        self._listener: SignalListener | None = None
 
     def ask(self, reason: str) -> None:
-        """Ask to stop; returns at once."""
+        """Ask to stop; returns at once, unless the process ends in here."""
         self.reason = self.reason or reason
+        leave = self._leave
+        if leave is not None and self._leaves.acquire(blocking=False):
+            leave(self.reason)
 
-    def install(self) -> StopRequest:
-        """Listen to signals and watch the launcher; the earlier the better: before, a signal just ends the process."""
+    def install(self, leave: Callable[[str], None] | None = None) -> StopRequest:
+        """Listen to signals and watch the launcher; the earlier the better: before, a signal just ends the process.
+
+        Args:
+            leave: Ends the process, called with the reason from some thread, where it is asked to stop before
+                :meth:`save_first`; None: it is asked as later.
+        """
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            if leave is not None:
+                self._leave, self._listener = leave, SignalListener(self._on_heard)
         launchers = launcher_chain(os.getpid())
         if launchers:
             threading.Thread(target=self._watch, args=(launchers,), name="kvds-launcher", daemon=True).start()
         return self
 
+    def leave_by(self, leave: Callable[[str], None]) -> None:
+        """Another way to end the process before :meth:`save_first`, where there is one."""
+        if self._leave is not None:
+            self._leave = leave
+
+    def save_first(self) -> None:
+        """From now on there is something to save: who is asked to stop is found by :meth:`agreed`."""
+        self._leave = None
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = None
+
     def remove(self) -> None:
         """Give the signals back to whoever had them."""
+        self.save_first()
         self._ended.set()
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -118,7 +163,11 @@ class StopRequest:
             raise Preempted(reason)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.ask(f"{signal.Signals(number).name} arrived")
+        self.reason = self.reason or f"{signal.Signals(number).name} arrived"
+
+    def _on_heard(self, number: signal.Signals) -> None:
+        if number in SIGNALS:
+            self.ask(f"{number.name} arrived")
 
     def _watch(self, launchers: list[tuple[int, str]]) -> None:
         while not self._ended.wait(0.5):

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from torch import distributed as dist
 
+from kvds.distributed.preemption import EXIT_CODE, early_words
 from kvds.durable_files import json_text
 from kvds.errors import InputError, RunError, one_line
 from kvds.identity.process import start_ticks
@@ -46,14 +47,15 @@ class RankWatch:
 
     Args:
         timeout: Seconds without a sign of life after which a rank is lost.
-        on_lost: Called once before this process ends because of another rank; has a few seconds.
+        on_lost: Called once, with the exit code, before this process ends because of another rank; has a few seconds.
     """
 
-    def __init__(self, timeout: float, on_lost: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, timeout: float, on_lost: Callable[[int], None] = lambda code: None) -> None:
         self.on_lost = on_lost
         self._timeout = timeout
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._stopped = threading.Event()
+        self._ends = threading.Lock()
         self._thread: threading.Thread | None = None
         self._store: Any = None
         self._who: dict[int, dict[str, Any]] = {}
@@ -120,6 +122,14 @@ class RankWatch:
             self._await_readers()
         return True
 
+    def leave(self, reason: str) -> None:
+        """End all ranks with exit code 85, since this one was asked to stop and there is nothing to save."""
+        verdict = {"rank": self._rank, "code": EXIT_CODE, "text": early_words(reason)}
+        if self._thread is not None:
+            with contextlib.suppress(Exception):
+                _within(_SUSPICIOUS_SECONDS, self._store.compare_set, "verdict", "none", json_text(verdict))
+        self._end(verdict)
+
     def _watch(self) -> None:
         seen = {rank: ("", time.monotonic()) for rank in (range(1, self._world) if self._rank == 0 else [0])}
         count, before = 0, time.monotonic()
@@ -174,11 +184,16 @@ class RankWatch:
         lost, code = int(verdict["rank"]), int(verdict["code"])
         if verdict.get("shared") and self._stopped.wait(5 * _INTERVAL):
             return  # this rank has found the same fault itself
-        if self._rank in (0 if lost else 1, lost):
+        if not self._ends.acquire(blocking=False):
+            threading.Event().wait()  # another thread is about to
+        if code == EXIT_CODE:
+            if self._rank == 0:
+                os.write(2, f"\nkvds: {verdict['text']}\n".encode())
+        elif self._rank in (0 if lost else 1, lost):
             rest = "" if code == 2 else "; all ranks end, the last checkpoint is whole (start again with --resume auto)"
             # On a line of its own, below a progress bar.
             print(f"\nkvds: error: rank {lost} {verdict['text']}{rest}", file=sys.stderr, flush=True)
-        last = threading.Thread(target=self.on_lost, daemon=True)
+        last = threading.Thread(target=self.on_lost, args=(code,), daemon=True)
         last.start()
         last.join(5.0)
         with contextlib.suppress(Exception):

@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from kvds.checkpoint.run_folder import check_writable, make_folder
 from kvds.config import RunConfig
-from kvds.distributed.preemption import PREEMPTED_FILE, Preempted, StopRequest
+from kvds.distributed.preemption import EXIT_CODE, PREEMPTED_FILE, Preempted, StopRequest
 from kvds.distributed.process_group import from_first_rank
 from kvds.distributed.rank_watch import RankWatch
 from kvds.errors import RunError
@@ -66,7 +66,6 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
     stop.max_minutes = cfg.max_minutes
     stop.join()
     guard = RunGuard(stop)
-    watch = RankWatch(cfg.rank_timeout, on_lost=lambda: guard.close("FAILED")).start()
     main = dist.get_rank() == 0
     folder = Path(cfg.output_dir)
     marker = folder / PREEMPTED_FILE
@@ -76,6 +75,15 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
         print(f"\nkvds: error: {error}", file=sys.stderr, flush=True)
         watch.report(error)
         os._exit(1)
+
+    def lost(code: int) -> None:
+        guard.close("KILLED" if code == EXIT_CODE else "FAILED")
+        if code == EXIT_CODE:
+            mark(stop.reason or "another rank was asked to stop")
+
+    def mark(reason: object) -> None:
+        if main and owner.held:  # a launcher may have an exit code of its own: who starts the run again looks for it
+            marker.write_text(f"{reason}\n")
 
     def heed_stop() -> None:
         if stop.reason is not None:
@@ -88,6 +96,8 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
         marker.unlink(missing_ok=True)  # an earlier start's; whoever looks for it asks about this one
 
     owner = FolderOwner(folder, on_lost=end)
+    watch = RankWatch(cfg.rank_timeout, on_lost=lost).start()
+    stop.leave_by(watch.leave)
     try:
         from_first_rank(take)
         try:
@@ -100,8 +110,7 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
         guard.close("FINISHED")
     except Preempted as reason:
         guard.close("KILLED")
-        if main and owner.held:  # a launcher may have an exit code of its own: who starts the run again looks for it
-            marker.write_text(f"{reason}\n")
+        mark(reason)
         watch.stop()
         raise
     except BaseException as error:

@@ -6,15 +6,15 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from kvds.config import RunConfig
-from kvds.config.recipe import parse_run_config
-from kvds.data.mixture import check_rows
-from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest
-from kvds.distributed.rank_environment import adopt_slurm_ranks
+from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest, leave_at_once
 from kvds.errors import InputError, RunError
 
-Train = Callable[[RunConfig, StopRequest], object]
+if TYPE_CHECKING:
+    from kvds.config import RunConfig
+
+Train = Callable[["RunConfig", StopRequest], object]
 
 
 def run_rank(flags: Sequence[str], train: Train | None = None) -> int:
@@ -27,7 +27,11 @@ def run_rank(flags: Sequence[str], train: Train | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 for a fault in the input, 85 stopped with a checkpoint.
     """
-    stop = StopRequest().install()
+    stop = StopRequest().install(leave_at_once)  # before all that takes a while to import
+    from kvds.config.recipe import parse_run_config
+    from kvds.data.mixture import check_rows
+    from kvds.distributed.rank_environment import adopt_slurm_ranks
+
     try:
         adopt_slurm_ranks()
         cfg = parse_run_config(list(flags))

@@ -81,6 +81,7 @@ def train(cfg: RunConfig, stop: StopRequest | None = None, *, draw_report: bool 
     _quiet_logs()
     with guarded(cfg, stop) as guard:
         guard.run = run = TrainingRun(cfg, raw, device, guard.stop)
+        guard.stop.save_first()
         run.fit()
         run.finish(draw_report=draw_report)
     return run.output_dir

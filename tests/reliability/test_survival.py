@@ -130,6 +130,16 @@ def straight2(start, folder) -> Path:
     return folder / "straight2"
 
 
+def test_a_signal_to_one_rank_while_models_are_loaded_ends_both_at_once(start, folder):
+    """The other one is elsewhere, and the signalled one hears nothing for as long as it loads."""
+    wait = "import time; rank == 1 and os.kill(os.getpid(), signal.SIGTERM); [time.sleep(1) for _ in range(100)]"
+    begun = time.monotonic()
+    codes, log = start("loading", ranks=2, batch_size=1, setup=at_call("kvds.training.build", "load_model", wait))
+    assert codes == [85, 85] and time.monotonic() - begun < 60
+    assert log.count("stopped: SIGTERM arrived before the first step") == 1 and "Traceback" not in log
+    assert (folder / "loading/preempted").read_text() == "another rank was asked to stop\n"
+
+
 def test_a_signal_to_one_rank_stops_both_and_a_full_disk_on_the_other_stops_none(start, straight2, folder):
     full = FULL_DISK.format(bytes=4096)
     # From before the save of step 3 until after it, rank 1 has no room; at step 7 it alone gets the signal.
