@@ -103,7 +103,10 @@ def _main(flags: list[str]) -> int:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
             raise InputError(f"unknown command {' '.join(name.split())[:100]}; {hint} (kvds --help)")
-        return _run(COMMANDS[name][0], name, flags[1:])
+        from tqdm.contrib.logging import logging_redirect_tqdm  # log lines above progress bars, not in them
+
+        with logging_redirect_tqdm():
+            return _run(COMMANDS[name][0], name, flags[1:])
     except (InputError, RunError) as error:
         print(f"kvds: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -55,7 +55,7 @@ from kvds.training.kv_weight import KVWeight
 from kvds.training.meters import IntervalMeter, PhaseTimer
 from kvds.training.nonfinite_steps import NonfiniteSteps
 from kvds.training.results import RunResults
-from kvds.training.run_log import RunLog
+from kvds.training.run_log import RunLog, lines_above_bars
 
 log = logging.getLogger("kvds")
 
@@ -79,7 +79,7 @@ def train(cfg: RunConfig, stop: StopRequest | None = None, *, draw_report: bool 
     raw = load_deepspeed_config(cfg.deepspeed_config)
     device = init_distributed()
     _quiet_logs()
-    with guarded(cfg, stop) as guard:
+    with lines_above_bars(), guarded(cfg, stop) as guard:
         guard.run = run = TrainingRun(cfg, raw, device, guard.stop)
         guard.stop.save_first()
         run.fit()
@@ -134,7 +134,7 @@ class TrainingRun:
         self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
         self.evaluation_pending = False
         self.meter = IntervalMeter(device)
-        self.kv_weight, self.kv_health = KVWeight(cfg), KVHealth()
+        self.kv_weight, self.kv_health = KVWeight(cfg), KVHealth(cfg)
         mlflow_run_id = self._restore(resume_step)
         self.run_log = RunLog(
             cfg, self.engine.module, self.nonfinite_steps, rank=self.rank, world_size=self.world_size,
@@ -211,7 +211,7 @@ class TrainingRun:
         self.evaluation_pending = state["evaluation_pending"]
         self.meter.restore(state["meters"])
         self.kv_weight.restore(state)
-        self.kv_health = KVHealth(state["kv_health"])
+        self.kv_health = KVHealth(self.cfg, state["kv_health"])
         log.info("resumed from step %d of %d", self.step, self.total_steps)
         return state["mlflow_run_id"]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kvds.config import RunConfig
 from kvds.distillation.module import DistillationModule
@@ -15,6 +17,17 @@ from kvds.tracking.tracker import Tracker, ui_command
 from kvds.training.nonfinite_steps import NonfiniteSteps
 
 log = logging.getLogger("kvds")
+
+
+@contextlib.contextmanager
+def lines_above_bars() -> Iterator[None]:
+    """Within it, log lines and Python's warnings stand above progress bars, not in them."""
+    logging.captureWarnings(True)
+    try:
+        with logging_redirect_tqdm():
+            yield
+    finally:
+        logging.captureWarnings(False)
 
 
 def parameter_count(module: nn.Module | None) -> int:

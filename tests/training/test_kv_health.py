@@ -28,8 +28,15 @@ def measured(norm: float = 1.0, rank: float = 1.0, kv: float = 4.0, rest: float 
     }  # fmt: skip
 
 
+def health_of(state: Any = None, **flags: Any) -> KVHealth:
+    """Of a pretrained student under a map that is trained towards it."""
+    flags = {"model_name": "m", "output_dir": "o", "direction": "teacher_to_student", "kv_weight": 2} | flags
+    cfg = parse_run_config([token for key, value in flags.items() for token in (f"--{key}", str(value))])
+    return KVHealth(cfg, state)
+
+
 def test_ratios_are_against_the_first_measurement() -> None:
-    health = KVHealth()
+    health = health_of()
     first, later = measured(), measured(norm=0.8, rank=0.6, kv=9.0, rest=4.0)
     assert health.update(first) == {} and health.update(later) == {}
     ratios = ("kv/norm_ratio", "kv/effective_rank_ratio", "kv/gradient_ratio")
@@ -51,20 +58,20 @@ def test_ratios_are_against_the_first_measurement() -> None:
     ],
 )
 def test_what_falls_too_far_is_told_once(name: str, fine: Any, fallen: Any, text: str) -> None:
-    health = KVHealth()
+    health = health_of()
     assert health.update(measured()) == {}
     assert health.update(measured(**fine)) == {}
     told = health.update(measured(**fallen))
     assert list(told) == [name] and text in told[name] and "(a " in told[name]
     assert health.update(measured(**fallen)) == {}
     # Another attempt knows the start and what was told.
-    again = KVHealth(health.state)
+    again = health_of(health.state)
     assert again.update(measured(**fallen)) == {}
-    assert list(KVHealth({**health.state, "told": []}).update(measured(**fallen))) == [name]
+    assert list(health_of({**health.state, "told": []}).update(measured(**fallen))) == [name]
 
 
 def test_a_gradient_that_falls_with_its_schedule_is_fine() -> None:
-    health = KVHealth()
+    health = health_of()
     assert health.update(measured()) == {}
     assert health.update(measured(kv=4e-6), schedule=1e-3) == {}
     assert health.update(measured(kv=0.0), schedule=0.0) == {}
@@ -72,11 +79,52 @@ def test_a_gradient_that_falls_with_its_schedule_is_fine() -> None:
 
 
 def test_no_gradient_from_the_beginning_is_told() -> None:
-    assert list(KVHealth().update(measured(kv=0.0))) == ["kv_gradient"]
+    assert list(health_of().update(measured(kv=0.0))) == ["kv_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "collapse", "gradient"),
+    [
+        (
+            {}, "(a smaller --kv_weight than 2, --aligner_update frozen or --direction student_to_teacher)",
+            "(a larger --kv_weight than 2, or --kv_weight hold:SHARE)",
+        ),
+        (
+            {"direction": "student_to_teacher", "kv_weight": "auto:0.5"},
+            "(a smaller --kv_weight than auto:0.5 or --aligner_update frozen)",
+            "(a larger --kv_weight than auto:0.5, or --kv_weight hold:SHARE)",
+        ),
+        (
+            {"aligner_update": "frozen", "map_start": "ridge", "kv_weight": "hold:0.5"},
+            "(a smaller --kv_weight than hold:0.5 or --direction student_to_teacher)",
+            "(a larger --kv_weight than hold:0.5)",
+        ),
+        (
+            {"alignment_mode": "relation", "direction": "student_to_teacher", "kv_method": "full"},
+            "(a smaller --kv_weight than 2)", "(a larger --kv_weight than 2, or --kv_weight hold:SHARE)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_set_already_is_not_advised(flags: dict[str, Any], collapse: str, gradient: str) -> None:
+    health = health_of(**flags)
+    assert health.update(measured()) == {}
+    told = health.update(measured(norm=0.1, rank=0.1, kv=0.0))
+    assert told["kv_norm"].endswith(collapse) and told["kv_effective_rank"].endswith(collapse)
+    assert told["kv_gradient"].endswith(gradient)
+
+
+def test_the_rank_of_a_student_from_scratch_may_fall() -> None:
+    """Weights at random have full rank; what is learned has less. A norm that falls, or no number at all, is told."""
+    health = health_of(student_init="random")
+    assert health.update(measured()) == {}
+    later = measured(rank=0.1)
+    assert health.update(later) == {} and later["kv/effective_rank_ratio"] == pytest.approx(0.1)
+    assert list(health.update(measured(norm=0.1, rank=0.1))) == ["kv_norm"]
+    assert list(health.update(measured(rank=math.nan))) == ["kv_effective_rank"]
 
 
 def test_steps_without_measurements_say_nothing() -> None:
-    health = KVHealth()
+    health = health_of()
     metrics = {"loss/task": 1.0}
     assert health.update(metrics) == {} and metrics == {"loss/task": 1.0}
     # A first batch whose rows do not vary is no start.

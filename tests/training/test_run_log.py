@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +15,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from torch import nn
+from tqdm import tqdm
 
 from kvds.config.recipe import parse_run_config
-from kvds.training.run_log import RunLog, parameter_count
+from kvds.training.run_log import RunLog, lines_above_bars, parameter_count
 
 
 class LeftOut:
@@ -108,3 +112,27 @@ def test_mlflow_gets_params_tags_warnings_and_the_end(tmp_path: Path, caplog: py
     assert "step 5: the norm fell (a smaller --kv_weight)" in lines
     assert any("kv_weight 0.125 | student 8 parameters, aligner 4 | 9 steps of" in line for line in lines)
     assert lines[-1].startswith("look through them: mlflow ui") and "mlflow.db" in lines[-1]
+
+
+def test_lines_and_warnings_stand_above_a_bar() -> None:
+    """A bar is wiped, the line written, the bar drawn again: each line begins at the left."""
+    out, root = io.StringIO(), logging.getLogger()
+    before = root.handlers
+    try:
+        with contextlib.redirect_stderr(out):
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(name)s %(message)s"))
+            root.handlers = [handler]
+            with lines_above_bars(), tqdm(total=3, mininterval=0) as bar:
+                bar.update()
+                logging.getLogger("kvds").warning("step 1: it fell")
+                warnings.warn("an old name", stacklevel=1)
+                bar.update()
+            assert root.handlers == [handler]
+    finally:
+        root.handlers = before
+    text = out.getvalue()
+    assert "1/3" in text
+    for line in ("kvds step 1: it fell", "py.warnings "):
+        at = text.index(line)
+        assert text[at - 1] in "\r\n", repr(text[max(0, at - 40) : at + 40])
