@@ -19,6 +19,8 @@ MOST_TOKENS = 40960
 """Under ZeRO-3 the host needs about 0.2 s for a micro-batch of whatever size, which so many tokens of a small pair hide
 (``benchmarks/results/``); larger ones gain little and take memory."""
 _MULTIPLE = 1024
+# A step of so few tokens takes less in one row than the padded rows that were asked for: no plan, which takes seconds.
+_UNPLANNED = 8192
 # Of what is usable: rows that differ from step to step leave holes in the allocator's blocks.
 _SHARE = 0.9
 
@@ -47,6 +49,8 @@ def fitting_tokens(cfg: RunConfig, machine: Machine) -> int:
     share = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.max_length
     most = max(cfg.max_length, min(MOST_TOKENS, share))
     small = max(cfg.max_length, most // 4)
+    if cfg.gradient_accumulation_steps == 1 and share <= _UNPLANNED:
+        return most
     room = _SHARE * machine.usable
     try:
         # Memory grows evenly with a row's tokens: two rows tell of all between them.

@@ -100,3 +100,16 @@ def test_the_problem_tokenizer_reads_the_same_beside_a_model(problem_tokenizer, 
     assert torch.equal(
         *(t(["a", "a b"], padding=True, return_tensors="pt")["input_ids"] for t in (beside, problem_tokenizer))
     )
+
+
+@pytest.mark.parametrize(("multiple", "expected"), [(1, 64), (96, 96)])
+def test_one_row_is_a_multiple_and_within_its_budget(problem_tokenizer, tmp_path, multiple, expected):
+    budget = {"tokens_per_batch": 200, "pad_to_multiple_of": multiple, "gradient_accumulation_steps": 4}
+    data = load(problem_tokenizer, tmp_path, max_length=100, **budget)
+    padded = load(problem_tokenizer, tmp_path, max_length=100, gradient_accumulation_steps=4)
+    for step in range(data.loader.steps_per_epoch):
+        rows = [batch.input_ids.shape for batch in data.loader.step(step)]
+        assert all(height == 1 and width <= 200 and (width % expected == 0 or width == 200) for height, width in rows)
+        assert data.loader.sample_ids(step) == padded.loader.sample_ids(step)
+        assert all(batch.packing.longest == 100 for batch in data.loader.step(step))
+    assert data.eval_loader is None or all(b.packing is None for b in data.eval_loader.step(0))  # judged in padded rows

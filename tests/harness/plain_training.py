@@ -153,7 +153,9 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
             rest = sum((a - d).square().sum() for a, d in zip(arriving, own, strict=True))
             ratio = float((sum(d.square().sum() for d in own) / rest).sqrt())
             record["kv/gradient_ratio"] = ratio
-            weight = min(max(weight * min(max((0.6 / ratio) ** 0.5, 0.8), 1.25), start / 100), start * 100)
+            change = 0.6 / ratio  # all the way at once, then half of it, within bounds
+            change = change if weight == start else min(max(change**0.5, 0.8), 1.25)
+            weight = min(max(weight * change, start / 100), start * 100)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

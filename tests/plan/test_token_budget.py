@@ -51,6 +51,8 @@ def test_a_number_stays_and_a_cpu_pads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_token_budget(run(tokens_per_batch=4096), GPU).tokens_per_batch == 4096
     assert with_token_budget(run(tokens_per_batch=0), GPU).tokens_per_batch == 0
     assert with_token_budget(run(), Machine(0, 1, GIB)).tokens_per_batch == 0
+    small = run(gradient_accumulation_steps=1, batch_size=8)  # no more than its padded rows would be
+    assert with_token_budget(small, GPU).tokens_per_batch == 8 * 512
 
 
 @pytest.mark.parametrize(
