@@ -26,6 +26,7 @@ from kvds.errors import InputError
 from kvds.kv import Selection, States, gather_positions
 
 RIDGE = 1e-3  # λ, in units of the source's mean variance per channel
+_JITTERS = (1e-12, 1e-9, 1e-6, 1e-3)  # in the same unit
 _CHUNK = 2048  # positions in fp64 at a time
 
 
@@ -149,7 +150,35 @@ def closed_form(start: str, products: dict[str, Tensor], widths: tuple[int, int]
     xx = products["xx"]
     variance = xx.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None]
     identity = torch.eye(widths[0], dtype=xx.dtype, device=xx.device)
-    return torch.linalg.solve(xx + RIDGE * variance * identity, products["xy"])
+    return _solve(xx + RIDGE * variance * identity, products["xy"])
+
+
+def _solve(positive: Tensor, right: Tensor) -> Tensor:
+    """``positive⁻¹ right`` for symmetric matrices that are positive but for rounding, each by itself.
+
+    A batch goes through LAPACK's LU with several threads, which was seen to fail on the CPU for thirty layers.
+
+    Raises:
+        InputError: a matrix is not positive, whatever is added to its diagonal.
+    """
+    shape = torch.broadcast_shapes(positive.shape[:-2], right.shape[:-2])
+    lefts, rights = (x.expand(*shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (positive, right))
+    solved = [torch.cholesky_solve(y, _cholesky(x)) for x, y in zip(lefts, rights, strict=True)]
+    return torch.stack(solved).reshape(*shape, *right.shape[-2:])
+
+
+def _cholesky(positive: Tensor) -> Tensor:
+    """The lower triangle of ``positive``, more of whose mean variance is added to its diagonal until there is one."""
+    scale = positive.diagonal().abs().mean()
+    for jitter in (0.0, *_JITTERS):
+        diagonal = (jitter * scale).expand(positive.shape[-1])
+        factor, failed = torch.linalg.cholesky_ex(positive + torch.diag(diagonal))
+        if not bool(failed) and bool(factor.isfinite().all()):
+            return factor
+    raise InputError(
+        "map_start=ridge: the covariance of the student's or teacher's rows cannot be inverted; expected rows that are "
+        "finite (more --calibration_batches, or --map_start procrustes)"
+    )
 
 
 class AlignmentMoments:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from kvds.config import RunConfig
 from kvds.errors import InputError
-from kvds.models.hub import from_hub, is_folder_name
+from kvds.models.hub import from_hub, hub_fault, is_folder_name
 
 log = logging.getLogger("kvds")
 
@@ -31,28 +32,44 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     """The one tokenizer of a run: ``--tokenizer_name``, else the teacher's, else the student's."""
     if cfg.tokenizer_name is not None:
         return _tokenizer(cfg.tokenizer_name, "--tokenizer_name")
-    names = [name for name in ((cfg.first_teacher if cfg.uses_teacher else None), cfg.student) if name is not None]
-    for position, name in enumerate(dict.fromkeys(names)):
+    teacher = cfg.first_teacher if cfg.uses_teacher else None
+    flags = {name: flag for flag, name in (("--student_name", cfg.student), (_teacher_flag(cfg), teacher)) if name}
+    names = [name for name in dict.fromkeys((teacher, cfg.student)) if name]
+    faults = []
+    for name in names:
+        if os.path.isdir(name) and not _brings_one(name):
+            continue
         try:
-            return _tokenizer(name, "--teacher_name" if position == 0 else "--student_name")
-        except InputError:
-            if position == len(set(names)) - 1:
-                raise InputError(
-                    f"--tokenizer_name is not given and {' and '.join(dict.fromkeys(names))} hold no tokenizer; "
-                    f"expected --tokenizer_name FOLDER"
-                ) from None
+            return _tokenizer(name, flags[name])
+        except InputError as error:  # the other model may bring one; if not, this is why
+            faults.append(error)
+    if faults:
+        raise faults[0]
+    if names:
+        raise InputError(
+            f"--tokenizer_name is not given and {' and '.join(names)} hold no tokenizer; expected --tokenizer_name "
+            "FOLDER"
+        )
     raise InputError("--model_name or --student_name is missing; expected a folder or a hub name")
+
+
+def _teacher_flag(cfg: RunConfig) -> str:
+    return "--teacher_names" if cfg.teacher_names else "--teacher_name"
+
+
+def _brings_one(folder: str) -> bool:
+    return any(file for pattern in _TOKENIZER_FILES for file in Path(folder).glob(pattern))
 
 
 def _brought_by(name: str, flag: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model's own folder or of the hub's copy; None where it brings none."""
     if is_folder_name(name):
-        brings = any(file for pattern in _TOKENIZER_FILES for file in Path(name).glob(pattern))
-        return _tokenizer(name, flag) if brings else None
+        return _tokenizer(name, flag) if _brings_one(name) else None
     try:
         return _tokenizer(name, flag)
     except InputError as error:
-        log.warning("%s: its vocabulary is not compared with the run's; its size alone is", error)
+        place = f"{flag}={name}: has no tokenizer at hand" if hub_fault() else error  # told by then
+        log.warning("%s: its vocabulary is not compared with the run's; its size alone is", place)
         return None
 
 
@@ -60,8 +77,7 @@ def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """Positions correspond one to one only where both models read the same ids: refuse models that bring other
     vocabularies.
     """
-    flag_of_teacher = "--teacher_names" if cfg.teacher_names else "--teacher_name"
-    teachers = [(flag_of_teacher, name) for name in cfg.all_teachers] if cfg.uses_teacher else []
+    teachers = [(_teacher_flag(cfg), name) for name in cfg.all_teachers] if cfg.uses_teacher else []
     for flag, name in (*teachers, ("--student_name", cfg.student)):
         own = None if name is None else _brought_by(name, flag)
         if own is not None and own.get_vocab() != tokenizer.get_vocab():
