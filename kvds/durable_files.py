@@ -96,30 +96,35 @@ def put_in_place(new: Path, target: Path) -> None:
     old = None
     if target.is_dir():  # a folder that holds something cannot be replaced in one step
         old = target.with_name(target.name + ".replaced")
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         os.rename(target, old)
     os.replace(new, target)
     sync_file(target.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder as far as that goes, or a link alone: what it leads to is its owner's."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove ``folder``; a crash meanwhile leaves nothing that bears its name."""
     gone = folder.with_name(folder.name + ".deleted")
-    shutil.rmtree(gone, ignore_errors=True)
+    _remove(gone)
     os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    _remove(gone)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what crashes in the functions above have left in ``folder``."""
     for suffix in (UNFINISHED, ".replaced", ".deleted"):
         for left in folder.glob(f"*{suffix}"):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            _remove(left)
 
 
 def existing_parent(path: Path) -> Path:

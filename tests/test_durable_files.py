@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvds
-from kvds.durable_files import json_text
+from kvds.durable_files import json_text, put_in_place, remove_folder
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -46,3 +46,26 @@ def test_json_is_written_in_one_place():
             if isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps") and ast.unparse(node.value) == "json":
                 writers.add(path.relative_to(package).as_posix())
     assert writers - _SHOWN == {"durable_files.py"}
+
+
+def test_a_link_gives_its_name_to_what_is_written_and_keeps_what_it_leads_to(tmp_path):
+    elsewhere, target = tmp_path / "elsewhere", tmp_path / "student"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    target.symlink_to(elsewhere)
+    for number in range(3):
+        new = tmp_path / "student.unfinished"
+        new.mkdir()
+        (new / str(number)).touch()
+        put_in_place(new, target)
+        assert [path.name for path in target.iterdir()] == [str(number)]
+        assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "student"}
+    assert (elsewhere / "kept").is_file()
+
+
+def test_a_link_is_removed_and_what_it_leads_to_is_not(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for _ in range(2):
+        (tmp_path / "step").symlink_to(tmp_path / "elsewhere")
+        remove_folder(tmp_path / "step")
+        assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from kvds.checkpoint.folder import step_tag
 from kvds.checkpoint.origin import Origin
 from kvds.config import RunConfig
+from kvds.config.values import split_dataset_weight
+from kvds.data.corpus_names import is_own_file
 from kvds.data.run_data import RunData
 from kvds.data.token_files import rows_identity
 from kvds.errors import InputError
@@ -21,7 +23,7 @@ from kvds.models.weights_identity import NOT_HERE, weights_identity
 
 log = logging.getLogger("kvds")
 
-_HELD_OUT = "held-out rows"
+_HELD_OUT, _TRAINING = "held-out rows", "training rows"
 
 
 def run_identity(
@@ -52,7 +54,7 @@ def run_identity(
     parts = {
         "seed": str(cfg.seed),
         "tokenizer": tokenizer_identity(tokenizer),
-        "training rows": rows_identity(data.loader.samples),
+        _TRAINING: rows_identity(data.loader.samples),
         _HELD_OUT: rows_identity(held_out),
         "student architecture": architecture_identity(models.student),
         "student weights": weights(cfg.student, cfg.student_init, cfg.seed, "--student_name"),
@@ -83,6 +85,7 @@ def check_identity(cfg: RunConfig, origin: Origin, step: int, now: dict[str, str
         )  # fmt: skip
         return
     found = differences(origin.identity, now)
+    hint = _drawn_otherwise(cfg, origin.identity, now) if _TRAINING in found else ""
     if _HELD_OUT in found:
         before, text = found.pop(_HELD_OUT)
         told = f"held-out rows: {text} now, {before} up to {step_tag(step)}"
@@ -90,8 +93,18 @@ def check_identity(cfg: RunConfig, origin: Origin, step: int, now: dict[str, str
     for part, (before, text) in found.items():
         raise InputError(
             f"{_named_by(cfg, part)}: the {part} now: {text}; {place} was trained with: {before}; expected the same "
-            "contents, in whatever place (bring them back, or --resume never, or another --output_dir)"
+            f"contents, in whatever place (bring them back, or --resume never, or another --output_dir){hint}"
         )
+
+
+def _drawn_otherwise(cfg: RunConfig, before: dict[str, str], now: dict[str, str]) -> str:
+    """What else than another content may have made other rows to train on."""
+    judged = [not parts.get(_HELD_OUT, "0 rows").startswith("0 rows") for parts in (before, now)]
+    if judged[0] != judged[1]:
+        was = "was" if judged[1] else "was not"
+        return f"; --eval_subset_size 0, which also trains on rows that held-out ones ask, {was} given before"
+    own = any(is_own_file(split_dataset_weight(spec)[0]) for spec in cfg.datasets)
+    return "; which rows are drawn of a file follows from its name, too" if own and cfg.subset_size else ""
 
 
 def _named_by(cfg: RunConfig, part: str) -> str:

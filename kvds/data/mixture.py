@@ -33,9 +33,11 @@ HELD_OUT_OF = 10
 _ARC = ("arc_easy", "arc_challenge")
 # Bytes of a file that are parsed in about a second.
 _SMALL = 50_000_000
-# What chat templates begin a turn with: ChatML, Llama 3, Zephyr and Phi, Llama 2 and Mistral, Gemma, DeepSeek.
+# What chat templates begin or end a turn with: ChatML, Llama 3 and 4, Zephyr and Phi, Llama 2 and Mistral, Gemma,
+# DeepSeek, Granite, Command R, gpt-oss.
 _CHAT_MARK = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|<\|(?:system|user|assistant)\|>|\[/?INST\]|<start_of_turn>|"
+    r"<\|im_(?:start|end)\|>|<\|(?:start_header_id|header_start|eot_id|eot)\|>|<\|(?:system|user|assistant)\|>|"
+    r"\[/?INST\]|<(?:start|end)_of_turn>|<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>|"
     "<\N{FULLWIDTH VERTICAL LINE}(?:User|Assistant)\N{FULLWIDTH VERTICAL LINE}>"
 )
 

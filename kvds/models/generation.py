@@ -80,7 +80,11 @@ def fit_generation(
     fitted.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     fitted.pad_token_id, fitted.bos_token_id, fitted.use_cache = pad, judged.bos_token_id, True
     if max_new_tokens is not None and fitted.max_length is None and fitted.max_new_tokens is None:
-        fitted.max_new_tokens = max_new_tokens
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and max_new_tokens >= positions:
+            fitted.max_length = positions  # prompt and all: as many as it was judged with, and none that it lacks
+        else:
+            fitted.max_new_tokens = max_new_tokens
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.eos_token_id, config.bos_token_id, config.use_cache = fitted.eos_token_id, fitted.bos_token_id, True
         # The embedding of a configuration's padding token gets no gradient: no end token is made one.

@@ -180,7 +180,16 @@ def test_whatever_the_source_said_the_folder_says_how_it_was_judged(config, sour
     for name in ("do_sample", "temperature", "top_k"):
         assert getattr(found, name) == (source or {}).get(name)
     limits = [(source or {}).get(name) for name in ("max_length", "max_new_tokens")]
-    assert [found.max_length, found.max_new_tokens] == (limits if any(limits) else [None, limit])
+    if not any(limits):
+        limits = [96, None] if limit is not None and limit >= 96 else [None, limit]
+    assert [found.max_length, found.max_new_tokens] == limits
+
+
+def test_plain_generation_asks_for_no_position_that_the_model_lacks(tokenizer, tmp_path):
+    model = small(tokenizer, "gpt2", eos_token_id=7)
+    student = saved(model, tokenizer, tmp_path / "student", max_new_tokens=256)
+    student.generation_config.eos_token_id = None  # an untrained model might end before
+    assert student.generate(torch.arange(11)[None] + 5).shape == (1, 96)
 
 
 # -- modes -------------------------------------------------------------------------------------------------------------

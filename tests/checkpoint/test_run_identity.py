@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from kvds.checkpoint.manifest import FileEntry, file_fault, read_manifest, write_manifest
-from kvds.checkpoint.origin import ORIGIN_FILE
+from kvds.checkpoint.origin import ORIGIN_FILE, Origin
+from kvds.checkpoint.run_identity import check_identity
+from kvds.config import RunConfig
 from kvds.data.synthetic import synthetic_examples
+from kvds.errors import InputError
 from tests.harness.survival_runs import at_step, check_equal, cut, flags, make_models, records, starter
 
 SHORT = {"max_steps": 4, "save_steps": 2, "logging_steps": 1}
@@ -129,6 +132,27 @@ def test_held_out_rows_may_change_and_that_is_told(start, straight, folder):
     assert codes == [0] and (run / "student").is_dir(), log[-3000:]
     [told] = [line for line in log.splitlines() if "held-out rows: " in line]
     assert re.search(r"held-out rows: 1 rows \w+ now, 0 rows \w+ up to step-000002: evaluations from here on", told)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "settings", "hint"),
+    [
+        ("3 rows a", "0 rows b", {}, "; --eval_subset_size 0, which also trains on rows that held-out ones ask, was "
+         "not given before"),
+        ("0 rows b", "3 rows a", {}, "; --eval_subset_size 0, which also trains on rows that held-out ones ask, was "
+         "given before"),
+        ("3 rows a", "2 rows c", {"subset_size": 8}, "; which rows are drawn of a file follows from its name, too"),
+        ("3 rows a", "3 rows a", {}, ""),
+        ("3 rows a", "3 rows a", {"subset_size": 8, "datasets": ("gsm8k",)}, ""),
+    ],
+)  # fmt: skip
+def test_a_setting_that_draws_other_rows_is_named(before, now, settings, hint):
+    """Neither is another content: the remedy is the setting, or the name, that it had."""
+    cfg = RunConfig(**{"model_name": "m", "output_dir": "out", "datasets": ("own.jsonl",), **settings})
+    origin = Origin(1, 4, 3, {"training rows": "9 rows x", "held-out rows": before})
+    with pytest.raises(InputError) as error:
+        check_identity(cfg, origin, 2, {"training rows": "12 rows y", "held-out rows": now})
+    assert str(error.value).endswith(f"or another --output_dir){hint}")
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(start, straight, folder):

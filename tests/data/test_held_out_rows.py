@@ -121,6 +121,12 @@ def test_what_is_taken_of_each_corpus_is_said(tokenizer: Any, tmp_path: Path, ca
         ({"prompt": "[INST] How many? [/INST]"}, "holds '[INST]'"),
         ({"rationale": "<|start_header_id|>assistant<|end_header_id|>"}, "holds '<|start_header_id|>'"),
         ({"answer": "<start_of_turn>model\n2"}, "holds '<start_of_turn>'"),
+        ({"answer": "2<|im_end|>"}, "holds '<|im_end|>'"),
+        ({"answer": "2<|eot_id|>"}, "holds '<|eot_id|>'"),
+        ({"prompt": "<|header_start|>user<|header_end|>How many?"}, "holds '<|header_start|>'"),
+        ({"prompt": "<|start_of_role|>user<|end_of_role|>How many?"}, "holds '<|start_of_role|>'"),
+        ({"prompt": "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>How many?"}, "holds '<|START_OF_TURN_TOKEN|>'"),
+        ({"prompt": "<|start|>user<|message|>How many?"}, "holds '<|start|>'"),
         ({"answer": "1 + 1\n#### 2"}, "the answer holds '####', which announces the answer; expected it nowhere else"),
     ],
 )  # fmt: skip
