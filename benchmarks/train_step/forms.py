@@ -89,6 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pair", default="qwen2", choices=("tiny", "small", "qwen2"))
     parser.add_argument("--data_dir", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 128, 256], help="of a step (32 128 256)")
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS, help="without ZeRO (all)")
     parser.add_argument("--tokens_per_batch", type=int, default=40960, help="of one row (40960)")
     parser.add_argument("--zero_forms", nargs="*", default=["zero3"], help="files in ds_configs to measure (zero3)")
     parser.add_argument("--batches", type=int, default=4, help="steps of a pass (4)")
@@ -191,7 +192,8 @@ class Stage:
             "mfu_percent": "" if peak is None else 100 * need / spent / peak,
             **{f"{phase}_ms": 1000 * phases.get(phase, 0.0) / done for phase in PHASES},
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else "",
-            "first_step_s": first, "task": float(metrics["loss/task"]), "kv": float(metrics["loss/kv"]), "note": "",
+            "data": self.data, "first_step_s": first, "task": float(metrics["loss/task"]),
+            "kv": float(metrics["loss/kv"]), "note": "",
         }  # fmt: skip
 
 
@@ -289,6 +291,25 @@ def start_child(arguments: argparse.Namespace, name: str, zero: str, form: Form,
     return rows + [{"form": name, "rows": "", "note": text[:160]} for text in reason]
 
 
+def plain_forms(
+    arguments: argparse.Namespace, tell: Callable[[list[dict[str, Any]]], None], on_time: Callable[[], bool]
+) -> None:
+    """The forms without ZeRO, on one stage; compiled ones last, as layers stay compiled."""
+    stage = Stage(arguments)
+    for name in arguments.forms:
+        form = FORMS[name]
+        if form.compiled:
+            compile_layers(stage.student)
+            compile_layers(stage.teacher_model)
+        for rows in arguments.rows:
+            if on_time():
+                try:
+                    tell([stage.measure(name, form, rows, plain(stage, rows))])
+                except torch.cuda.OutOfMemoryError as error:
+                    tell([{"form": name, "rows": rows, "note": str(error).splitlines()[0][:160]}])
+                stage.student.zero_grad(set_to_none=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """All forms; the table."""
     arguments = parse(argv)
@@ -306,32 +327,20 @@ def main(argv: list[str] | None = None) -> None:
                 {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}, flush=True
             )
 
-    stage = Stage(arguments)
-    where, data = stage.device.type, stage.data
-    for name, form in FORMS.items():  # compiled ones last: layers stay compiled
-        if form.compiled:
-            compile_layers(stage.student)
-            compile_layers(stage.teacher_model)
-        for rows in arguments.rows:
-            if time.monotonic() - begun < 60 * arguments.minutes:
-                try:
-                    tell([stage.measure(name, form, rows, plain(stage, rows))])
-                except torch.cuda.OutOfMemoryError as error:
-                    tell([{"form": name, "rows": rows, "note": str(error).splitlines()[0][:160]}])
-                stage.student.zero_grad(set_to_none=True)
-    del stage
-    gc.collect()
-    if where == "cuda":
-        torch.cuda.empty_cache()
+    if arguments.forms:
+        plain_forms(arguments, tell, lambda: time.monotonic() - begun < 60 * arguments.minutes)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     for zero in arguments.zero_forms:
         left = 60 * arguments.minutes - (time.monotonic() - begun)
         if left > 20:
             tell(start_child(arguments, f"{zero}, one row, compiled", zero, BEST, left))
-    facts = {"pair": arguments.pair, "data": data, **provenance(("torch", "transformers", "deepspeed", "triton"))}
-    device = torch.cuda.get_device_name().split()[1].lower() if where == "cuda" else "cpu"
+    facts = {"pair": arguments.pair, **provenance(("torch", "transformers", "deepspeed", "triton"))}
+    device = torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
     output = arguments.output or RESULTS / f"step_forms_{arguments.pair}_{device}.csv"
     write_csv(output, [row | facts for row in table])
-    shown = [c for c in table[0] if c not in ("kv", "note")] + ["note"]
+    shown = [c for c in max(table, key=len) if c not in ("kv", "data", "note")] + ["note"]
     print(markdown_table(table, shown))
 
 
