@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from kvds.commands.output_folder import check_output
 from kvds.config.values import number
 from kvds.errors import InputError
 from kvds.experiment.plan import Job, load_plan, parse_seeds
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     minutes = arguments.max_minutes
     if minutes is not None and not minutes > 0:
         raise InputError(f"--max_minutes {minutes}: expected above 0 (or no --max_minutes)")
+    if not (arguments.report_only or arguments.dry_run):
+        check_output(arguments.output)
     overrides = _overrides(arguments.set)
     plans = [load_plan(path, overrides) for path in arguments.plans]
     names = [plan.name for plan in plans]

@@ -51,7 +51,7 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     """Check, own the folder (each process its share of it: they do not talk to each other) and write."""
     if arguments.shard_samples < 1:
         raise InputError(f"--shard_samples {arguments.shard_samples}: expected at least 1 row per file")
-    if arguments.output.exists() and not arguments.output.is_dir():
+    if arguments.output.exists() and not arguments.output.is_dir():  # who owns it: see below, by shares
         raise InputError(f"--output {arguments.output}: is a file; expected a folder")
     from kvds.config.recipe import parse_run_config
     from kvds.config.setting_rules import check
@@ -75,7 +75,7 @@ def _write_owned(arguments: argparse.Namespace, cfg: RunConfig, stop: StopReques
     from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
     from kvds.data.run_data import load_run_data
     from kvds.kv import select_tokens
-    from kvds.models.architecture import load_config
+    from kvds.models.architecture import load_model_config
     from kvds.models.loading import TORCH_DTYPES, load_model
     from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
     from kvds.teacher.cache_fingerprint import cache_fingerprint
@@ -85,7 +85,7 @@ def _write_owned(arguments: argparse.Namespace, cfg: RunConfig, stop: StopReques
     name = cfg.first_teacher or ""
     tokenizer = load_tokenizer(cfg)
     check_same_tokenizer(cfg, tokenizer)
-    config = load_config(name, cfg.teacher_config_overrides, flag="teacher")
+    config = load_model_config(cfg, tokenizer, name, flag="teacher")
     samples = load_run_data(cfg, tokenizer, rank=0, world_size=1).loader.samples
     dtype = compute_dtype(load_deepspeed_config(cfg.deepspeed_config))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvds.commands.output_folder import check_output, owned_output
 from kvds.config.settings import DataSettings
 from kvds.durable_files import json_text
 from kvds.errors import InputError
@@ -65,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"--{flag} {folder}: no such folder; expected what save_pretrained writes (RUN_DIR/student)"
             )
-    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
-        raise InputError(f"--output {arguments.output}: is a file; expected a folder")
+    if arguments.output is not None:
+        check_output(arguments.output)
 
     import torch
 
@@ -74,18 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
     from kvds.data.text_fidelity import check_texts
     from kvds.data.token_files import TokenFiles, encode_once
     from kvds.evaluation.model import evaluate_model
-    from kvds.models.architecture import check_positions
+    from kvds.models.architecture import row_length
 
     mixture = load_mixture(
         arguments.datasets, "eval", data_dir=arguments.data_dir, synthetic_problems=arguments.synthetic_problems
     )
     examples = _first_per_corpus(mixture.examples, arguments.subset_size)
     model, tokenizer = _load(arguments.model, arguments.tokenizer or arguments.model)
-    max_length = arguments.max_length
-    if max_length is None:
-        positions = getattr(model.config, "max_position_embeddings", None)
-        max_length = min(DataSettings().max_length, positions or DataSettings().max_length)
-    check_positions(model.config, max_length, flag="model")
+    max_length = row_length(model.config, arguments.max_length, DataSettings().max_length)
     rows = encode_once(examples, tokenizer, max_length, files=TokenFiles())
     if not rows.samples:
         raise InputError(
@@ -94,53 +92,36 @@ def run(arguments: argparse.Namespace) -> int:
     check_texts(rows.fidelity, examples, what="held-out", most=arguments.max_lossy_rows, tokenizer=tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     output = arguments.output
-    results = evaluate_model(
-        model, tokenizer, examples, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
-        max_length=max_length, predictions_path=None if output is None else output / "predictions.jsonl",
-    )  # fmt: skip
-    print(_table(results))
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").write_text(json_text(results, indent=1) + "\n", encoding="utf-8")
-        print("written:", output / "eval.json", output / "predictions.jsonl")
+    with contextlib.nullcontext() if output is None else owned_output(output):
+        results = evaluate_model(
+            model, tokenizer, examples, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
+            max_length=max_length, predictions_path=None if output is None else output / "predictions.jsonl",
+        )  # fmt: skip
+        print(_table(results))
+        if output is not None:
+            (output / "eval.json").write_text(json_text(results, indent=1) + "\n", encoding="utf-8")
+            print("written:", output / "eval.json", output / "predictions.jsonl")
     return 0
 
 
 def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """Model and tokenizer, with the checks that a run makes."""
     from transformers.utils import logging as transformers_logging
 
-    from kvds.models.weight_check import check_weights
+    from kvds.models.architecture import load_config
+    from kvds.models.loading import load_model
+    from kvds.models.tokenizer import check_vocabulary, tokenizer_of
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged folder can fail anywhere in its readers
-        raise _unloadable("tokenizer", tokenizer_folder, error) from error
-    try:
-        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise _unloadable("model", model_folder, error) from error
-    check_weights(model_folder, config, f"--model {model_folder}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_folder, local_files_only=True, trust_remote_code=False, dtype="auto", use_safetensors=True
-        )
-    except Exception as error:
-        raise _unloadable("model", model_folder, error) from error
-    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    if rows <= largest:
-        raise InputError(
-            f"--tokenizer {tokenizer_folder}: has token id {largest}, the model {rows} rows; expected the "
-            f"tokenizer that the model was trained with"
-        )
+    tokenizer = tokenizer_of(str(tokenizer_folder), "--model" if tokenizer_folder == model_folder else "--tokenizer")
+    config = load_config(str(model_folder), flag="model", option="--model")
+    model = load_model(
+        str(model_folder), config, init="pretrained", dtype="auto", attn_implementation=None, seed=0, flag="model",
+        option="--model",
+    )  # fmt: skip
+    check_vocabulary(config, tokenizer, flag="model", option="--model")
     return model, tokenizer
-
-
-def _unloadable(flag: str, folder: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"--{flag} {folder}: holds no loadable {flag} ({reason}); expected what save_pretrained writes")
 
 
 def _first_per_corpus(examples: Sequence[Example], count: int) -> list[Example]:

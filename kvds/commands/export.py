@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from kvds.errors import InputError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
@@ -16,10 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export and say where to."""
     from kvds.checkpoint.export import export_checkpoint
-    from kvds.errors import InputError
+    from kvds.commands.output_folder import check_output, owned_output
 
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise InputError(f"--output {arguments.output}: is a file; expected a folder")
-    folder = export_checkpoint(arguments.run, arguments.step, arguments.output)
+    check_output(arguments.output)
+    if not arguments.run.is_dir():
+        raise InputError(f"--run {arguments.run}: no such folder; expected the --output_dir of a run")
+    with owned_output(arguments.output):
+        folder = export_checkpoint(arguments.run, arguments.step, arguments.output)
     print("written:", *sorted(str(path) for path in folder.iterdir() if not path.name.startswith(".")))
     return 0

@@ -43,28 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     numbers = {
         "rows": (48, "calibration rows, of the training split"),
         "batch_size": (16, "rows per forward"),
-        "max_length": (data.max_length, "tokens per row; longer rows are left out"),
         "seed": (0, "of which rows are taken"),
     }
     for name, (default, text) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--max_length", type=int, metavar="N",
+        help=f"tokens per row; longer rows are left out (default: {data.max_length}, or the model's positions)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_lossy_rows", type=float, default=data.max_lossy_rows, metavar="SHARE",
+        help="share of rows that may lose characters which the tokenizer does not know (default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Choose the layers, write the student and the order."""
     for name in ("rows", "batch_size", "max_length"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise InputError(f"--{name} {getattr(arguments, name)}: expected at least 1")
+    if not 0 <= arguments.max_lossy_rows <= 1:
+        raise InputError(f"--max_lossy_rows {arguments.max_lossy_rows}: expected a share from 0 to 1")
     if arguments.output.exists():
         raise InputError(f"--output {arguments.output}: is there already; expected the name of a new folder")
     keep = None if arguments.keep is None else _numbers(arguments.keep)
     if keep is not None and arguments.order is not None:
         raise InputError("--order: says which layers leave first; expected --layers N with it, not --keep")
 
-    from kvds.models.architecture import load_config
+    from kvds.models.architecture import load_config, row_length
     from kvds.models.pruning import check_kept_layers
 
     config = load_config(arguments.model_name, flag="model")
+    arguments.max_length = row_length(config, arguments.max_length, DataSettings().max_length)
     depth = config.num_hidden_layers
     if keep is not None:
         check_kept_layers(keep, depth)
@@ -109,13 +119,13 @@ def _read_order(path: Path, depth: int) -> dict[str, Any]:
 
 def _load(arguments: argparse.Namespace, config: Any) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     import torch
-    from transformers import AutoTokenizer
 
-    from kvds.models.hub import from_hub
     from kvds.models.loading import load_model
+    from kvds.models.tokenizer import check_vocabulary, tokenizer_of
 
-    name = arguments.tokenizer_name or arguments.model_name
-    tokenizer = from_hub(AutoTokenizer, name, "tokenizer", "--tokenizer_name")
+    flag = "--model_name" if arguments.tokenizer_name is None else "--tokenizer_name"
+    tokenizer = tokenizer_of(arguments.tokenizer_name or arguments.model_name, flag)
+    check_vocabulary(config, tokenizer, flag="model")
     model = load_model(
         arguments.model_name, config, init="pretrained", dtype=config.dtype or torch.float32, seed=0, flag="model",
         attn_implementation="sdpa",
@@ -130,14 +140,19 @@ def _extend_order(
     missing = record["num_hidden_layers"] - arguments.layers - len(record["removed"])
     if missing <= 0:
         return
-    from kvds.data.encoding import encode_examples
+    from kvds.data.encoding import compare_rows, encode_examples
     from kvds.data.mixture import load_mixture
+    from kvds.data.text_fidelity import check_texts
     from kvds.evaluation.layer_order import mean_loss, removal_order
 
     mixture = load_mixture(
         arguments.datasets, "train", data_dir=arguments.data_dir, subset_size=arguments.rows, seed=arguments.seed
     )
-    samples = encode_examples(mixture.examples[: arguments.rows], tokenizer, arguments.max_length).samples
+    examples = mixture.examples[: arguments.rows]
+    encoded = encode_examples(examples, tokenizer, arguments.max_length)
+    samples = encoded.samples
+    fidelity = compare_rows(samples, examples, tokenizer)
+    check_texts(fidelity, examples, what="calibration", most=arguments.max_lossy_rows, tokenizer=tokenizer)
     if not samples:
         raise InputError(
             f"--max_length {arguments.max_length}: every calibration row is longer; expected at least one that fits"

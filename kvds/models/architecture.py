@@ -31,18 +31,24 @@ _SIZES = {
 }
 
 
-def load_config(name: str, overrides: str = "", *, flag: str) -> PreTrainedConfig:
+def load_config(name: str, overrides: str = "", *, flag: str, option: str = "") -> PreTrainedConfig:
     """The architecture of ``name``, with ``overrides`` such as ``"num_hidden_layers=4,hidden_size=128"`` applied.
+
+    Args:
+        name: Folder or hub name.
+        overrides: Changes of its settings.
+        flag: ``"teacher"``, ``"student"`` or ``"model"``, for messages.
+        option: What names it on the command line; unset: ``--FLAG_name``.
 
     Raises:
         InputError: nothing there, an unknown key, or a value of another type than the configuration's.
     """
     if os.path.isfile(os.path.join(name, ADAPTER_FILE)) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise InputError(f"--{flag}_name={name}: {adapter_fault(Path(name))}")
-    config = from_hub(AutoConfig, name, "config.json", f"--{flag}_name")
+        raise InputError(f"{option or f'--{flag}_name'}={name}: {adapter_fault(Path(name))}")
+    config = from_hub(AutoConfig, name, "config.json", option or f"--{flag}_name")
     changes = parse_overrides(overrides)
     if not changes:
-        _check_sizes(config, f"--{flag}_name={name}")
+        _check_sizes(config, f"{option or f'--{flag}_name'}={name}")
         return config
     values = config.to_dict()
     # transformers keeps what config.json calls rope_theta in a mapping of its own.
@@ -118,6 +124,18 @@ def check_positions(config: PreTrainedConfig, max_length: int, *, flag: str) -> 
         )
 
 
+def row_length(config: PreTrainedConfig, asked: int | None, default: int) -> int:
+    """Tokens per row for a model by itself: as many as asked for, or the default, if it has the positions.
+
+    Raises:
+        InputError: more than its positions are asked for.
+    """
+    if asked is None:
+        return min(default, getattr(config, "max_position_embeddings", None) or default)
+    check_positions(config, asked, flag="model")
+    return asked
+
+
 def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> None:
     """Build the model on the meta device, which takes neither memory nor weights: what transformers makes no model of
     is told before any weights are read.
@@ -152,11 +170,12 @@ def load_model_configs(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Mo
         InputError: no such model, or one that this run cannot use.
     """
     teachers = cfg.all_teachers if cfg.uses_teacher else ()
-    student = _load_model_config(cfg, tokenizer, cfg.student, flag="student")
-    return ModelConfigs(student, [_load_model_config(cfg, tokenizer, name, flag="teacher") for name in teachers])
+    student = load_model_config(cfg, tokenizer, cfg.student, flag="student")
+    return ModelConfigs(student, [load_model_config(cfg, tokenizer, name, flag="teacher") for name in teachers])
 
 
-def _load_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
+def load_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
+    """One of them; ``flag`` is ``"student"`` or ``"teacher"``."""
     config = load_config(name, getattr(cfg, f"{flag}_config_overrides"), flag=flag)
     KVShape.from_config(config)  # refuses a family whose keys and values cannot be captured
     check_vocabulary(config, tokenizer, flag=flag)

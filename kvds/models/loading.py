@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -47,10 +47,11 @@ def load_model(
     config: PreTrainedConfig,
     *,
     init: str,
-    dtype: torch.dtype,
-    attn_implementation: str,
+    dtype: torch.dtype | Literal["auto"],
+    attn_implementation: str | None,
     seed: int,
     flag: str,
+    option: str = "",
     engine_config: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A causal language model in ``dtype``.
@@ -61,17 +62,18 @@ def load_model(
         name: Folder or hub name (read only where ``init`` is ``"pretrained"``).
         config: Its architecture, overrides applied.
         init: ``"pretrained"`` or ``"random"`` (the same weights on every rank and for every world size, from ``seed``).
-        dtype: Of the parameters.
-        attn_implementation: ``"sdpa"`` or ``"eager"``.
+        dtype: Of the parameters; ``"auto"``: that of the files.
+        attn_implementation: ``"sdpa"`` or ``"eager"``; None: plain attention as transformers chooses it.
         seed: Of the random start.
-        flag: ``"teacher"`` or ``"student"``, for messages.
+        flag: ``"teacher"``, ``"student"`` or ``"model"``, for messages.
+        option: What names it on the command line; unset: ``--FLAG_name``.
         engine_config: The DeepSpeed configuration under which pretrained weights are loaded in shards (stage 3), or
             None.
 
     Raises:
         InputError: its weights are not those of the configuration, see :func:`kvds.models.weight_check.check_weights`.
     """
-    attention = run_attention(attn_implementation)
+    attention = None if attn_implementation is None else run_attention(attn_implementation)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -84,7 +86,7 @@ def load_model(
                 ) from error
         model.generation_config = source_generation(name) or model.generation_config
         return model
-    place = f"--{flag}_name"
+    place = option or f"--{flag}_name"
     folder = model_folder(name, place)
     remedy = "" if flag == "model" else f"or --{flag}_init random"  # a command without such a flag
     check_weights(folder, config, f"{place}={name}", remedy=remedy)

@@ -18,7 +18,12 @@ log = logging.getLogger("kvds")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
-def _tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
+def tokenizer_of(name: str, flag: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, which ``flag`` gave.
+
+    Raises:
+        InputError: there is none, or it cannot be loaded.
+    """
     tokenizer = from_hub(AutoTokenizer, name, "tokenizer", flag)
     # From a config.json alone transformers makes a tokenizer that knows its special tokens and not one word.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -31,7 +36,7 @@ def _tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
 def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     """The one tokenizer of a run: ``--tokenizer_name``, else the teacher's, else the student's."""
     if cfg.tokenizer_name is not None:
-        return _tokenizer(cfg.tokenizer_name, "--tokenizer_name")
+        return tokenizer_of(cfg.tokenizer_name, "--tokenizer_name")
     teacher = cfg.first_teacher if cfg.uses_teacher else None
     flags = {name: flag for flag, name in (("--student_name", cfg.student), (_teacher_flag(cfg), teacher)) if name}
     names = [name for name in dict.fromkeys((teacher, cfg.student)) if name]
@@ -40,7 +45,7 @@ def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
         if os.path.isdir(name) and not _brings_one(name):
             continue
         try:
-            return _tokenizer(name, flags[name])
+            return tokenizer_of(name, flags[name])
         except InputError as error:  # the other model may bring one; if not, this is why
             faults.append(error)
     if faults:
@@ -64,9 +69,9 @@ def _brings_one(folder: str) -> bool:
 def _brought_by(name: str, flag: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model's own folder or of the hub's copy; None where it brings none."""
     if is_folder_name(name):
-        return _tokenizer(name, flag) if _brings_one(name) else None
+        return tokenizer_of(name, flag) if _brings_one(name) else None
     try:
-        return _tokenizer(name, flag)
+        return tokenizer_of(name, flag)
     except InputError as error:
         place = f"{flag}={name}: has no tokenizer at hand" if hub_fault() else error  # told by then
         log.warning("%s: its vocabulary is not compared with the run's; its size alone is", place)
@@ -88,9 +93,18 @@ def check_same_tokenizer(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
             )
 
 
-def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, flag: str) -> None:
-    """A model may pad its vocabulary, but must have a row for each token."""
+def check_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, flag: str, option: str = ""
+) -> None:
+    """A model may pad its vocabulary, but must have a row for each token; ``option`` as in
+    :func:`kvds.models.architecture.load_config`.
+    """
     rows, largest = int(config.vocab_size), max(tokenizer.get_vocab().values())
+    if rows <= largest and flag == "model":  # as it is on disk: nothing but the tokenizer can be another
+        raise InputError(
+            f"{option or '--model_name'}: vocab_size {rows} has no row for token id {largest} of the tokenizer; "
+            "expected the tokenizer that the model was trained with"
+        )
     if rows <= largest:
         raise InputError(
             f"--{flag}_name: vocab_size {rows} has no row for token id {largest} of the tokenizer; expected vocab_size "

@@ -213,10 +213,10 @@ def test_eval_refuses_rows_that_the_tokenizer_cannot_write(capsys, tmp_path, mod
 def test_eval_refuses_folders_that_hold_something_else(capsys, tmp_path, model_folder):
     assert "holds no loadable tokenizer" in error_of(capsys, "eval", "--model", str(tmp_path))
     argv = ("eval", "--model", str(tmp_path), "--tokenizer", str(model_folder), "--subset_size", "1")
-    assert f"--model {tmp_path}: holds no loadable model" in error_of(capsys, *argv)
+    assert f"--model={tmp_path}: the folder holds no loadable config.json" in error_of(capsys, *argv)
     AutoModelForCausalLM.from_config(tiny_config(7)).save_pretrained(tmp_path)
     capsys.readouterr()
-    assert "the model 7 rows" in error_of(capsys, *argv)
+    assert "--model: vocab_size 7 has no row for token id" in error_of(capsys, *argv)
 
 
 def test_code_in_a_model_folder_is_never_run(capsys, tmp_path, model_folder, monkeypatch):
@@ -228,7 +228,7 @@ def test_code_in_a_model_folder_is_never_run(capsys, tmp_path, model_folder, mon
     (folder / "foreign.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
     argv = ("eval", "--model", str(folder), "--tokenizer", str(model_folder), "--subset_size", "1")
-    assert "holds no loadable model" in error_of(capsys, *argv)
+    assert "the folder holds no loadable config.json" in error_of(capsys, *argv)
     assert not ran.exists()
 
 
@@ -241,8 +241,9 @@ def test_export_hands_its_arguments_on(capsys, tmp_path, monkeypatch):
         return output
 
     monkeypatch.setattr("kvds.checkpoint.export.export_checkpoint", export_checkpoint)
-    assert main(["export", "--run", "runs/a", "--step", "20", "--output", str(tmp_path)]) == 0
-    assert calls == [(Path("runs/a"), 20, tmp_path)]
+    (tmp_path / "run").mkdir()
+    assert main(["export", "--run", str(tmp_path / "run"), "--step", "20", "--output", str(tmp_path)]) == 0
+    assert calls == [(tmp_path / "run", 20, tmp_path)]
     assert str(tmp_path / "student") in capsys.readouterr().out
 
 

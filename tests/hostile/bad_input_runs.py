@@ -185,15 +185,17 @@ COMMANDS = {
     "doctor --ranks 0": ("--ranks 0", "at least 1"),
     "eval --model @/nowhere": ("--model @/nowhere: no such folder", "expected"),
     "eval --model @/weights_noise --tokenizer @/tokenizer":
-        ("--model @/weights_noise: the folder holds no loadable model", "expected"),
-    "eval --model @/own_head --tokenizer @/tokenizer": ("--model @/own_head: lm_head.weight differs", "expected"),
+        ("--model=@/weights_noise: the folder holds no loadable model", "expected"),
+    "eval --model @/own_head --tokenizer @/tokenizer": ("--model=@/own_head: lm_head.weight differs", "expected"),
     "eval --model @/surplus_bias --tokenizer @/tokenizer": ("1 tensors have no place in its", "expected"),
     "eval --model @/adapter --tokenizer @/tokenizer": ("it is an adapter of some/base", "expected it merged"),
     "eval --model @/one_missing --tokenizer @/tokenizer":
         ("1 weights are missing (first: model.norm.weight)", "whole model"),
     "eval --model @/model --tokenizer @/tokenizer_nested":
-        ("--tokenizer @/tokenizer_nested: holds no loadable", "expected"),
+        ("--tokenizer=@/tokenizer_nested: its tokenizer nests too deep", "expected"),
     "eval --model @/model --tokenizer @/tokenizer --datasets gsm8l": ("datasets=gsm8l", "did you mean gsm8k?"),
+    "prune --model_name @/model --layers 1 --output @/out --max_lossy_rows 2":
+        ("--max_lossy_rows 2.0: expected a share", "from 0 to 1"),
     "eval --model @/model --output @/single.jsonl": ("--output @/single.jsonl: is a file", "expected a folder"),
     "export --run @/nowhere --output @/out": ("@/nowhere: no such folder", "expected"),
     "export --run @/data --output @/out": ("--run @/data: no checkpoint", "expected"),
