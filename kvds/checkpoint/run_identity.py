@@ -41,15 +41,16 @@ def run_identity(
         tokenizer: Of the run.
         models: Architectures of student and teachers.
         data: Its rows.
-        fetch: Bring weights from the hub, as the run is about to; else those that are not here are left out.
+        fetch: Bring weights from the hub, as the run is about to. Those that are not here, as a teacher's need not
+            be where its cache is read, are left out.
 
     Raises:
         InputError: a file cannot be read.
     """
     held_out = () if data.eval_loader is None else data.eval_loader.samples
 
-    def weights(name: str | None, init: str, seed: int, flag: str) -> str:
-        return weights_identity(name or "", init=init, seed=seed, flag=flag, fetch=fetch)
+    def weights(name: str | None, init: str, seed: int, flag: str, *, read: bool = True) -> str:
+        return weights_identity(name or "", init=init, seed=seed, flag=flag, fetch=fetch and read)
 
     parts = {
         "seed": str(cfg.seed),
@@ -63,16 +64,20 @@ def run_identity(
         who = "teacher" if len(models.teachers) == 1 else f"teacher {number + 1}"
         parts[f"{who} architecture"] = architecture_identity(config)
         parts[f"{who} weights"] = weights(
-            cfg.all_teachers[number], cfg.teacher_init, cfg.teacher_seed(number), "--teacher_name"
-        )
-    return {name: text for name, text in parts.items() if fetch or text != NOT_HERE}
+            cfg.all_teachers[number], cfg.teacher_init, cfg.teacher_seed(number), "--teacher_name",
+            read=cfg.teacher_cache is None,
+        )  # fmt: skip
+    return {name: text for name, text in parts.items() if text != NOT_HERE}
 
 
-def check_identity(cfg: RunConfig, origin: Origin, step: int, now: dict[str, str]) -> None:
+def check_identity(cfg: RunConfig, origin: Origin, step: int, now: dict[str, str]) -> dict[str, str]:
     """Compare a run with the one that saved the checkpoint after ``step`` optimizer steps.
 
     Held-out rows may change, as ``--eval_subset_size`` may: that is told. A checkpoint that knows of no identity is
     gone on from, with a warning.
+
+    Returns:
+        What later checkpoints of the run say: of weights that are not here now, what the one before said.
 
     Raises:
         InputError: naming what differs, what it was and what it is.
@@ -83,7 +88,7 @@ def check_identity(cfg: RunConfig, origin: Origin, step: int, now: dict[str, str
             "%s was saved by an earlier version and does not say of which weights, tokenizer and rows: they are taken "
             "for the same", place,
         )  # fmt: skip
-        return
+        return now
     found = differences(origin.identity, now)
     hint = _drawn_otherwise(cfg, origin.identity, now) if _TRAINING in found else ""
     if _HELD_OUT in found:
@@ -95,6 +100,7 @@ def check_identity(cfg: RunConfig, origin: Origin, step: int, now: dict[str, str
             f"{_named_by(cfg, part)}: the {part} now: {text}; {place} was trained with: {before}; expected the same "
             f"contents, in whatever place (bring them back, or --resume never, or another --output_dir){hint}"
         )
+    return {**origin.identity, **now}
 
 
 def _drawn_otherwise(cfg: RunConfig, before: dict[str, str], now: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from kvds.identity.contents import architecture_identity, tokenizer_identity
 from kvds.kv.states import KV_PARTS
 from kvds.models.weights_identity import NOT_HERE, weights_identity
 
+log = logging.getLogger("kvds")
+
 # Raise it where a part comes to know more, or says it in another way.
 _FORMAT = "2"
 
@@ -26,11 +29,10 @@ def cache_fingerprint(
     teacher: PreTrainedConfig,
     samples: Sequence[EncodedSample],
     dtype: str,
-    *,
-    fetch: bool = True,
 ) -> dict[str, str]:
     """Name → text; where a cache and a run agree on all, the cache serves the run (``parts``: where it has those asked
-    for).
+    for). The teacher's weights are compared where they are here, as they are where a cache is written: a run that
+    reads one does without.
 
     Args:
         cfg: The run.
@@ -38,11 +40,12 @@ def cache_fingerprint(
         teacher: The teacher's architecture.
         samples: The training rows as tokens, in the loader's numbering.
         dtype: That the teacher computes in, ``"bf16"`` or ``"fp32"``.
-        fetch: Bring the teacher's weights from the hub; else they are left out where they are not here.
     """
     weights = weights_identity(
-        cfg.first_teacher or "", init=cfg.teacher_init, seed=cfg.teacher_seed(), flag="--teacher_name", fetch=fetch
+        cfg.first_teacher or "", init=cfg.teacher_init, seed=cfg.teacher_seed(), flag="--teacher_name", fetch=False
     )
+    if weights == NOT_HERE:
+        log.warning("--teacher_name=%s: its weights are not here; the cache is taken to be of them", cfg.first_teacher)
     parts = {
         "format": _FORMAT,
         "tokenizer": tokenizer_identity(tokenizer),
@@ -54,7 +57,7 @@ def cache_fingerprint(
         "kv_rope": cfg.kv_rope,
         "parts": " ".join(state_names(cfg)),
     }
-    return {name: text for name, text in parts.items() if fetch or text != NOT_HERE}
+    return {name: text for name, text in parts.items() if text != NOT_HERE}
 
 
 def parts_in(fingerprint: Mapping[str, str]) -> list[str]:

@@ -143,7 +143,7 @@ def _check_cache(cfg: RunConfig, tokenizer: Any, teacher: Any, raw: dict[str, An
     dtype = compute_dtype(raw)
     folder = Path(cfg.teacher_cache or "")
     found = ShardReader(folder, TORCH_DTYPES[dtype], verify=False).manifest["fingerprint"]
-    expected = cache_fingerprint(cfg, tokenizer, teacher, [], dtype, fetch=False)
+    expected = cache_fingerprint(cfg, tokenizer, teacher, [], dtype)
     check_fingerprint(found, {name: text for name, text in expected.items() if name != "data set"}, folder)
 
 

@@ -175,7 +175,7 @@ class TrainingRun:
         cfg, tokenizer, data = self.cfg, self.tokenizer, self.data
         found = from_first_rank(lambda: run_identity(cfg, tokenizer=tokenizer, models=model_configs, data=data))
         if resume_step is not None:
-            check_identity(cfg, read_origin(self.output_dir, resume_step), resume_step, found)
+            found = check_identity(cfg, read_origin(self.output_dir, resume_step), resume_step, found)
         return found
 
     def _build_models(

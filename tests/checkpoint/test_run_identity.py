@@ -155,6 +155,14 @@ def test_a_setting_that_draws_other_rows_is_named(before, now, settings, hint):
     assert str(error.value).endswith(f"or another --output_dir){hint}")
 
 
+def test_what_is_not_here_for_a_while_stays_known():
+    cfg = RunConfig(model_name="m", output_dir="out")
+    before = {"training rows": "9 rows x", "held-out rows": "3 rows a", "teacher weights": "5 bytes t"}
+    now = {"training rows": "9 rows x", "held-out rows": "2 rows b"}
+    assert check_identity(cfg, Origin(1, 4, 3, before), 2, now) == before | now
+    assert check_identity(cfg, Origin(1, 4, 3), 2, now) == now
+
+
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(start, straight, folder):
     run = cut(straight, folder / "of before", 2)
     checkpoint = run / "checkpoints/step-000002"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from kvds.teacher.cache_fingerprint import cache_fingerprint, check_fingerprint
 from kvds.teacher.cache_shards import ShardReader, shard_path, write_shard
 from kvds.teacher.cached import CachedTeacher, write_teacher_cache
 from kvds.teacher.teacher import Teacher
+from tests.harness.hub_cache import hub_copy
 from tests.harness.kv_settings import both_parts
 
 CPU = torch.device("cpu")
@@ -322,6 +324,32 @@ def test_one_weight_in_the_middle_of_a_large_teacher_is_another_teacher(models: 
     del made_of["format"]  # as an earlier version wrote it
     with pytest.raises(InputError, match="an earlier version wrote it.*kvds cache, into another folder"):
         check_fingerprint(made_of, fingerprint(models, teacher_name=tmp_path / "t"), Path("c"))
+
+
+def test_a_run_from_a_cache_does_without_the_teachers_weights(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub name whose configuration alone is here is not downloaded, and a folder need hold no more."""
+    from kvds.checkpoint.run_identity import run_identity
+    from kvds.models.architecture import load_model_configs
+    from kvds.models.tokenizer import load_tokenizer
+
+    made_of = fingerprint(models)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "t").mkdir()
+    shutil.copy(models / "teacher/config.json", tmp_path / "t")
+    hub_name = hub_copy(tmp_path / "t", tmp_path / "hub", "some/teacher", monkeypatch)
+    for name in (str(tmp_path / "t"), hub_name):
+        caplog.clear()
+        found = fingerprint(models, teacher_name=name, teacher_cache=tmp_path / "c")
+        check_fingerprint(made_of, found, Path("c"))
+        assert set(made_of) - set(found) == {"teacher weights"}
+        assert f"--teacher_name={name}: its weights are not here; the cache is taken to be of them" in caplog.messages
+        cfg = parse_run_config(flags(models, output_dir="x", teacher_name=name, teacher_cache=tmp_path / "c"))
+        tokenizer = load_tokenizer(cfg)
+        data = load_run_data(cfg, tokenizer, rank=0, world_size=1)
+        identity = run_identity(cfg, tokenizer=tokenizer, models=load_model_configs(cfg, tokenizer), data=data)
+        assert "teacher architecture" in identity and "teacher weights" not in identity
 
 
 def test_a_second_command_is_refused_and_other_shares_are_not(
