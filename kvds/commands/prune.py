@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from kvds.models.architecture import load_config, row_length
     from kvds.models.pruning import check_kept_layers
+    from kvds.models.weights_identity import weights_identity
 
     config = load_config(arguments.model_name, flag="model")
     arguments.max_length = row_length(config, arguments.max_length, DataSettings().max_length)
@@ -80,9 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
         check_kept_layers(keep, depth)
     elif not 1 <= arguments.layers < depth:
         raise InputError(f"--layers {arguments.layers}: the model has {depth}; expected 1 to {depth - 1}")
-    record = {"model": arguments.model_name, "num_hidden_layers": depth, "removed": []}
+    weights = weights_identity(arguments.model_name, init="pretrained", seed=0, flag="--model_name")
+    record = {"model": arguments.model_name, "weights": weights, "num_hidden_layers": depth, "removed": []}
     if arguments.order is not None:
-        record |= _read_order(arguments.order, depth)
+        record |= _read_order(arguments.order, depth, weights)
     model, tokenizer = _load(arguments, config)
     if keep is None:
         _extend_order(record, model, tokenizer, arguments)
@@ -99,8 +101,8 @@ def _numbers(text: str) -> list[int]:
         raise InputError(f"--keep {text}: expected numbers of layers with commas between, such as 0,1,8") from None
 
 
-def _read_order(path: Path, depth: int) -> dict[str, Any]:
-    """``removed`` and what it was found with, checked against the model's depth."""
+def _read_order(path: Path, depth: int, weights: str) -> dict[str, Any]:
+    """``removed`` and what it was found with, checked against the model's depth and weights."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         removed = [(int(layer), float(loss)) for layer, loss in record["removed"]]
@@ -113,6 +115,11 @@ def _read_order(path: Path, depth: int) -> dict[str, Any]:
         raise InputError(
             f"--order {path}: is of a model of {written_for} layers, this one has {depth}; expected the {ORDER_FILE} "
             "of a student of the same model"
+        )
+    if record.get("weights", weights) != weights:
+        raise InputError(
+            f"--order {path}: is of a model with other weights ({one_line(record['weights'])}, here {weights}); "
+            f"expected the {ORDER_FILE} of a student of the same model"
         )
     return record | {"removed": removed}
 

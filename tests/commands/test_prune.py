@@ -100,6 +100,11 @@ def test_an_order_of_another_model(model, tmp_path, capfd):
     (tmp_path / "order.json").write_text('{"num_hidden_layers": 30, "removed": [[29, 2.0]]}')
     assert prune(model, tmp_path / "student", "--layers", "2", "--order", str(tmp_path / "order.json")) == 2
     assert "is of a model of 30 layers, this one has 4" in capfd.readouterr().err
+    order = {"num_hidden_layers": 4, "removed": [[3, 2.0], [1, 3.0]], "weights": "9 bytes of another"}
+    (tmp_path / "order.json").write_text(json.dumps(order))
+    assert prune(model, tmp_path / "student", "--layers", "2", "--order", str(tmp_path / "order.json")) == 2
+    assert "is of a model with other weights (9 bytes of another, here " in capfd.readouterr().err
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_folder_that_is_there_stays(model, tmp_path, capfd):
