@@ -35,14 +35,20 @@ class KVShape:
         """Read the shape off a transformers configuration.
 
         Raises:
-            InputError: the model family is not one whose keys and values kvds can capture, or its layers differ in
-                heads, head_dim or kind of attention (some full, some with a sliding window).
+            InputError: the model family is not one whose keys and values kvds can capture, its attention is not
+                causal, or its layers differ in heads, head_dim or kind of attention (some full, some with a sliding
+                window).
         """
         if config.model_type not in FAMILIES:
             raise InputError(
                 f"model_type={config.model_type}: kvds captures keys and values of {', '.join(sorted(FAMILIES))}; "
                 f"expected a model of one of these families"
             )
+        for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+            if (value := getattr(config, name, None)) is not None and bool(value) is not causal:
+                raise InputError(
+                    f"{name}={value}: its attention sees what comes later; expected a causal model ({name}={causal})"
+                )
         kinds = sorted(set(getattr(config, "layer_types", None) or ()))
         if len(kinds) > 1:
             raise InputError(

@@ -116,7 +116,14 @@ def _check_sizes(config: PreTrainedConfig, place: str) -> None:
 
 
 def check_positions(config: PreTrainedConfig, max_length: int, *, flag: str) -> None:
-    """Refuse rows longer than the model has positions for."""
+    """Refuse rows longer than the model has positions for, or than its rotation stays one and the same for."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    same_until = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    if same_until is not None and max_length > same_until:
+        raise InputError(
+            f"max_length={max_length}: the {flag}'s rotation (longrope) changes for all rows of a batch where one has "
+            f"more than {same_until} tokens; expected --max_length {same_until} or less"
+        )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise InputError(
