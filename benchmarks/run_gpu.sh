@@ -5,6 +5,7 @@
 #   tests      pytest -m gpu                                                     4 min
 #   sanitizer  compute-sanitizer on a small case of every kernel                 4 min
 #   ops        bench_map_projection.py in full                                   9 min
+#   head       bench_head.py: the losses at the language-model head              1 min
 #   ncu        what bounds the fused kernel, by its hardware counters            2 min
 #   step       benchmarks.train_step.bench --pair qwen2, beside the earlier way; TRL at  9 min
 #              16 rows, as many as leave room for its whole logits
@@ -24,11 +25,11 @@ while [ $# -gt 0 ]; do
     --data) data=$2 && shift 2 ;;
     --to) to=$2 && shift 2 ;;
     --wheels) wheels=$2 && shift 2 ;;
-    tests | sanitizer | ops | ncu | step | forms | layers | scaling | gsm8k_large) stages+=("$1") && shift ;;
-    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -22 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
+    tests | sanitizer | ops | head | ncu | step | forms | layers | scaling | gsm8k_large) stages+=("$1") \&\& shift ;;
+    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -23 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -22 ${BASH_SOURCE[0]})" >&2; exit 2; }
+[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -23 ${BASH_SOURCE[0]})" >&2; exit 2; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "run_gpu: torch sees no GPU" >&2; exit 2; }
 mkdir -p "$to"
 
@@ -52,6 +53,7 @@ run_stage() {
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool memcheck --error-exitcode 86 \
         --target-processes all python -m benchmarks.map_projection.smallest_kernels ;;
     ops) timeout 540 python -m benchmarks.map_projection.bench --minutes 7.5 --output "$to/map_projection_$(name).csv" ;;
+    head) timeout 60 python -m benchmarks.bench_head --output "$to/head_$(name).csv" ;;
     ncu)
       timeout 120 ncu --clock-control none --kernel-name map_projection_kernel --launch-count 2 --set full \
         python -m benchmarks.map_projection.smallest_kernels --pair qwen2 --tokens 32768 ;;

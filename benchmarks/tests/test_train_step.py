@@ -58,7 +58,7 @@ def test_arms_see_the_same_models_and_rows() -> None:
     losses = {}
     aligned = ("kvds_structured", "kvds_structured_checkpointing", "kvds_structured_overlap")
     for name in ("task_only", "plain_task", "kvds_structured_values", *aligned):
-        own = Workbench(pair, CPU, Clock(CPU), batch_size=8, max_length=128)
+        own = Workbench(pair, CPU, Clock(CPU))
         losses[name] = float(ARMS[name](own).step(batch))
         assert all(p.grad is None for p in own.student.parameters())
         start = build_model(pair.student, pair.dtype, CPU, 2)
@@ -78,8 +78,7 @@ def test_a_prepared_step_of_a_teacher_ahead_runs_one_teacher(monkeypatch: pytest
     call = Teacher.__call__
     monkeypatch.setattr(Teacher, "__call__", lambda self, batch, *rest: run.append(batch) or call(self, batch, *rest))
     arms = {
-        name: ARMS[name](Workbench(pair, CPU, Clock(CPU), batch_size=4, max_length=128))
-        for name in ("kvds_structured", "kvds_structured_overlap")
+        name: ARMS[name](Workbench(pair, CPU, Clock(CPU))) for name in ("kvds_structured", "kvds_structured_overlap")
     }
     for batch in (*batches, *batches):
         losses = []

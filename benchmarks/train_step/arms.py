@@ -23,7 +23,6 @@ from kvds.data.batches import TokenBatch
 from kvds.data.encoding import EncodedSample
 from kvds.data.labels import LabelledPositions
 from kvds.data.model_inputs import repacked, unpacked
-from kvds.distillation.losses import head_chunk_count
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import KVShape, select_tokens
@@ -63,13 +62,10 @@ class Workbench:
         device: torch.device,
         clock: Clock,
         *,
-        batch_size: int,
-        max_length: int,
         samples: Sequence[EncodedSample] = (),
     ) -> None:
         self.samples, self.keep = samples, list[Any]()
         self.pair, self.device, self.clock = pair, device, clock
-        self.tokens = batch_size * max_length
         self._teacher: nn.Module | None = None
         self._student: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -164,8 +160,7 @@ def kvds_step(
         shapes = [KVShape.from_config(config) for config in (bench.pair.student, bench.pair.teacher)]
         aligner = build_aligner(*shapes, cfg).to(bench.device)
         _time_forward(aligner, bench.clock)
-    chunks = head_chunk_count(bench.tokens, bench.pair.student.vocab_size)
-    module = DistillationModule(bench.student, aligner, head_chunks=chunks, offload_checkpoints=offload)
+    module = DistillationModule(bench.student, aligner, offload_checkpoints=offload)
     teacher: Teacher | CachedTeacher | None = None
     if uses_teacher:
         teacher = Teacher(

@@ -183,7 +183,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
 
     def make() -> Workbench:
         return Workbench(
-            pair, device, clock, batch_size=arguments.batch_size, max_length=arguments.max_length, samples=samples
+            pair, device, clock, samples=samples
         )  # fmt: skip
 
     peaks: dict[str, list[int]] = {name: [] for name in arguments.arms}

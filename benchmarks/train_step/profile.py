@@ -99,9 +99,7 @@ def profile_arms(arguments: argparse.Namespace, pair: Pair) -> Iterator[str]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     rows, longest = arguments.batch_size, arguments.max_length
     samples, _ = load_samples(arguments.data_dir, pair.student.vocab_size, longest, BATCHES * rows)
-    bench = Workbench(
-        pair, device, Clock(device, arguments.clock), batch_size=rows, max_length=longest, samples=samples
-    )
+    bench = Workbench(pair, device, Clock(device, arguments.clock), samples=samples)
     for name in arguments.profile:
         arm = ARMS[name](bench)
         loader = make_loader(samples, rows, **({"pack_to": longest} if arm.packed else {}))

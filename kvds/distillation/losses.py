@@ -1,9 +1,8 @@
-"""The losses at the language-model head: task cross entropy and logit distillation, in chunks of tokens.
+"""Losses at the language-model head: task cross entropy and logit distillation, in chunks of tokens.
 
 Only positions that carry a label go through the head, and only one chunk of their logits lives at a time: its gradients
-are made at once (:mod:`kvds.distillation.head_loss`) or, with logit distillation, the backward pass computes a chunk
-again. The number of chunks is fixed by the caller, never by the data, since under ZeRO-3 each call of the head gathers
-its weight on all ranks together.
+are made at once (:mod:`kvds.distillation.head_loss`) or, where the model's own forward stands between head and logits,
+the backward pass computes a chunk again.
 """
 
 from __future__ import annotations
@@ -14,18 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kvds.data.labels import LabelledPositions
-from kvds.distillation.head_loss import summed_cross_entropy
+from kvds.distillation.head_loss import HeadLosses, TaughtRows, losses_at_head
 from kvds.models.own_logits import Head
-
-# Logits of one chunk: at most this many elements (256 MiB in fp32).
-_CHUNK_ELEMENTS = 2**26
-
-
-def head_chunk_count(max_tokens: int, vocab_size: int) -> int:
-    """How many chunks keep a chunk's logits within the limit when ``max_tokens`` positions all count (the same on
-    every rank).
-    """
-    return max(1, -(-max_tokens * vocab_size // _CHUNK_ELEMENTS))
 
 
 def head_losses(
@@ -33,14 +22,16 @@ def head_losses(
     hidden: Tensor,
     labelled: LabelledPositions,
     *,
-    num_chunks: int,
+    num_chunks: int | None = None,
     teacher_head: Head | None = None,
     teacher_hidden: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Sums over labelled positions of the cross entropy and of the forward KL divergence from teacher to student.
+    task_weight: float = 1.0,
+    kd_weight: float = 1.0,
+) -> HeadLosses:
+    """The cross entropy and the forward KL divergence from teacher to student, summed over labelled positions.
 
     ``task = Σ_n −log p_s(y_n)`` and ``kd = T² Σ_n Σ_v p_t(v) (log p_t(v) − log p_s(v))``, both at temperature ``T`` for
     ``kd``, over the first ``vocab_size`` entries (rows beyond are padding of the embedding and carry no token).
@@ -49,50 +40,67 @@ def head_losses(
         head: Student hidden states ``[n, hidden]`` → logits ``[n, vocab]``.
         hidden: Student ``[B, T, hidden]``, the backbone's output.
         labelled: The positions that count.
-        num_chunks: Chunks of positions; every rank passes the same number.
+        num_chunks: Chunks of positions; None: as many as keep a chunk's logits within the limit. See
+            :func:`kvds.distillation.head_chunks.agreed_chunks`.
         teacher_head: The same for the teacher; None without logit distillation.
         teacher_hidden: Teacher ``[B, T, hidden]``; None without logit distillation.
         temperature: ``T``, > 0.
         vocab_size: Entries that carry tokens; None = all.
         scale: Factor of both sums.
+        task_weight: Factor of ``task`` in the loss.
+        kd_weight: Factor of ``kd`` in the loss.
 
     Returns:
-        ``task`` and ``kd``: fp32 scalars with a graph (``kd`` is 0 without a teacher).
+        ``task_weight · task + kd_weight · kd`` with a graph, and both without one: fp32 scalars (``kd`` is 0 without a
+        teacher).
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2, for ``kd``.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    teacher_rows = None if teacher_hidden is None else teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    rows = hidden.reshape(-1, hidden.shape[-1])[labelled.index]
+    taught = None
+    if teacher_head is not None and teacher_hidden is not None:
+        teacher_rows = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])[labelled.index]
+        taught = TaughtRows(teacher_head, teacher_rows, temperature, vocab_size, kd_weight)
+    if isinstance(head, nn.Linear):
+        return losses_at_head(
+            head, rows, labelled.target, taught=taught, num_chunks=num_chunks, scale=scale, task_weight=task_weight
+        )
+    task, kd = _recomputed_losses(head, rows, labelled.target, taught, num_chunks or 1)
+    loss = task_weight * scale * task
+    if taught is not None:
+        loss = loss + kd_weight * scale * kd
+    return HeadLosses(loss, scale * task.detach(), scale * kd.detach())
 
-    if teacher_rows is None and isinstance(head, nn.Linear) and torch.is_grad_enabled():
-        task = summed_cross_entropy(head, rows[labelled.index], labelled.target, num_chunks=num_chunks, scale=scale)
-        return task, task.new_zeros(())
+
+def _recomputed_losses(
+    head: Head, rows: Tensor, target: Tensor, taught: TaughtRows | None, num_chunks: int
+) -> tuple[Tensor, Tensor]:
+    """Both sums with graphs; the backward pass calls the heads of each chunk again."""
 
     def chunk_losses(student: Tensor, target: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = head(student).float()
         task = F.cross_entropy(logits, target, reduction="sum")
-        if teacher is None or teacher_head is None:
+        if teacher is None or taught is None:
             return task, task.new_zeros(())
         with torch.no_grad():
-            teacher_logits = teacher_head(teacher).float()[:, :vocab_size]
-            teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=-1)
-        student_log_probs = F.log_softmax(logits[:, :vocab_size] / temperature, dim=-1)
-        kd = F.kl_div(student_log_probs, teacher_log_probs, reduction="sum", log_target=True) * temperature**2
-        return task, kd
+            teacher_logits = taught.head(teacher).float()[:, : taught.vocab_size]
+            teacher_log_probs = F.log_softmax(teacher_logits / taught.temperature, dim=-1)
+        student_log_probs = F.log_softmax(logits[:, : taught.vocab_size] / taught.temperature, dim=-1)
+        kd = F.kl_div(student_log_probs, teacher_log_probs, reduction="sum", log_target=True)
+        return task, kd * taught.temperature**2
 
-    task, kd = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+    task, kd = rows.new_zeros((), dtype=torch.float32), rows.new_zeros((), dtype=torch.float32)
+    teacher_parts = [None] * num_chunks if taught is None else taught.rows.tensor_split(num_chunks)
     chunks = zip(
-        labelled.index.tensor_split(num_chunks), labelled.target.tensor_split(num_chunks), strict=True
-    )  # empty chunks still call the head: all ranks gather its weight equally often
-    for index, target in chunks:
-        teacher = None if teacher_rows is None else teacher_rows[index]
-        inputs = (rows[index], target, teacher)
+        rows.tensor_split(num_chunks), target.tensor_split(num_chunks), teacher_parts, strict=True
+    )  # empty chunks still call the heads: ranks whose weights are sharded gather them equally often
+    for inputs in chunks:
         if num_chunks == 1 or not torch.is_grad_enabled():
             chunk_task, chunk_kd = chunk_losses(*inputs)
         else:
             chunk_task, chunk_kd = checkpoint(chunk_losses, *inputs, use_reentrant=False, preserve_rng_state=False)
         task, kd = task + chunk_task, kd + chunk_kd
-    return task * scale, kd * scale
+    return task, kd
 
 
 def spoil_gradient(loss: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class DistillationModule(nn.Module):
         student: A causal language model.
         aligner: From :func:`kvds.align.build_aligner`; None without KV alignment.
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
-        head_chunks: Chunks of positions at the language-model head, the same on every rank.
+        head_chunks: Chunks of positions at the language-model head where ranks have to agree on it
+            (:func:`kvds.distillation.head_chunks.agreed_chunks`); None: by the labelled tokens of a micro-batch.
         kd_temperature: Temperature of logit distillation.
         kd_vocab_size: Entries of the vocabulary that carry tokens.
         offload_checkpoints: Keep what the student's forward saves for its backward pass in host memory; with gradient
@@ -44,7 +45,7 @@ class DistillationModule(nn.Module):
         aligner: KVAligner | AlignerGroup | None = None,
         *,
         rope: str = "pre",
-        head_chunks: int = 1,
+        head_chunks: int | None = None,
         kd_temperature: float = 1.0,
         kd_vocab_size: int | None = None,
         offload_checkpoints: bool = False,
@@ -97,7 +98,7 @@ class DistillationModule(nn.Module):
             kv = self._kv_loss(states, step, metrics)
 
         teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
-        task, kd = head_losses(
+        head = head_losses(
             head_of(self.student, plain=self._plain_head),
             hidden,
             step.labelled,
@@ -107,15 +108,16 @@ class DistillationModule(nn.Module):
             temperature=self._kd_temperature,
             vocab_size=self._kd_vocab_size,
             scale=1 / batch.label_normalizer,
+            task_weight=weights.task,
+            kd_weight=weights.logit_kd,
         )
         # At a weight of 0, too: ZeRO-3 gathers the last layer for its backward pass once its output has a gradient.
-        loss = task if weights.task == 1.0 else weights.task * task
-        metrics["loss/task"] = task.detach()
+        loss = head.loss
+        metrics["loss/task"] = head.task
         if kv is not None and weights.kv:
             loss = loss + weights.kv * kv
         if teacher_hidden is not None:
-            loss = loss + weights.logit_kd * kd
-            metrics["loss/logit_kd"] = kd.detach()
+            metrics["loss/logit_kd"] = head.kd
         metrics["loss/total"] = loss.detach()
         return spoil_gradient(loss), metrics
 

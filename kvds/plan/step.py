@@ -28,7 +28,7 @@ from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import LabelledPositions
 from kvds.data.model_inputs import model_inputs
-from kvds.distillation.losses import head_chunk_count
+from kvds.distillation.head_chunks import agreed_chunks, chunk_count
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape, open_capture
 from kvds.kv.families import backbone
@@ -286,10 +286,6 @@ class StepPlanner:
         """
         cfg = self.cfg
         config = _with_layers(self.student, layers)
-        chunks = head_chunk_count((batch.samples or batch.rows) * cfg.max_length, config.vocab_size)
-        if chunks > _HEAD_CHUNKS:  # one chunk's logits live at a time: a few of the same size show the peak of all
-            batch = replace(batch, labelled=max(1, batch.labelled * _HEAD_CHUNKS // chunks))
-            chunks = _HEAD_CHUNKS
         aligned = kv and cfg.uses_kv and self.teacher_shape is not None
         memory = LiveMemory(self.device)
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -298,6 +294,7 @@ class StepPlanner:
             student.train()
             if checkpointing:
                 student.gradient_checkpointing_enable({"use_reentrant": False})
+            batch, chunks = self._few_chunks(student, batch)
             aligner = self._aligner(config, batch) if aligned else None
             module = PlannedModule(
                 student, aligner, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature, head_chunks=chunks,
@@ -318,6 +315,16 @@ class StepPlanner:
                     loss.backward()
             hook.remove()
         return forward_end[0], memory.peak, module.host.bytes, between
+
+    def _few_chunks(self, student: Any, batch: BatchShape) -> tuple[BatchShape, int]:
+        """One chunk's logits live at a time: a few of the same size show the peak of all."""
+        tokens = self.cfg.tokens_per_batch or (batch.samples or batch.rows) * self.cfg.max_length
+        chunks = agreed_chunks(self.cfg, student, tokens)
+        if chunks is None:
+            chunks = chunk_count(batch.labelled, student.config.vocab_size, self._element)
+        if chunks <= _HEAD_CHUNKS:
+            return batch, chunks
+        return replace(batch, labelled=max(1, batch.labelled * _HEAD_CHUNKS // chunks)), _HEAD_CHUNKS
 
     def _masked(self, batch: TokenBatch) -> TokenBatch:
         """With the mask that attention gets where it takes one; transformers would read data to make it."""

@@ -16,7 +16,7 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.deepspeed_file import compute_dtype
 from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
-from kvds.distillation.losses import head_chunk_count
+from kvds.distillation.head_chunks import agreed_chunks
 from kvds.distillation.module import DistillationModule
 from kvds.distributed.process_group import from_first_rank
 from kvds.kv import KVShape
@@ -69,7 +69,7 @@ class RunModels:
             self.student,
             self.aligner,
             rope=cfg.kv_rope,
-            head_chunks=head_chunk_count(tokens, self.student.config.vocab_size),
+            head_chunks=agreed_chunks(cfg, self.student, tokens),
             kd_temperature=cfg.logit_kd_temperature,
             kd_vocab_size=max(tokenizer.get_vocab().values()) + 1,
             offload_checkpoints=cfg.checkpoint_offload,

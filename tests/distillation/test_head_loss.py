@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvds.data.labels import LabelledPositions
-from kvds.distillation.head_loss import summed_cross_entropy
+from kvds.distillation.head_loss import losses_at_head
 from kvds.distillation.losses import head_losses
 
 
@@ -32,7 +32,7 @@ def gradients(loss: Tensor, head: nn.Linear, rows: Tensor) -> list[Tensor]:
 def test_loss_and_gradients_are_autograds(chunks: int, bias: bool) -> None:
     head, rows, target = problem(torch.float64, bias=bias)
     expected = 0.7 * F.cross_entropy(head(rows), target, reduction="sum")
-    found = summed_cross_entropy(head, rows, target, num_chunks=chunks, scale=0.7)
+    found = losses_at_head(head, rows, target, num_chunks=chunks, scale=0.7).loss
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
     for a, b in zip(gradients(2.5 * found, head, rows), gradients(2.5 * expected, head, rows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
@@ -45,7 +45,7 @@ def test_bf16_is_no_further_off_than_autograd_in_bf16() -> None:
     exact = 0.3 * F.cross_entropy(exact_head(exact_rows), target, reduction="sum")
     wanted = gradients(exact, exact_head, exact_rows)
     eager = 0.3 * F.cross_entropy(head(rows).float(), target, reduction="sum")
-    found = summed_cross_entropy(head, rows, target, num_chunks=1, scale=0.3)
+    found = losses_at_head(head, rows, target, num_chunks=1, scale=0.3).loss
     assert found.dtype == torch.float32
 
     def errors(loss: Tensor) -> list[float]:
@@ -73,15 +73,14 @@ def test_no_tensor_of_all_logits_exists_and_each_chunk_is_made_once() -> None:
             return out
 
     with Watch():
-        summed_cross_entropy(head, rows, target, num_chunks=4).backward()
+        losses_at_head(head, rows, target, num_chunks=4).loss.backward()
     assert largest == 10 * 17 and products == [(10, 17)] * 4
 
 
 def test_a_factor_that_comes_with_the_backward_pass_is_not_rounded_itself() -> None:
     head, rows, target = problem(torch.bfloat16, count=40)
     plain, third = (
-        gradients(factor * summed_cross_entropy(head, rows, target, num_chunks=2), head, rows)
-        for factor in (1.0, 1 / 3)
+        gradients(factor * losses_at_head(head, rows, target, num_chunks=2).loss, head, rows) for factor in (1.0, 1 / 3)
     )
     for a, b in zip(third, plain, strict=True):
         assert torch.equal(a, (b.float() / 3).to(a.dtype))  # bf16(1/3) is off by 0.1 %
@@ -91,7 +90,7 @@ def test_a_factor_that_comes_with_the_backward_pass_is_not_rounded_itself() -> N
 def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
     head, rows, target = problem(torch.float64, bias=False)
     (rows if frozen == "rows" else head.weight).requires_grad_(False)
-    summed_cross_entropy(head, rows, target, num_chunks=2).backward()
+    losses_at_head(head, rows, target, num_chunks=2).loss.backward()
     assert (rows.grad is None) == (frozen == "rows") and (head.weight.grad is None) == (frozen == "weight")
 
 
@@ -99,7 +98,7 @@ def test_two_backward_passes_add_up_and_the_heads_own_forward_comes_back() -> No
     head, rows, target = problem(torch.float64)
     calls: list[int] = []
     head.register_forward_hook(lambda *_: calls.append(1))
-    loss = summed_cross_entropy(head, rows, target, num_chunks=3)
+    loss = losses_at_head(head, rows, target, num_chunks=3).loss
     assert len(calls) == 1  # one call, so that ZeRO-3 gathers the weight once
     loss.backward(retain_graph=True)
     once = head.weight.grad.clone()  # type: ignore[union-attr]
@@ -113,8 +112,8 @@ def test_head_losses_take_this_way_and_agree_with_the_other() -> None:
     labels = torch.randint(0, 17, (3, 4), generator=torch.Generator().manual_seed(4))
     labelled = LabelledPositions.from_labels(labels)
     hidden = rows.view(3, 4, 6)
-    direct, _ = head_losses(head, hidden, labelled, num_chunks=2)
-    recomputed, _ = head_losses(lambda x: head(x), hidden, labelled, num_chunks=2)
+    direct = head_losses(head, hidden, labelled, num_chunks=2).loss
+    recomputed = head_losses(lambda x: head(x), hidden, labelled, num_chunks=2).loss
     torch.testing.assert_close(direct, recomputed.to(direct.dtype), rtol=1e-6, atol=0)
     for a, b in zip(gradients(direct, head, rows), gradients(recomputed, head, rows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

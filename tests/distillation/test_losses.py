@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from kvds.align import build_aligner
 from kvds.data.labels import LabelledPositions
 from kvds.distillation.gradient_watch import GradientWatch
-from kvds.distillation.losses import head_chunk_count, head_losses
+from kvds.distillation.losses import head_losses
 from kvds.kv import KVCapture, KVShape, KVStates, select_tokens
 from kvds.kv.families import backbone
 from tests.harness.kv_settings import both_parts
@@ -66,10 +66,10 @@ def test_cross_entropy_equals_transformers(num_chunks: int) -> None:
 
     labelled = LabelledPositions.from_labels(labels)
     hidden = backbone(model)(input_ids=ids, attention_mask=attention).last_hidden_state
-    task, kd = head_losses(model.get_output_embeddings(), hidden, labelled, num_chunks=num_chunks)
-    loss = task / len(labelled.index)
+    found = head_losses(model.get_output_embeddings(), hidden, labelled, num_chunks=num_chunks)
+    loss = found.loss / len(labelled.index)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert float(kd) == 0
+    assert float(found.kd) == 0 and torch.equal(found.task, found.loss)
     loss.backward()
     for name, parameter in model.named_parameters():
         largest = float(gradients[name].abs().max())
@@ -90,7 +90,8 @@ def full_logits_kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature
 
 @pytest.mark.parametrize("num_chunks", [1, 3, 7])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation_equals_full_logits(temperature: float, num_chunks: int) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_distillation_equals_full_logits(plain: bool, temperature: float, num_chunks: int) -> None:
     student, teacher = make_model(), make_model(seed=1)
     ids, attention, labels = text()
     hidden = backbone(student)(input_ids=ids, attention_mask=attention).last_hidden_state.detach().requires_grad_()
@@ -100,10 +101,12 @@ def test_distillation_equals_full_logits(temperature: float, num_chunks: int) ->
     expected = full_logits_kd(student.lm_head(hidden), teacher_logits, labels, temperature, VOCAB)
     expected_gradients = torch.autograd.grad(expected, [hidden, student.lm_head.weight])
 
-    _, kd = head_losses(
-        student.lm_head, hidden, LabelledPositions.from_labels(labels), num_chunks=num_chunks,
+    head = student.lm_head if plain else lambda rows: student.lm_head(rows)
+    kd, _, reported = head_losses(
+        head, hidden, LabelledPositions.from_labels(labels), num_chunks=num_chunks, task_weight=0.0,
         teacher_head=teacher.lm_head, teacher_hidden=teacher_hidden, temperature=temperature, vocab_size=VOCAB,
     )  # fmt: skip
+    assert torch.equal(kd, reported)
     torch.testing.assert_close(kd.double(), expected, rtol=1e-5, atol=0)
     gradients = torch.autograd.grad(kd, [hidden, student.lm_head.weight])
     for found, wanted in zip(gradients, expected_gradients, strict=True):
@@ -115,7 +118,7 @@ def test_distillation_of_a_model_from_itself_is_zero() -> None:
     model = make_model()
     ids, _, labels = text()
     hidden = backbone(model)(input_ids=ids).last_hidden_state
-    _, kd = head_losses(
+    _, _, kd = head_losses(
         model.lm_head,
         hidden,
         LabelledPositions.from_labels(labels),
@@ -123,7 +126,7 @@ def test_distillation_of_a_model_from_itself_is_zero() -> None:
         teacher_head=model.lm_head,
         teacher_hidden=hidden.detach(),
     )
-    assert abs(float(kd.detach())) < 1e-5
+    assert abs(float(kd)) < 1e-5
 
 
 def test_padded_vocabulary_rows_do_not_count() -> None:
@@ -139,7 +142,7 @@ def test_padded_vocabulary_rows_do_not_count() -> None:
             head_losses(
                 student.lm_head, hidden, LabelledPositions.from_labels(labels), num_chunks=2,
                 teacher_head=teacher.lm_head, teacher_hidden=other, vocab_size=size,
-            )[1]
+            ).kd
             for size in (VOCAB, None)
         ]  # fmt: skip
         values.append([value.detach() for value in found])
@@ -147,26 +150,21 @@ def test_padded_vocabulary_rows_do_not_count() -> None:
     assert abs(float(values[0][1]) - float(values[1][1])) > 1
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_the_head_is_called_equally_often_also_without_labels(distilled: bool) -> None:
-    calls = []
-    head = nn.Linear(4, 5)
-    head.register_forward_hook(lambda *_: calls.append(1))
+def test_heads_are_called_equally_often_also_without_labels(distilled: bool, plain: bool) -> None:
+    calls: dict[str, int] = {"student": 0, "teacher": 0}
+    head, other = nn.Linear(4, 5), nn.Linear(4, 5)
+    for name, module in (("student", head), ("teacher", other)):
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     hidden = torch.randn(2, 3, 4, requires_grad=True)
     nothing = LabelledPositions.from_labels(torch.full((2, 3), -100))
-    teacher = {"teacher_head": nn.Linear(4, 5), "teacher_hidden": torch.randn(2, 3, 4)} if distilled else {}
-    task, _ = head_losses(head, hidden, nothing, num_chunks=3, **teacher)
-    assert float(task.detach()) == 0 and len(calls) == (3 if distilled else 1)
-    task.backward()
+    teacher: dict[str, Any] = {"teacher_head": other, "teacher_hidden": torch.randn(2, 3, 4)} if distilled else {}
+    found = head_losses(head if plain else lambda rows: head(rows), hidden, nothing, num_chunks=3, **teacher)
+    assert float(found.loss.detach()) == 0 and calls == {"student": 1 if plain else 3, "teacher": 3 * distilled}
+    found.loss.backward()
     assert hidden.grad is not None and float(hidden.grad.abs().sum()) == 0
     assert head.weight.grad is not None and float(head.weight.grad.abs().sum()) == 0
-
-
-def test_chunk_count_bounds_a_chunk() -> None:
-    for tokens, vocab in ((1, 10), (4096, 151_936), (8192, 50_257)):
-        chunks = head_chunk_count(tokens, vocab)
-        assert -(-tokens // chunks) * vocab <= 2**26 + vocab
-        assert chunks == 1 or -(-tokens // (chunks - 1)) * vocab > 2**26 - vocab
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -186,7 +184,7 @@ def test_gradient_watch_equals_separate_backward_passes(rope: str, layers: int) 
     def forward() -> tuple[KVCapture, Tensor, Tensor]:
         with KVCapture(model, rope=rope, require_grad=True) as capture:
             hidden = backbone(model)(input_ids=ids, attention_mask=attention).last_hidden_state
-        task, _ = head_losses(model.lm_head, hidden, labelled, num_chunks=1)
+        task = head_losses(model.lm_head, hidden, labelled, num_chunks=1).loss
         return capture, task, weight * aligner(capture.states, teacher, selection).loss
 
     capture, task, kv = forward()
@@ -227,5 +225,38 @@ def test_scale_multiplies_both_sums_once(distilled: bool) -> None:
     labelled = LabelledPositions.from_labels(torch.randint(0, 5, (2, 3)))
     teacher = {"teacher_head": nn.Linear(4, 5), "teacher_hidden": torch.randn(2, 3, 4)} if distilled else {}
     plain, scaled = (head_losses(head, hidden, labelled, num_chunks=2, scale=s, **teacher) for s in (1.0, 0.25))
-    assert [float(x) for x in scaled] == pytest.approx([0.25 * float(x) for x in plain], rel=1e-6)
-    assert float(plain[0]) > 0 and (float(plain[1]) > 0) == distilled
+    assert [float(x.detach()) for x in scaled] == pytest.approx([0.25 * float(x.detach()) for x in plain], rel=1e-6)
+    assert float(plain.task) > 0 and (float(plain.kd) > 0) == distilled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (0.0, 2.0), (0.3, 0.0), (0.0, 0.0)])
+def test_loss_and_gradients_are_those_of_recomputed_chunks(weights: tuple[float, float], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    head, other = nn.Linear(16, PADDED, dtype=dtype), nn.Linear(16, PADDED + 3, bias=False, dtype=dtype)
+    hidden, taught = (torch.randn(3, 9, 16, generator=generator, dtype=dtype) * 5 for _ in range(2))
+    hidden.requires_grad_()
+    labelled = LabelledPositions.from_labels(text()[2])
+    keywords: dict[str, Any] = {
+        "teacher_head": other, "teacher_hidden": taught, "temperature": 2.0, "vocab_size": VOCAB, "scale": 0.1,
+        "task_weight": weights[0], "kd_weight": weights[1],
+    }  # fmt: skip
+    ways = {"direct": head, "recomputed": lambda rows: head(rows)}
+    found = {name: head_losses(way, hidden, labelled, num_chunks=3, **keywords) for name, way in ways.items()}
+    for one, same in zip(found["direct"], found["recomputed"], strict=True):
+        torch.testing.assert_close(one, same.to(dtype), rtol=1e-6, atol=1e-7)
+    gradients = {name: torch.autograd.grad(x.loss, [hidden, *head.parameters()]) for name, x in found.items()}
+    for one, same in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6 * float(same.abs().max()))
+    assert float(found["direct"].task) > 0 and float(found["direct"].kd) > 0
+
+
+def test_without_gradients_the_same_losses_in_one_call() -> None:
+    head, hidden = nn.Linear(4, 5), torch.randn(2, 3, 4, requires_grad=True)
+    labelled = LabelledPositions.from_labels(torch.randint(0, 5, (2, 3)))
+    teacher: dict[str, Any] = {"teacher_head": nn.Linear(4, 5), "teacher_hidden": torch.randn(2, 3, 4)}
+    trained = head_losses(head, hidden, labelled, **teacher)
+    with torch.no_grad():
+        evaluated = head_losses(head, hidden, labelled, **teacher)
+    assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
+    assert trained.loss.requires_grad and not (evaluated.loss.requires_grad or trained.task.requires_grad)

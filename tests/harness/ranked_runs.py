@@ -14,6 +14,7 @@ from pathlib import Path
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from kvds.config.recipe import parse_run_config
+from kvds.distillation import head_chunks
 from kvds.distributed.process_group import leave_distributed
 from kvds.models import compiled_layers
 from kvds.training.run import train
@@ -27,6 +28,9 @@ if __name__ == "__main__":
         return fetch(self, module, *arguments, **keywords)
 
     PartitionedParameterCoordinator.fetch_sub_module = noted
+    head_chunks._CHUNK_BYTES = (
+        2**14
+    )  # several chunks at the head, and of most micro-batches another number on each rank
     compiled_layers.BACKEND = "aot_eager"  # the pieces and their gradients, without a compiler's minute
     for name, flags in json.loads(Path(runs).read_text()).items():
         fetched[name] = Counter()

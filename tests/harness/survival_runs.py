@@ -117,8 +117,9 @@ def step(loader, step, ask=BatchLoader.step):
     return ask(loader, step)
 
 def losses(*arguments, ask=kvds.distillation.module.head_losses, **keywords):
-    task, kd = ask(*arguments, **keywords)
-    return (task {change} if now[0] in {steps} and rank == {of_rank} else task), kd
+    found = ask(*arguments, **keywords)
+    spoilt = now[0] in {steps} and rank == {of_rank}
+    return found._replace(loss=found.loss {change}, task=found.task {change}) if spoilt else found
 
 BatchLoader.step, kvds.distillation.module.head_losses = step, losses
 """
