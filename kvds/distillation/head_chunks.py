@@ -14,13 +14,15 @@ from torch import nn
 from kvds.config import RunConfig
 from kvds.models.own_logits import is_plain_head
 
-# Logits of one chunk: 2^28 elements in 16 bits, half as many in fp32.
+# Logits of one chunk, the teacher's included: 2^28 elements in 16 bits, half as many in fp32.
 _CHUNK_BYTES = 2**29
 
 
-def chunk_count(tokens: int, vocab_size: int, element_size: int) -> int:
-    """How many chunks keep a chunk's logits within the limit when ``tokens`` positions count."""
-    return max(1, -(-tokens * vocab_size * element_size // _CHUNK_BYTES))
+def chunk_count(tokens: int, vocab_size: int, element_size: int, *, distilled: bool) -> int:
+    """How many chunks keep a chunk's logits, and the teacher's beside them, within the limit when ``tokens`` positions
+    count.
+    """
+    return max(1, -(-tokens * vocab_size * element_size * (1 + distilled) // _CHUNK_BYTES))
 
 
 def agreed_chunks(cfg: RunConfig, student: Any, tokens: int) -> int | None:
@@ -30,10 +32,12 @@ def agreed_chunks(cfg: RunConfig, student: Any, tokens: int) -> int | None:
     whose weights are sharded, and that of a student whose own forward makes its logits (a plain head is called once,
     whatever the chunks). Whether the student's weights are sharded is not asked: a number that is fixed is right, too.
     """
-    gathers = bool(cfg.logit_kd_weight) and cfg.teacher_placement in ("zero3", "zero3_offload")
+    distilled = bool(cfg.logit_kd_weight)
+    gathers = distilled and cfg.teacher_placement in ("zero3", "zero3_offload")
     if not gathers and makes_one_call(student):
         return None
-    return chunk_count(tokens, student.config.vocab_size, next(student.parameters()).element_size())
+    element = next(student.parameters()).element_size()
+    return chunk_count(tokens, student.config.vocab_size, element, distilled=distilled)
 
 
 def makes_one_call(student: Any) -> bool:

@@ -69,7 +69,9 @@ class _HeadLosses(torch.autograd.Function):
         needs_rows, needs_weight, needs_bias = (training and needed for needed in ctx.needs_input_grad[:3])
         scale, task_weight = scales
         kd_weight = 0.0 if taught is None else taught.weight
-        chunks = num_chunks or chunk_count(len(rows), weight.shape[0], rows.element_size())
+        chunks = num_chunks or chunk_count(
+            len(rows), weight.shape[0], rows.element_size(), distilled=taught is not None
+        )
         task, kd = (rows.new_zeros((), dtype=torch.promote_types(torch.float32, rows.dtype)) for _ in range(2))
         d_rows = torch.empty_like(rows) if needs_rows else None
         d_weight = d_bias = None

@@ -41,7 +41,7 @@ from kvds.teacher.teacher import TeacherOutput
 # The Triton kernels keep no projection; their partial sums and, with many heads, a chunk's mixed rows stay below this.
 _TRITON_WORKSPACE = 64 * 2**20
 # Chunks of the head that are simulated.
-_HEAD_CHUNKS = 3
+_HEAD_CHUNKS = 2
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,8 @@ class StepPlanner:
         tokens = self.cfg.tokens_per_batch or (batch.samples or batch.rows) * self.cfg.max_length
         chunks = agreed_chunks(self.cfg, student, tokens)
         if chunks is None:
-            chunks = chunk_count(batch.labelled, student.config.vocab_size, self._element)
+            distilled = self.teacher is not None and bool(self.cfg.logit_kd_weight)
+            chunks = chunk_count(batch.labelled, student.config.vocab_size, self._element, distilled=distilled)
         if chunks <= _HEAD_CHUNKS:
             return batch, chunks
         return replace(batch, labelled=max(1, batch.labelled * _HEAD_CHUNKS // chunks)), _HEAD_CHUNKS

@@ -29,13 +29,14 @@ def settings(**changes: object) -> Any:
     ("tokens", "vocab", "size"), [(1, 10, 4), (2807, 151_936, 2), (12_000, 151_936, 2), (8192, 50_257, 4)]
 )
 def test_no_chunk_holds_more_than_the_limit_and_none_is_idle(tokens: int, vocab: int, size: int) -> None:
-    chunks = chunk_count(tokens, vocab, size)
+    chunks = chunk_count(tokens, vocab, size, distilled=False)
     assert -(-tokens // chunks) * vocab * size <= 2**29 + vocab * size
     assert chunks == 1 or -(-tokens // (chunks - 1)) * vocab * size > 2**29 - vocab * size
 
 
 def test_chunks_of_known_batches() -> None:
-    assert [chunk_count(n, 151_936, 2) for n in (0, 1766, 1767, 2807, 12_000)] == [1, 1, 2, 2, 7]
+    assert [chunk_count(n, 151_936, 2, distilled=False) for n in (0, 1766, 1767, 2807, 12_000)] == [1, 1, 2, 2, 7]
+    assert [chunk_count(n, 151_936, 2, distilled=True) for n in (0, 883, 884, 2807)] == [1, 1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,7 @@ def test_ranks_agree_where_a_chunk_gathers_the_teachers_head(changes: dict[str, 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCAB, **sizes))
     found = agreed_chunks(settings(**changes), model, 100_000)
-    assert found == (chunk_count(100_000, VOCAB, 4) if agreed else None)
-    assert chunk_count(100_000, VOCAB, 4) == 3
+    assert found == (5 if agreed else None)
 
 
 @pytest.mark.parametrize("family", SCALED)

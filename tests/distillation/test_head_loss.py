@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvds.data.labels import LabelledPositions
 from kvds.distillation.head_loss import losses_at_head
 from kvds.distillation.losses import head_losses
+from kvds.plan.live_memory import LiveMemory, drop_gradients
 
 
 def problem(dtype: torch.dtype, count: int = 13, bias: bool = True) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -117,3 +119,27 @@ def test_head_losses_take_this_way_and_agree_with_the_other() -> None:
     torch.testing.assert_close(direct, recomputed.to(direct.dtype), rtol=1e-6, atol=0)
     for a, b in zip(gradients(direct, head, rows), gradients(recomputed, head, rows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_large_chunks_take_no_more_memory_than_small_ones_made_twice(distilled: bool) -> None:
+    """Qwen2's heads in bf16 on 32 rows of GSM8K, which 38 chunks of 2^26 logits would hold if every token counted."""
+    vocab, count = 151_936, 2807
+
+    def peak(direct: bool) -> int:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            head, other = (nn.Linear(size, vocab, bias=False, dtype=torch.bfloat16) for size in (896, 1536))
+            hidden, taught = (torch.empty(1, count, size, dtype=torch.bfloat16) for size in (896, 1536))
+            hidden.requires_grad_()
+            labelled = LabelledPositions(torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64))
+            memory = LiveMemory("cuda")
+            memory.ignore(iter([head.weight, other.weight, hidden, taught, labelled.index, labelled.target]))
+            drop_gradients(head.parameters())
+            with memory:
+                head_losses(
+                    head if direct else lambda rows: head(rows), hidden, labelled, num_chunks=None if direct else 38,
+                    teacher_head=other if distilled else None, teacher_hidden=taught if distilled else None,
+                ).loss.backward()  # fmt: skip
+        return memory.peak
+
+    assert peak(True) <= peak(False)

@@ -85,8 +85,8 @@ def test_at_the_head_no_more_than_a_chunk_of_logits_lives(distilled: bool, monke
         return loss.detach(), found, peak / MIB
 
     loss, gradients, peak = run()
-    chunk, weight = count / 2 * vocab * 2 / MIB, head.weight.numel() * 2 / MIB
-    assert peak < (1 + distilled) * chunk + weight + 40
+    # 512 MiB of logits at most, the teacher's included; the weight's gradient, and of hidden states and losses little.
+    assert peak < 512 + head.weight.numel() * 2 / MIB + 40
     monkeypatch.setattr(softmax_loss, "_has_triton", lambda: False)
     same, expected, _ = run()
     torch.testing.assert_close(loss, same, rtol=1e-5, atol=0)
