@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
     --data) data=$2 && shift 2 ;;
     --to) to=$2 && shift 2 ;;
     --wheels) wheels=$2 && shift 2 ;;
-    tests | sanitizer | ops | head | ncu | step | forms | layers | scaling | gsm8k_large) stages+=("$1") \&\& shift ;;
+    tests | sanitizer | ops | head | ncu | step | forms | layers | scaling | gsm8k_large) stages+=("$1") && shift ;;
     *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -23 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
   esac
 done

@@ -47,7 +47,6 @@ from kvds.data.batches import RowWidth, TokenBatch
 from kvds.data.encoding import EncodedSample
 from kvds.data.labels import LabelledPositions
 from kvds.data.model_inputs import repacked, unpacked
-from kvds.distillation.losses import head_chunk_count
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import KVShape, select_tokens
@@ -116,15 +115,12 @@ class Stage:
         self.settings = AlignmentSettings(alignment_mode="structured")
         self.teacher = Teacher(self.teacher_model, device=self.device, parts=state_names(self.settings))
 
-    def module(self, rows: int) -> DistillationModule:
-        """Student and aligner, with as many chunks at the head as a run of such batches has."""
+    def module(self) -> DistillationModule:
+        """Student and aligner."""
         torch.manual_seed(0)
         shapes = [KVShape.from_config(config) for config in (self.pair.student, self.pair.teacher)]
         aligner = build_aligner(*shapes, self.settings).to(self.device)
-        tokens = max(self.arguments.tokens_per_batch, rows * MAX_LENGTH)
-        return DistillationModule(
-            self.student, aligner, head_chunks=head_chunk_count(tokens, self.pair.student.vocab_size)
-        )
+        return DistillationModule(self.student, aligner)
 
     def steps(self, form: Form, rows: int) -> list[list[TokenBatch]]:
         """The micro-batches of each step."""
@@ -199,7 +195,7 @@ class Stage:
 
 def plain(stage: Stage, rows: int) -> Callable[[list[TokenBatch]], dict[str, torch.Tensor]]:
     """A step without an engine: fused AdamW on the parameters as they are."""
-    module = stage.module(rows)
+    module = stage.module()
     fused = stage.device.type == "cuda"
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=fused)
 
@@ -235,7 +231,7 @@ def under_zero(stage: Stage, rows: int, name: str, form: Form) -> Callable[[list
             str(rows), "--lr", "1e-9", "--deepspeed_config", str(path), "--compile", "on" if form.compiled else "off",
         ])  # fmt: skip
         config = student_engine_config(load_deepspeed_config(cfg.deepspeed_config), cfg, 1)
-        engine = build_engine(stage.module(rows), cfg, config, 10**6)
+        engine = build_engine(stage.module(), cfg, config, 10**6)
 
     def take(step: list[TokenBatch]) -> dict[str, torch.Tensor]:
         first: dict[str, torch.Tensor] = {}

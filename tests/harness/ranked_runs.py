@@ -28,9 +28,7 @@ if __name__ == "__main__":
         return fetch(self, module, *arguments, **keywords)
 
     PartitionedParameterCoordinator.fetch_sub_module = noted
-    head_chunks._CHUNK_BYTES = (
-        2**14
-    )  # several chunks at the head, and of most micro-batches another number on each rank
+    head_chunks._CHUNK_BYTES = 2**14  # several chunks at the head, of most micro-batches not as many on each rank
     compiled_layers.BACKEND = "aot_eager"  # the pieces and their gradients, without a compiler's minute
     for name, flags in json.loads(Path(runs).read_text()).items():
         fetched[name] = Counter()
