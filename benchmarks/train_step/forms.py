@@ -193,7 +193,7 @@ class Stage:
         }  # fmt: skip
 
 
-def plain(stage: Stage, rows: int) -> Callable[[list[TokenBatch]], dict[str, torch.Tensor]]:
+def plain(stage: Stage) -> Callable[[list[TokenBatch]], dict[str, torch.Tensor]]:
     """A step without an engine: fused AdamW on the parameters as they are."""
     module = stage.module()
     fused = stage.device.type == "cuda"
@@ -300,7 +300,7 @@ def plain_forms(
         for rows in arguments.rows:
             if on_time():
                 try:
-                    tell([stage.measure(name, form, rows, plain(stage, rows))])
+                    tell([stage.measure(name, form, rows, plain(stage))])
                 except torch.cuda.OutOfMemoryError as error:
                     tell([{"form": name, "rows": rows, "note": str(error).splitlines()[0][:160]}])
                 stage.student.zero_grad(set_to_none=True)
