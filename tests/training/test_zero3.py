@@ -150,7 +150,7 @@ def distributed(models, tmp_path_factory) -> Path:
     environment["HF_DATASETS_CACHE"] = str(folder / "datasets")
     environment["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "0.2"
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=840)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     (folder / "log.txt").write_text(done.stderr)
     (folder / "shared.txt").write_text("\n".join(map(str, Path("/dev/shm").glob(f"*_{port}_*"))))
