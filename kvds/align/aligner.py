@@ -22,10 +22,13 @@ log = logging.getLogger(__name__)
 
 
 def aligner_settings(settings: AlignmentSettings) -> AlignmentSettings:
-    """The alignment's section alone, with the mode's own layer map and parts where they are left open."""
+    """The alignment's section alone, with layer map, parts and start of the maps where they are left open."""
     mode = ALIGNMENT_MODES[settings.alignment_mode]
     parts = mode.parts if settings.kv_parts == "auto" else settings.kv_parts
-    return replace(settings.alignment(), layer_map=settings.layer_map or mode.layer_map, kv_parts=parts)
+    return replace(
+        settings.alignment(), layer_map=settings.layer_map or mode.layer_map, kv_parts=parts,
+        map_start=settings.chosen_map_start,
+    )  # fmt: skip
 
 
 class KVAligner(nn.Module):

@@ -8,7 +8,7 @@ centred and in units of ``source_scale`` and ``target_scale``:
 * ``pca``: the directions in which the teacher's rows vary most, its own side alone (``P`` takes the teacher's rows to
   their leading coordinates, or the student's rows, read as such coordinates, back);
 * ``procrustes``: the semi-orthogonal ``P`` for which ``x P`` agrees best with ``y``, ``U Vᵀ`` of the SVD of ``xᵀy``;
-* ``ridge``: ``(xᵀx + λ N I)⁻¹ xᵀy``.
+* ``ridge``: ``(xᵀx + λ N I)⁻¹ xᵀy``, with the λ that explains held-out rows best (:mod:`kvds.align.ridge`).
 
 The bias is then set so that the residual has mean zero. A shared map is fitted to the moments of all its uses together.
 """
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from kvds.align.aligner import KVAligner
 from kvds.align.aligner_part import AlignerPart
+from kvds.align.ridge import Moments, fit_ridge
 from kvds.errors import InputError
 from kvds.kv import Selection, States, gather_positions
 
-RIDGE = 1e-3  # λ, in units of the source's mean variance per channel
-_JITTERS = (1e-12, 1e-9, 1e-6, 1e-3)  # in the same unit
 _CHUNK = 2048  # positions in fp64 at a time
+_BLOCKS = 4  # of a row's positions, by turns in either half
 
 
 class PartMoments:
@@ -46,16 +46,21 @@ class PartMoments:
         maps, *widths = part.map_shape
         width = dict(zip("xy", widths, strict=True))
         products = {"pca": "yy" if part.to_teacher else "xx", "procrustes": "xy", "ridge": "xx xy", "random": ""}[start]
-        self.count = torch.zeros((), dtype=torch.float64, device=part.target_scale.device)
+        # A start that is judged keeps two halves apart: [halves, L_y, maps, …].
+        halves = 2 if start == "ridge" else 1
+        self.count = torch.zeros(halves, dtype=torch.float64, device=part.target_scale.device)
         self.sums = {
-            name: self.count.new_zeros(part.num_targets, maps, *(width[side] for side in name if side in width))
+            name: self.count.new_zeros(halves, part.num_targets, maps, *(width[side] for side in name if side in width))
             for name in ("x", "y", "x²", "y²", *products.split())
         }
+        self.held_out_r2: list[float] | None = None
 
-    def update(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], selection: Selection) -> None:
-        """Add one batch."""
+    def update(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], selection: Selection, halves: Tensor
+    ) -> None:
+        """Add one batch; ``halves`` as :func:`halves_of` has them."""
         source, target = self.sides(student, teacher)
-        self.add_rows(_selected(source, selection), _selected(target, selection))
+        self.add_rows(_selected(source, selection), _selected(target, selection), halves)
 
     def sides(
         self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
@@ -63,15 +68,29 @@ class PartMoments:
         """``source`` and ``target`` of the part, see :meth:`AlignerPart.sides`."""
         return self._part.sides(student, teacher)
 
-    def add_rows(self, source_rows: Tensor, target_rows: Tensor) -> None:
-        """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, a chunk of them in fp64 at a time."""
-        self.count += source_rows.shape[1]
-        for x, y in zip(source_rows.split(_CHUNK, 1), target_rows.split(_CHUNK, 1), strict=True):
-            self._add(self._part.source_rows(x.to(self.count)), self._part.target_rows(y.to(self.count)))
+    def add_rows(self, source_rows: Tensor, target_rows: Tensor, halves: Tensor) -> None:
+        """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, a chunk of them in fp64 at a time.
 
-    def _add(self, x: Tensor, y: Tensor) -> None:
+        Args:
+            source_rows: Of the source.
+            target_rows: Of the target.
+            halves: ``[N]``, 0 or 1: which half each belongs to.
+        """
+        if len(self.count) == 1:
+            halves = torch.zeros_like(halves)
+        for x, y, places in zip(*(rows.split(_CHUNK, 1) for rows in (source_rows, target_rows)),
+                                halves.split(_CHUNK), strict=True):  # fmt: skip
+            rows = self._part.source_rows(x.to(self.count)), self._part.target_rows(y.to(self.count))
+            for half in range(len(self.count)):
+                # Zeros in place of the others: no shape depends on what is selected.
+                kept = (places == half).to(self.count)
+                self.count[half] += kept.sum()
+                self._add(half, *(row * kept[:, None] for row in rows))
+
+    def _add(self, half: int, x: Tensor, y: Tensor) -> None:
         rows = {"x": x, "y": y}  # [L_y, maps, N, width]
-        for name, total in self.sums.items():
+        for name, sums in self.sums.items():
+            total = sums[half]
             if len(name) == 1:
                 total += rows[name].sum(2)
             elif name[1] == "²":
@@ -81,14 +100,14 @@ class PartMoments:
 
     def apply(self) -> None:
         """Write statistics, bias and, unless the start is random, the dimension maps into the part."""
-        part = self._part
-        if not self.count > 0:
+        part, count = self._part, self.count.sum()
+        if not count > 0:
             raise InputError(
                 "calibration: no position is selected in the calibration batches; expected at least one (more "
                 "--calibration_batches, or other --kv_method and --kv_budget)"
             )
-        mean = {name: self.sums[name] / self.count for name in ("x", "y")}
-        power = {name: self.sums[f"{name}²"] / self.count for name in ("x", "y")}
+        mean = {name: self.sums[name].sum(0) / count for name in ("x", "y")}
+        power = {name: self.sums[f"{name}²"].sum(0) / count for name in ("x", "y")}
         for name in ("x", "y"):
             if not bool(power[name].isfinite().all()):
                 model = "student" if (name == "x") == part.to_teacher else "teacher"
@@ -104,21 +123,86 @@ class PartMoments:
         else:
             # The unit is the teacher's, here the source, as the map mixes its layers at the start.
             part.target_scale.copy_(deviation["x"])
-        unit = {name: s.double()[:, None, None] for name, s in (("x", part.source_scale), ("y", part.target_scale))}
-        centre = {name: mean[name] / unit[name] for name in ("x", "y")}  # [L_y, maps, width]
-        if self._start != "random":
-            products = {
-                name: self.sums[name] / self.count / (unit[name[0]] * unit[name[1]])[..., None]
-                - centre[name[0]].unsqueeze(-1) * centre[name[1]].unsqueeze(-2)
-                for name in self.sums
-                if name in ("xx", "xy", "yy")
-            }
-            assert part.projection is not None
-            if part.projection.dim() == 2:
-                products = {name: value.mean((0, 1)) for name, value in products.items()}
-            fitted = closed_form(self._start, products, (centre["x"].shape[-1], centre["y"].shape[-1]))
-            part.projection.copy_(fitted.reshape(part.projection.shape))
+        if self._start == "ridge":
+            self._fit_ridge()
+        elif self._start != "random":
+            self._fit_closed_form(mean, count)
         part.set_offset(mean["x"], mean["y"])
+
+    def _fit_closed_form(self, mean: dict[str, Tensor], count: Tensor) -> None:
+        part = self._part
+        unit = {"x": part.source_scale.double()[:, None, None], "y": part.target_scale.double()[:, None, None]}
+        centre = {name: mean[name] / unit[name] for name in ("x", "y")}  # [L_y, maps, width]
+        products = {
+            name: self.sums[name].sum(0) / count / (unit[name[0]] * unit[name[1]])[..., None]
+            - centre[name[0]].unsqueeze(-1) * centre[name[1]].unsqueeze(-2)
+            for name in self.sums
+            if name in ("xx", "xy", "yy")
+        }
+        assert part.projection is not None
+        if part.projection.dim() == 2:
+            products = {name: value.mean((0, 1)) for name, value in products.items()}
+        fitted = closed_form(self._start, products, (centre["x"].shape[-1], centre["y"].shape[-1]))
+        part.projection.copy_(fitted.reshape(part.projection.shape))
+
+    def _fit_ridge(self) -> None:
+        part = self._part
+        assert part.projection is not None
+        shared = part.projection.dim() == 2
+        maps, *widths = part.map_shape
+        uses = [(layer, number) for layer in range(part.num_targets) for number in range(maps)]
+        left, mean_left = self.count.new_zeros(part.num_targets), self.count.new_zeros(part.num_targets)
+        projection = part.projection.detach().view(-1, *widths)
+        for place, group in enumerate([uses] if shared else [[use] for use in uses]):
+            whole = [self._moments(slice(None), *use) for use in group]
+            halves = tuple([self._moments(slice(half, half + 1), *use) for use in group] for half in (0, 1))
+            # A cosine has no mean to fall back on: the smallest map has a direction, none has not.
+            fitted, rest, of_mean = fit_ridge(whole, halves, may_be_none=part.regresses)  # type: ignore[arg-type]
+            projection[place].copy_(fitted)
+            layers = torch.tensor([layer for layer, _ in group], device=left.device)
+            left.index_add_(0, layers, rest)
+            mean_left.index_add_(0, layers, of_mean)
+        explained = 1 - left / mean_left.clamp_min(1e-300)
+        self.held_out_r2 = torch.where(mean_left > 0, explained, torch.zeros_like(explained)).tolist()
+
+    def _moments(self, halves: slice, layer: int, number: int) -> Moments:
+        """Of one use of a map, in the part's units."""
+        part = self._part
+        unit = {"x": part.source_scale[layer].double(), "y": part.target_scale[layer].double()}
+        count = self.count[halves].sum()
+
+        def mean(name: str, scale: Tensor) -> Tensor:
+            return self.sums[name][halves, layer, number].sum(0) / (count.clamp_min(1) * scale)
+
+        x, y = mean("x", unit["x"]), mean("y", unit["y"])
+        xx = mean("xx", unit["x"].square()) - torch.outer(x, x)
+        # As in _deviation: what rounding leaves of rows that do not vary is nothing to map.
+        varies = (xx.trace() > 1e-12 * x.square().sum()).to(xx)
+        return Moments(
+            count, x, y,
+            xx=xx * varies,
+            xy=(mean("xy", unit["x"] * unit["y"]) - torch.outer(x, y)) * varies,
+            yy=(mean("y²", unit["y"].square()) - y.square()).sum(),
+        )  # fmt: skip
+
+
+def halves_of(mask: Tensor, samples: Tensor | None = None) -> Tensor:
+    """Which half, 0 or 1, each selected position belongs to: ``[N]``, of a sample the same whatever stands beside it.
+
+    A sample's selected positions are cut into four runs that belong to either half by turns: neighbours, which look
+    alike, are mostly in one half, and each half has of the beginning and of the end. Samples of an odd number of
+    positions begin with the other half.
+
+    Args:
+        mask: ``[B, M]`` bool: the positions that are selected.
+        samples: ``[B, M]`` a number for each sample; None: every row is one.
+    """
+    if samples is None:
+        samples = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    _, sample, counts = samples[mask].unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(sample), device=mask.device) - (counts.cumsum(0) - counts)[sample]
+    count = counts[sample]
+    return (place * count.clamp_max(_BLOCKS) // count + count) % 2
 
 
 def _selected(layers: tuple[Tensor, ...], selection: Selection) -> Tensor:
@@ -135,7 +219,7 @@ def _deviation(power: Tensor, mean: Tensor) -> Tensor:
 
 
 def closed_form(start: str, products: dict[str, Tensor], widths: tuple[int, int]) -> Tensor:
-    """``[…, D_x, D_y]`` dimension maps from covariances ``xx``, ``xy`` or ``yy`` (those that the start needs)."""
+    """``[…, D_x, D_y]`` dimension maps by ``pca`` or ``procrustes``, from the covariances that the start needs."""
     if start == "pca":
         covariance = products.get("xx", products.get("yy"))
         assert covariance is not None
@@ -144,41 +228,8 @@ def closed_form(start: str, products: dict[str, Tensor], widths: tuple[int, int]
         largest = directions.gather(-2, directions.abs().argmax(-2, keepdim=True))
         directions = directions * torch.where(largest < 0, -1.0, 1.0)
         return directions if "xx" in products else directions.transpose(-1, -2)
-    if start == "procrustes":
-        left, _, right = torch.linalg.svd(products["xy"], full_matrices=False)
-        return left @ right
-    xx = products["xx"]
-    variance = xx.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None]
-    identity = torch.eye(widths[0], dtype=xx.dtype, device=xx.device)
-    return _solve(xx + RIDGE * variance * identity, products["xy"])
-
-
-def _solve(positive: Tensor, right: Tensor) -> Tensor:
-    """``positive⁻¹ right`` for symmetric matrices that are positive but for rounding, each by itself.
-
-    A batch goes through LAPACK's LU with several threads, which was seen to fail on the CPU for thirty layers.
-
-    Raises:
-        InputError: a matrix is not positive, whatever is added to its diagonal.
-    """
-    shape = torch.broadcast_shapes(positive.shape[:-2], right.shape[:-2])
-    lefts, rights = (x.expand(*shape, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (positive, right))
-    solved = [torch.cholesky_solve(y, _cholesky(x)) for x, y in zip(lefts, rights, strict=True)]
-    return torch.stack(solved).reshape(*shape, *right.shape[-2:])
-
-
-def _cholesky(positive: Tensor) -> Tensor:
-    """The lower triangle of ``positive``, more of whose mean variance is added to its diagonal until there is one."""
-    scale = positive.diagonal().abs().mean()
-    for jitter in (0.0, *_JITTERS):
-        diagonal = (jitter * scale).expand(positive.shape[-1])
-        factor, failed = torch.linalg.cholesky_ex(positive + torch.diag(diagonal))
-        if not bool(failed) and bool(factor.isfinite().all()):
-            return factor
-    raise InputError(
-        "map_start=ridge: the covariance of the student's or teacher's rows cannot be inverted; expected rows that are "
-        "finite (more --calibration_batches, or --map_start procrustes)"
-    )
+    left, _, right = torch.linalg.svd(products["xy"], full_matrices=False)
+    return left @ right
 
 
 class AlignmentMoments:
@@ -196,15 +247,16 @@ class AlignmentMoments:
             self.parts = {name: PartMoments(part, start) for name, part in aligner.parts.items()}  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def update(self, student: States, teacher: States, selection: Selection) -> None:
-        """Add one batch.
+    def update(self, student: States, teacher: States, selection: Selection, samples: Tensor | None = None) -> None:
+        """Add one batch, ``samples`` as :func:`halves_of` takes them.
 
         Raises:
             InputError: its shapes are not those of the configurations.
         """
         self._aligner.check_states(student, teacher)
+        halves = halves_of(selection.mask, samples)
         for name, part in self.parts.items():
-            part.update(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection)
+            part.update(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection, halves)
 
     def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
         """Sum over ranks in place; every rank makes the same calls, whatever its batches held."""
@@ -213,14 +265,18 @@ class AlignmentMoments:
                 all_reduce(tensor)
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def apply(self) -> dict[str, list[float]]:
         """Write statistics and starts into the aligner.
+
+        Returns:
+            Part → R² of held-out rows for each target layer, of starts that were judged (``ridge``).
 
         Raises:
             InputError: no position was selected, or states are not finite.
         """
         for part in self.parts.values():
             part.apply()
+        return {name: part.held_out_r2 for name, part in self.parts.items() if part.held_out_r2 is not None}
 
 
 def fit_aligner(
@@ -228,11 +284,15 @@ def fit_aligner(
     batches: Iterable[tuple[States, States, Selection]],
     *,
     all_reduce: Callable[[Tensor], None] | None = None,
-) -> None:
-    """Fit ``aligner`` on batches of student states, teacher states and selection, in one pass."""
+) -> dict[str, list[float]]:
+    """Fit ``aligner`` on batches of student states, teacher states and selection, in one pass.
+
+    Returns:
+        As :meth:`AlignmentMoments.apply`.
+    """
     moments = AlignmentMoments(aligner)
     for student, teacher, selection in batches:
         moments.update(student, teacher, selection)
     if all_reduce is not None:
         moments.reduce(all_reduce)
-    moments.apply()
+    return moments.apply()

@@ -57,6 +57,11 @@ class AlignmentMode:
     own: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def mapped(self) -> bool:
+        """Whether there are dimension maps, which can be fitted before step 1."""
+        return self.aligned and "map_start" not in self.only
+
+    @property
     def takes_kv(self) -> bool:
         """Whether the teacher gives keys and values, which a cache holds, ranks that share its heads exchange, and a
         selection can score.
@@ -90,7 +95,7 @@ ALIGNMENT_MODES: dict[str, AlignmentMode] = {
         only={
             "direction": Only(("student_to_teacher",), "nothing is mapped: the teacher's relations are the target"),
             "aligner_update": Only(("trained",), "no map is there to be frozen"),
-            "map_start": Only(("random",), "no map is there to be fitted"),
+            "map_start": Only(("auto", "random"), "no map is there to be fitted"),
             "kv_loss": Only(
                 ("mse",), "a softmax's loss is a KL divergence; or --relation_kind cosine", ("relation_kind", "cosine")
             ),

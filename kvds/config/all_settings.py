@@ -53,6 +53,14 @@ class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSe
         return float(self.kv_weight.split(":")[1]) if isinstance(self.kv_weight, str) else None
 
     @property
+    def chosen_map_start(self) -> str:
+        """``map_start``, for ``auto`` what it stands for: a random map would pull pretrained keys and values away."""
+        if self.map_start != "auto":
+            return self.map_start
+        fitted = self.student_init == "pretrained" and ALIGNMENT_MODES[self.alignment_mode].mapped
+        return "ridge" if fitted else "random"
+
+    @property
     def uses_kv(self) -> bool:
         """Whether keys and values are matched at all."""
         return ALIGNMENT_MODES[self.alignment_mode].aligned and self.kv_weight_value != 0

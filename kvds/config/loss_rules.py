@@ -40,7 +40,7 @@ def weight_rules(cfg: AllSettings) -> Iterator[Rule]:
         yield cfg.kv_weight_schedule == "constant", "kv_weight_schedule", cfg.kv_weight_schedule, expected
     if ALIGNMENT_MODES[cfg.alignment_mode].aligned and cfg.aligner_update == "frozen":
         expected = "--map_start pca, procrustes or ridge: a frozen random map has no meaning"
-        yield cfg.map_start != "random", "aligner_update", "frozen", expected
+        yield cfg.chosen_map_start != "random", "aligner_update", "frozen", expected
     if cfg.uses_kv and cfg.teacher_kv == "shuffled":
         expected = "a --batch_size above 1: a row alone has no other to borrow from"
         yield cfg.batch_size > 1, "teacher_kv", "shuffled", expected

@@ -158,7 +158,10 @@ class AlignmentSettings:
         "which side the map moves", "student_to_teacher", choices=("student_to_teacher", "teacher_to_student")
     )
     aligner_update: str = setting("whether the map learns", "trained", choices=("trained", "frozen"))
-    map_start: str = setting("start of the dimension maps", "random", choices=("random", "pca", "procrustes", "ridge"))
+    map_start: str = setting(
+        "start of the dimension maps; auto: ridge for a pretrained student where there are maps, else random", "auto",
+        choices=("auto", "random", "pca", "procrustes", "ridge"),
+    )  # fmt: skip
     calibration_batches: int = setting(
         "steps of batches that statistics and closed-form starts are fitted on", 4, least=1
     )
@@ -230,6 +233,11 @@ class AlignmentSettings:
     logit_kd_temperature: float = setting(
         "temperature of logit distillation", 1.0, above=0, expected="a number above 0, such as 5e-5"
     )
+
+    @property
+    def chosen_map_start(self) -> str:
+        """``map_start``, for ``auto`` what it stands for; without a run nothing is known of a student."""
+        return "random" if self.map_start == "auto" else self.map_start
 
     def alignment(self) -> AlignmentSettings:
         """This section alone, of whatever holds it with others."""

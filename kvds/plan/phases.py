@@ -83,7 +83,9 @@ def fitting_bytes(plan: RunPlan, batch: BatchShape) -> int:
             for part in AlignmentMoments(aligner).parts.values():
                 seen = [aligner.seen_shape(shape) for shape in (planner.student_shape, planner.teacher_shape)]
                 student, teacher = (_rows(shape, positions, plan.dtype) for shape in seen)
-                part.add_rows(*map(torch.stack, part.sides(student, teacher)))
+                halves = torch.zeros(positions, dtype=torch.int64)
+                source, target = map(torch.stack, part.sides(student, teacher))
+                part.add_rows(source, target, halves)
     return memory.peak
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,17 +39,23 @@ class RunModels:
         student: In the run's dtype, on the device or in ZeRO-3's shards.
         aligner: On the device; None where no keys and values are matched.
         teachers: In the order of ``cfg.all_teachers``; empty where none is used.
+        start_r2: For each teacher, part → R² that its fitted maps start with on held-out positions, for each target
+            layer; empty where nothing was fitted.
     """
 
     student: Any
     aligner: KVAligner | AlignerGroup | None
     teachers: list[Teacher | CachedTeacher]
+    start_r2: list[dict[str, list[float]]] = field(default_factory=list)
 
     def calibrate(
         self, cfg: RunConfig, loader: BatchLoader, choice: TokenChoice, device: torch.device,
         between_batches: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Fit the aligner's statistics and closed-form starts on the first batches; every rank calls it."""
+        """Fit the aligner's statistics and closed-form starts on the first batches; every rank calls it.
+
+        Sets :attr:`start_r2`.
+        """
 
         def batches() -> Iterator[TokenBatch]:
             for step in range(min(cfg.calibration_batches, loader.steps_per_epoch)):
@@ -60,7 +66,7 @@ class RunModels:
         assert self.aligner is not None
         for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True):
             match = partial(choice.with_teacher, teacher)
-            calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope)
+            self.start_r2.append(calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope))
 
     def module(self, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DistillationModule:
         """Student and aligner as the one module that an engine trains."""

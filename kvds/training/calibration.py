@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvds.align import KVAligner
 from kvds.align.fitting import AlignmentMoments
@@ -34,7 +34,7 @@ def calibrate_aligner(
     match: Callable[[TokenBatch], tuple[TeacherOutput, Selection]],
     *,
     rope: str,
-) -> None:
+) -> dict[str, list[float]]:
     """Fill the aligner's statistics and its closed-form start, the same on all ranks; before the engine is built.
 
     Args:
@@ -43,6 +43,9 @@ def calibrate_aligner(
         batches: This rank's calibration batches; equally many on every rank.
         match: From a batch to the teacher's output and the positions that count.
         rope: ``"pre"`` or ``"post"``.
+
+    Returns:
+        As :meth:`kvds.align.fitting.AlignmentMoments.apply`.
     """
     moments = AlignmentMoments(aligner)
     was_training = student.training
@@ -59,10 +62,18 @@ def calibrate_aligner(
             own = capture.states
             if batch.reasoning_step_ids is not None:
                 own = pool_reasoning_steps(own, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
-            moments.update(own, output.states, selection)
+            moments.update(own, output.states, selection, _samples(batch, selection))
     student.train(was_training)
     moments.reduce(all_reduce_sum)
-    moments.apply()
+    return moments.apply()
+
+
+def _samples(batch: TokenBatch, selection: Selection) -> Tensor | None:
+    """``[B, M]`` the sample of each selected position in packed rows; None where a row is one sample."""
+    if batch.packing is None or batch.reasoning_step_ids is not None:
+        return None
+    of_token = batch.packing.document_ids
+    return of_token if selection.index is None else of_token.gather(1, selection.index)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from kvds.checkpoint.writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.engine_config import student_engine_config
+from kvds.config.resume_rules import as_begun
 from kvds.data.batches import TokenBatch
 from kvds.data.run_data import RunData, load_run_data
 from kvds.distillation.step import LossWeights, StepInput
@@ -108,8 +109,9 @@ class TrainingRun:
         self.device, self.stop = device, StopRequest() if stop is None else stop
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.output_dir = Path(cfg.output_dir)
-        asked = cfg
-        cfg, engine_config, resume_step = self._open(cfg, raw)
+        resume_step = find_checkpoint(cfg)
+        asked = cfg = cfg if resume_step is None else as_begun(cfg, self.output_dir / "config.yaml")
+        cfg, engine_config = self._open(cfg, raw, resume_step)
         self.cfg = cfg
 
         self.tokenizer, model_configs, self.data = self._load_data()
@@ -141,12 +143,12 @@ class TrainingRun:
             kv_weight=self.kv_weight.value, total_steps=self.total_steps, resume_step=resume_step,
             mlflow_run_id=mlflow_run_id,
         )  # fmt: skip
+        self.run_log.record_starts(models.start_r2)
 
     # -- construction ---------------------------------------------------------------------------------------------
 
-    def _open(self, cfg: RunConfig, raw: dict[str, Any]) -> tuple[RunConfig, dict[str, Any], int | None]:
-        """The run as these ranks train it, the engine's settings and the step to go on from."""
-        resume_step = find_checkpoint(cfg)
+    def _open(self, cfg: RunConfig, raw: dict[str, Any], resume_step: int | None) -> tuple[RunConfig, dict[str, Any]]:
+        """The run as these ranks train it, and the engine's settings."""
         if resume_step is not None:
             origin, stage = read_origin(self.output_dir, resume_step), raw["zero_optimization"]["stage"]
             cfg = fit_to_origin(cfg, origin, step=resume_step, world_size=self.world_size, zero_stage=stage)
@@ -157,7 +159,7 @@ class TrainingRun:
         check_engine_config(engine_config, cfg.deepspeed_config)
         for warning in cfg.warnings:
             log.warning("%s", warning)
-        return cfg, engine_config, resume_step
+        return cfg, engine_config
 
     def _load_data(self) -> tuple[PreTrainedTokenizerBase, ModelConfigs, RunData]:
         """Tokenizer, architectures that go with it, and rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -93,6 +93,26 @@ class RunLog:
         """Record ``metrics`` after ``step`` optimizer steps."""
         if self._tracker is not None:
             self._tracker.log(step, metrics)
+
+    def record_starts(self, start_r2: Sequence[Mapping[str, Sequence[float]]]) -> None:
+        """Tell and record, at step 0, how much of held-out states the fitted maps explain.
+
+        Args:
+            start_r2: As :attr:`kvds.training.build.RunModels.start_r2`.
+        """
+        metrics: dict[str, float] = {}
+        for number, parts in enumerate(start_r2):
+            teacher = f"teacher_{number + 1}_" if len(start_r2) > 1 else ""
+            for part, layers in parts.items():
+                mean = sum(layers) / len(layers)
+                metrics[f"kv/start_r2/{teacher}{part}s"] = mean
+                metrics |= {f"kv/start_r2/{teacher}{part}s_layer_{i:02d}": value for i, value in enumerate(layers)}
+                log.info(
+                    "maps of %s%ss start at held-out R² %.3f, by layer: %s",
+                    teacher.replace("_", " "), part.replace("_", " "), mean, " ".join(f"{r2:.2f}" for r2 in layers),
+                )  # fmt: skip
+        if metrics:
+            self.record(0, metrics)
 
     def record_evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Record what an evaluation gave: corpus → metric → value."""

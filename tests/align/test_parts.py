@@ -109,7 +109,7 @@ def test_a_default_run_matches_the_values_alone(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
     # Without the task, and without the momentum that moves what has no gradient.
     values = {
-        "teacher_name": tmp_path / "teacher", "student_name": tmp_path / "student", "synthetic_problems": 32,
+        "teacher_name": tmp_path / "teacher", "student_name": tmp_path / "student", "synthetic_problems": 8,
         "tokenizer_name": tmp_path / "tokenizer", "max_length": 64, "eval_subset_size": 0, "kv_weight": 1.0,
         "task_weight": 0, "optimizer": "sgd", "lr": 0.05, "batch_size": 8, "max_steps": 3, "logging_steps": 1,
         "save_steps": 0, "calibration_batches": 1, "report_to": "none",
@@ -151,4 +151,6 @@ def test_a_run_is_an_alignment_with_more() -> None:
     run = RunConfig(model_name="gpt2", output_dir="x", alignment_mode="flat", kv_loss="l1", seed=3)
     settings = build_aligner(STUDENT, TEACHER, run, run.seed).settings
     assert type(settings) is AlignmentSettings
-    assert settings == AlignmentSettings(alignment_mode="flat", kv_loss="l1", layer_map="endpoint", kv_parts="v")
+    assert settings == AlignmentSettings(
+        alignment_mode="flat", kv_loss="l1", layer_map="endpoint", kv_parts="v", map_start="ridge"
+    )

@@ -304,7 +304,7 @@ def test_settings_that_cannot_serve_are_explained():
     for changes, message in (
         ({"relation_heads": 5}, r"relation_heads=5: .*student \(12\) and of the teacher \(20\), such as 4"),
         ({"direction": "teacher_to_student"}, "direction=teacher_to_student: expected student_to_teacher"),
-        ({"map_start": "ridge"}, "map_start=ridge: expected random with --alignment_mode relation"),
+        ({"map_start": "ridge"}, "map_start=ridge: expected auto or random with --alignment_mode relation"),
         ({"layer_groups": 2}, "layer_groups=2: expected 1"),
     ):
         with pytest.raises(InputError, match=message):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kvds.align.aligner import aligner_settings
 from kvds.config import RunConfig
 from kvds.config.recipe import load_recipe, parse_run_config
-from kvds.config.resume_rules import check_resumable
+from kvds.config.resume_rules import as_begun, check_resumable
 from kvds.config.values import parse_overrides
 from kvds.errors import InputError
 
@@ -102,6 +103,40 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
             check_resumable(dataclasses.replace(cfg, **changes), tmp_path / "config.yaml")
     with pytest.raises(InputError, match="config.yaml: missing.*--resume never"):
         check_resumable(cfg, tmp_path / "gone/config.yaml")
+
+
+def test_maps_start_fitted_where_a_student_is_pretrained():
+    """A random map would pull what the student has learned away; from scratch there is nothing to pull away."""
+
+    def start(**changes):
+        return aligner_settings(RunConfig(**REQUIRED, **changes)).map_start
+
+    for mode in ("flat", "structured", "structural_kv", "hidden"):
+        assert start(alignment_mode=mode) == "ridge"
+        assert start(alignment_mode=mode, student_init="random") == "random"
+        assert start(alignment_mode=mode, map_start="random") == "random"
+        assert start(alignment_mode=mode, map_start="procrustes", student_init="random") == "procrustes"
+    assert start(alignment_mode="relation") == "random"
+    assert start(aligner_update="frozen") == "ridge"
+    with pytest.raises(InputError, match="aligner_update=frozen: expected --map_start pca, procrustes or ridge"):
+        start(aligner_update="frozen", student_init="random")
+
+
+def test_a_run_begun_with_random_maps_goes_on_as_that(tmp_path):
+    saved = tmp_path / "config.yaml"
+    RunConfig(**REQUIRED, map_start="random").save(saved)
+    cfg = RunConfig(**REQUIRED)
+    check_resumable(cfg, saved)
+    assert as_begun(cfg, saved) == dataclasses.replace(cfg, map_start="random")
+    named = dataclasses.replace(cfg, map_start="ridge")
+    assert as_begun(named, saved) is named
+    with pytest.raises(InputError, match="--map_start ridge: the checkpoint .* was trained with random"):
+        check_resumable(named, saved)
+    for other in (cfg, named):
+        other.save(saved)
+        assert as_begun(cfg, saved) is cfg
+    with pytest.raises(InputError, match="--map_start auto: the checkpoint .* was trained with ridge"):
+        check_resumable(cfg, saved)
 
 
 def test_a_map_that_can_collapse_is_allowed_and_warned_about():

@@ -52,6 +52,26 @@ def test_parameters_are_counted_where_zero3_has_them() -> None:
     assert parameter_count(module) == 602
 
 
+def test_what_fitted_maps_start_with_is_one_line_a_part_and_recorded_at_step_0(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO, logger="kvds")
+    log_of(tmp_path / "one").record_starts([{"value": [0.5, 0.25]}])
+    assert records(tmp_path / "one") == [
+        {
+            "step": 0,
+            "kv/start_r2/values": 0.375,
+            "kv/start_r2/values_layer_00": 0.5,
+            "kv/start_r2/values_layer_01": 0.25,
+        }
+    ]
+    assert "maps of values start at held-out R² 0.375, by layer: 0.50 0.25" in caplog.messages
+    log_of(tmp_path / "two").record_starts([{"hidden_state": [0.5]}, {"hidden_state": [0.0]}])
+    assert records(tmp_path / "two")[0]["kv/start_r2/teacher_2_hidden_states_layer_00"] == 0
+    assert "maps of teacher 1 hidden states start at held-out R² 0.500, by layer: 0.50" in caplog.messages
+    for nothing in ([], [{}]):
+        log_of(tmp_path / f"none{len(nothing)}").record_starts(nothing)
+        assert records(tmp_path / f"none{len(nothing)}") == []
+
+
 def test_records_and_provenance_are_rank_zeros(tmp_path: Path) -> None:
     for rank in (0, 1):
         run_log = log_of(tmp_path / str(rank), rank=rank, nonfinite_steps=LeftOut((3, 1), (4, 2)))
