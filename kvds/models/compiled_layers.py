@@ -82,20 +82,28 @@ def _rest(
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class Pieces:
+    """What a layer is put together from.
+
+    Attributes:
+        norm: ``(x, weight, eps)`` → an RMS norm.
+        rotation: ``(query, key, cos, sin)`` → both rotated.
+        rest: From the residual stream and what attention gives to the layer's output, as :func:`_rest`.
+    """
+
     norm: Callable[..., Tensor]
     rotation: Callable[..., tuple[Tensor, Tensor]]
     rest: Callable[..., Tensor]
 
 
 @functools.cache
-def _pieces(backend: str) -> _Pieces:
+def _pieces(backend: str) -> Pieces:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * _RECOMPILE_LIMIT)
     # Any number of tokens by one kernel.
     made: list[Any] = [torch.compile(piece, dynamic=True, backend=backend) for piece in (_norm, _rotation, _rest)]
-    return _Pieces(*made)
+    return Pieces(*made)
 
 
 def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
@@ -110,7 +118,7 @@ class _Attention:
         pieces: Compiled.
     """
 
-    def __init__(self, attention: Any, pieces: _Pieces) -> None:
+    def __init__(self, attention: Any, pieces: Pieces) -> None:
         self._attention, self._pieces = attention, pieces
 
     def __call__(
@@ -138,7 +146,7 @@ class _Attention:
 
 
 @functools.cache
-def _compiled_class(kind: type[nn.Module], pieces: _Pieces) -> type[nn.Module]:
+def _compiled_class(kind: type[nn.Module], pieces: Pieces) -> type[nn.Module]:
     """A decoder layer's class with another forward; as a class, since transformers wraps those into checkpointing."""
     base: Any = kind
 
@@ -159,7 +167,13 @@ def _compiled_class(kind: type[nn.Module], pieces: _Pieces) -> type[nn.Module]:
     return CompiledLayer
 
 
-def compile_layers(model: nn.Module, layers: Sequence[nn.Module] | None = None, *, backend: str | None = None) -> int:
+def compile_layers(
+    model: nn.Module,
+    layers: Sequence[nn.Module] | None = None,
+    *,
+    backend: str | None = None,
+    pieces: Pieces | None = None,
+) -> int:
     """Give decoder layers of ``model`` a forward in compiled pieces: the same numbers up to rounding.
 
     For forwards without a cache, which training and its evaluation of losses are. Nothing is compiled before the first.
@@ -169,12 +183,13 @@ def compile_layers(model: nn.Module, layers: Sequence[nn.Module] | None = None, 
         layers: Of its decoder layers those to change; None: all. Under ZeRO-3 those that are gathered whole, as the
             pieces read the weights of several modules.
         backend: Of ``torch.compile``; None: :data:`BACKEND`.
+        pieces: In place of compiled ones.
 
     Returns:
         How many layers were changed.
     """
     chosen = list(decoder_layers(model) if layers is None else layers)
-    pieces = _pieces(BACKEND if backend is None else backend)
+    pieces = pieces or _pieces(BACKEND if backend is None else backend)
     for layer in chosen:
         kind: Any = type(layer)
         layer.__class__ = _compiled_class(kind, pieces)

@@ -228,7 +228,9 @@ class RunPlan:
         if self.fits:
             return []
         if self.cfg.tokens_per_batch:
-            return ["tokens_per_batch: 0", *RunPlan(replace(self.cfg, tokens_per_batch=0), self.machine).advice()]
+            padded = RunPlan(replace(self.cfg, tokens_per_batch=0), self.machine)
+            more = padded.advice()
+            return ["tokens_per_batch: 0", *more] if padded.fits or more else []
         if self.cfg.teacher_overlap:
             plain = RunPlan(replace(self.cfg, teacher_overlap=False), self.machine, self.rows)
             more = plain.advice()

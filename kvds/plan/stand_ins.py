@@ -12,6 +12,7 @@ from kvds.align import AlignmentLoss
 from kvds.align.loss import average_parts
 from kvds.distillation.module import DistillationModule
 from kvds.kv import KVStates, Selection
+from kvds.models.compiled_layers import Pieces
 from kvds.plan.live_memory import HostCopies
 
 
@@ -57,3 +58,54 @@ class PlannedModule(DistillationModule):
 
     def _storage(self, ids: Tensor) -> contextlib.AbstractContextManager[Any]:
         return self.host.hooks() if self._offload_checkpoints else contextlib.nullcontext()
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(kept) for kept in ctx.saved_tensors)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return torch.empty_like(query), torch.empty_like(key)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(gradient) for gradient in upstream), None, None
+
+
+class _Rest(torch.autograd.Function):
+    """Keeps what its matrix products read and made; all that is elementwise is computed again from these."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, attended: Tensor, inner: int, *weights: Tensor) -> Tensor:
+        middle, normed = torch.empty_like(residual), torch.empty_like(residual)
+        gate, up, product = (residual.new_empty(*residual.shape[:-1], inner) for _ in range(3))
+        ctx.save_for_backward(attended, middle, normed, gate, up, product, *weights)
+        return torch.empty_like(residual)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        attended, middle, _, gate, *rest = ctx.saved_tensors
+        inner = [torch.empty_like(gate) for _ in range(2)]
+        weights = [torch.empty_like(weight) for weight in rest[2:]]
+        del inner
+        return torch.empty_like(middle), torch.empty_like(attended), None, *weights
+
+
+def _rest(residual: Tensor, attended: Tensor, out: Any, norm: Tensor, eps: float, *mlp: Any) -> Tensor:
+    given = [weight for pair in (out, *mlp) for weight in pair if weight is not None]
+    kept: Tensor = _Rest.apply(residual, attended, mlp[0][0].shape[0], norm, *given)
+    return kept
+
+
+COMPILED_PIECES = Pieces(lambda x, weight, eps: _Norm.apply(x, weight), _Rotation.apply, _rest)
+"""What compiled layers keep for their backward pass, without what they compute."""

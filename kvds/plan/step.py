@@ -33,9 +33,10 @@ from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape, open_capture
 from kvds.kv.families import backbone
 from kvds.kv.row_attention import run_attention
+from kvds.models.compiled_layers import compile_layers, why_not_compiled
 from kvds.ops.lean import CHUNK_ELEMENTS
 from kvds.plan.live_memory import LiveMemory, drop_gradients
-from kvds.plan.stand_ins import FusedStandIn, PlannedModule
+from kvds.plan.stand_ins import COMPILED_PIECES, FusedStandIn, PlannedModule
 from kvds.teacher.teacher import TeacherOutput
 
 # The Triton kernels keep no projection; their partial sums and, with many heads, a chunk's mixed rows stay below this.
@@ -177,6 +178,8 @@ class StepPlanner:
         self._element = torch.empty((), dtype=dtype).element_size()
         self._mode = ALIGNMENT_MODES[cfg.alignment_mode]
         self._hidden = self._mode.teacher_reads == "hidden"
+        asked = cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda")
+        self._compiled = asked and not why_not_compiled(student, run_attention(cfg.attn_implementation))
         # Positions that no key decides are chosen before the teacher's forward, which keeps them alone, and of them the
         # parts that are compared.
         self._keeps_all = self._hidden or SELECTION_METHODS[cfg.kv_method].reads_keys or cfg.teacher_kv == "shuffled"
@@ -292,6 +295,8 @@ class StepPlanner:
             student = _model(config, cfg, self.dtype)
             student.config.use_cache = False
             student.train()
+            if self._compiled:
+                compile_layers(student, pieces=COMPILED_PIECES)
             if checkpointing:
                 student.gradient_checkpointing_enable({"use_reentrant": False})
             batch, chunks = self._few_chunks(student, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 
 from kvds.config import RunConfig
 from kvds.plan import token_budget
-from kvds.plan.estimate import Machine
+from kvds.plan.estimate import Machine, RunPlan
+from kvds.plan.rows import RowPlan
+from kvds.plan.step import BatchShape
 from kvds.plan.token_budget import MOST_TOKENS, with_token_budget
 from tests.harness.plan_recipe import config
+from tests.harness.real_data import data_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -83,3 +87,18 @@ def test_what_is_given_fits_by_the_plan() -> None:
     assert 0 < tokens < 512 * cfg.max_length
     assert token_budget._peak(cfg, machine, tokens) <= 0.9 * machine.usable
     assert token_budget._peak(cfg, machine, 2 * tokens) > 0.9 * machine.usable
+
+
+def test_the_plan_of_one_row_in_compiled_layers_is_what_a_gpu_took() -> None:
+    models = data_folder() / "models"
+    cfg = config(
+        REPOSITORY / "launch/recipes/qwen2_zero3_1gpu.yaml", teacher_name=models / "qwen2-1.5b",
+        student_name=models / "qwen2-0.5b", teacher_init="random", student_init="random", tokens_per_batch=40960,
+    )  # fmt: skip
+    with (REPOSITORY / "benchmarks/results/step_forms_qwen2_h200.csv").open() as file:
+        measured = {row["rows"]: row for row in csv.DictReader(file) if row["form"] == "zero3, one row, compiled"}
+    for count in ("32", "128", "256"):
+        tokens = round(float(measured[count]["tokens_run"]))
+        shape = BatchShape(1, tokens, round(0.6 * tokens), tokens, int(count))  # GSM8K labels six tokens of ten
+        plan = RunPlan(cfg, Machine(1, 1, 141 * GIB), RowPlan(shape, 511, None, None, None, ""))
+        assert plan.peak / GIB == pytest.approx(float(measured[count]["peak_gib"]), rel=0.05)
