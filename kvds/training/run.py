@@ -260,44 +260,44 @@ class TrainingRun:
             total=self.total_steps, initial=self.step, desc=f"train {self.output_dir.name}", unit="step",
             disable=self.rank != 0, mininterval=1.0,
         )  # fmt: skip
-        if self.evaluation_pending:
-            self._evaluate_on_the_way()
-        while self.step < self.total_steps:
-            self.stop.check()
-            watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
-            weights = self._weights()
-            begun, last = time.perf_counter(), False
-            while not last:
-                micro, inputs = feed.take(weights, watch=watch)
-                last = micro.last
-                self.engine.set_gradient_accumulation_boundary(last)
-                with timer.phase("forward"):
-                    loss, metrics = self.engine(step=inputs)
-                feed.make_next()
-                with timer.phase("backward"):
-                    # How many micro-batches a step has is known here alone.
-                    self.engine.backward(loss / micro.count, scale_wrt_gas=False)
-                with timer.phase("optimizer"):
-                    self.engine.step()
-                gradient_watch = self.engine.module.gradient_watch
-                squares = gradient_watch.squares() if gradient_watch is not None else {}
-                # All ranks together count one step, so that steps on other numbers of ranks weigh the same.
-                meter.update(metrics | squares, micro.tokens, share=1 / (micro.count * self.world_size))
-                self.nonfinite_steps.note(inputs.batch, metrics)
-            self.step += 1
-            bar.update()
-            self._tell_first_step(begun)
-            self.nonfinite_steps.end_step(self.step)
-            self.run_log.record_nonfinite_steps(wait=watch)
-            if watch:
-                self._record(meter.read(timer.read()), weights, bar)
-            if self._due(cfg.eval_steps):
+        with bar:  # closed by what is raised, too: what is told of it begins a line of its own
+            if self.evaluation_pending:
                 self._evaluate_on_the_way()
-            if self._due(cfg.save_steps) or self.step == self.total_steps:
-                self._save()
-            if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
-                meter.restart_clock()
-        bar.close()
+            while self.step < self.total_steps:
+                self.stop.check()
+                watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
+                weights = self._weights()
+                begun, last = time.perf_counter(), False
+                while not last:
+                    micro, inputs = feed.take(weights, watch=watch)
+                    last = micro.last
+                    self.engine.set_gradient_accumulation_boundary(last)
+                    with timer.phase("forward"):
+                        loss, metrics = self.engine(step=inputs)
+                    feed.make_next()
+                    with timer.phase("backward"):
+                        # How many micro-batches a step has is known here alone.
+                        self.engine.backward(loss / micro.count, scale_wrt_gas=False)
+                    with timer.phase("optimizer"):
+                        self.engine.step()
+                    gradient_watch = self.engine.module.gradient_watch
+                    squares = gradient_watch.squares() if gradient_watch is not None else {}
+                    # All ranks together count one step, so that steps on other numbers of ranks weigh the same.
+                    meter.update(metrics | squares, micro.tokens, share=1 / (micro.count * self.world_size))
+                    self.nonfinite_steps.note(inputs.batch, metrics)
+                self.step += 1
+                bar.update()
+                self._tell_first_step(begun)
+                self.nonfinite_steps.end_step(self.step)
+                self.run_log.record_nonfinite_steps(wait=watch)
+                if watch:
+                    self._record(meter.read(timer.read()), weights, bar)
+                if self._due(cfg.eval_steps):
+                    self._evaluate_on_the_way()
+                if self._due(cfg.save_steps) or self.step == self.total_steps:
+                    self._save()
+                if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
+                    meter.restart_clock()
 
     def _tell_first_step(self, begun: float) -> None:
         """How long the first step of this attempt took, in which all is compiled and met for the first time."""
