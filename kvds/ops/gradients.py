@@ -33,6 +33,26 @@ class LossProblem:
     loss: str
 
     @property
+    def positions(self) -> int:
+        """Slots of a sample."""
+        return self.source[0].shape[2] if self.source_index is None else self.source_index.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Slots of all samples."""
+        return self.source[0].shape[0] * self.positions
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Of source and target."""
+        return self.head_mix.shape[-1], self.head_mix.shape[-2]
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Of source and target."""
+        return self.dim_proj.shape[-2], self.dim_proj.shape[-1]
+
+    @property
     def sparse(self) -> bool:
         """Whether every target layer names one source layer."""
         return self.layer_mix.dim() == 1
@@ -52,7 +72,7 @@ class LossProblem:
         return heads.contiguous()
 
     def fold(self, gradients: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        """Gradients of the expanded parameters, summed down to the parameters' own shapes and dtypes.
+        """Gradients of the expanded parameters, summed down to the parameters' own shapes.
 
         ``head_mix`` comes in as the gradient of :meth:`layer_heads`; that of a sparse map's weights follows from it.
         """
@@ -71,7 +91,7 @@ class LossProblem:
             elif name == "dim_proj" and gradient.numel() != parameter.numel():
                 per_head = gradient.view(len(self.target), -1, *parameter.shape[-2:])
                 gradient = per_head.sum((0, 1) if parameter.dim() == 2 else 1)
-            folded[name] = gradient.reshape(parameter.shape).to(parameter.dtype)
+            folded[name] = gradient.reshape(parameter.shape)
         return folded
 
     def wanted(self) -> Wanted:
@@ -112,22 +132,39 @@ class Wanted:
         return self.through_projection or self.target or self.dim_proj or self.bias
 
 
+def _multiply(buffer: Tensor, factor: Tensor) -> None:
+    if buffer.is_cuda or factor.item() != 1:
+        buffer.mul_(factor.to(buffer.dtype))
+
+
 @dataclass
 class Result:
-    """Losses, and gradients for an upstream gradient of 1; ``None`` where not wanted."""
+    """Losses, and gradients for an upstream gradient of 1; ``None`` where not wanted.
+
+    Attributes:
+        loss, per_layer: Scalar and ``[L_y]``.
+        source, target: Gradients of the states, per layer.
+        parameters: Gradients of the parameters by name, in the dtype of the sums.
+        buffers: The memory in which all gradients lie, each dense and from its first element on; None: their own.
+        missing: What the gradients still lack: a factor that would have taken fp16 below its range. None: nothing.
+        rescale: Multiplies a buffer by a scalar on its device, in place.
+    """
 
     loss: Tensor
     per_layer: Tensor
     source: Sequence[Tensor] | None = None
     target: Sequence[Tensor] | None = None
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    buffers: list[Tensor] | None = None
+    missing: Tensor | None = None
+    rescale: Callable[[Tensor, Tensor], None] = _multiply
 
 
 Compute = Callable[[LossProblem, Wanted], Result]
 
 
 class _LossWithGradients(torch.autograd.Function):
-    """Runs ``compute`` forward and hands its gradients over backward."""
+    """Runs ``compute`` forward and hands its gradients over backward, times what comes from above."""
 
     @staticmethod
     def forward(
@@ -137,32 +174,41 @@ class _LossWithGradients(torch.autograd.Function):
         gradients: list[Tensor | None] = [result.parameters.get(name) for name in PARAMETERS]
         for states, computed in ((problem.source, result.source), (problem.target, result.target)):
             gradients.extend(computed if computed is not None else [None] * len(states))
-        ctx.present = [g is not None for g in gradients]
-        ctx.save_for_backward(*(g for g in gradients if g is not None))
+        ctx.result, ctx.gradients = result, gradients
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[: len(PARAMETERS)]]
+        buffers = [g for g in gradients if g is not None] if result.buffers is None else result.buffers
+        ctx.save_for_backward(*buffers)  # a graph that was freed has none
         ctx.mark_non_differentiable(result.per_layer)
         return result.loss, result.per_layer
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        scaled = iter(_scaled(saved, upstream))
-        gradients = [next(scaled) if present else None for present in ctx.present]
+        buffers, gradients, result = list(ctx.saved_tensors), ctx.gradients, ctx.result
+        # Private, and absent from a torch that dropped it: then every call pays for the copy.
+        if getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)():
+            # What is handed out must not change with a later call.
+            copies = {b.untyped_storage().data_ptr(): b.clone() for b in buffers}
+            buffers, gradients = list(copies.values()), [_again(g, copies) for g in gradients]
+        else:  # scaled in place: no second copy exists
+            ctx.gradients = ctx.result = None
+        factor = upstream if result.missing is None else upstream * result.missing
+        for buffer in buffers:
+            if buffer.numel():
+                result.rescale(buffer, factor)
+        for k, dtype in enumerate(ctx.dtypes):
+            if gradients[k] is not None:
+                gradients[k] = gradients[k].to(dtype)
         needs = ctx.needs_input_grad[3:]
         return (None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True)))
 
 
-def _scaled(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """``gradients`` times ``upstream``; in place when nobody can ask for them again, so that no second copy exists."""
-    # Private, and absent from a torch that dropped it: then every call pays for the copy.
-    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
-    if keep_graph:  # copies, whatever the factor: what was handed out must not change with a later call
-        return [g * upstream.to(g.dtype) for g in gradients]
-    if not upstream.is_cuda and upstream.item() == 1:
-        return gradients
-    for gradient in gradients:
-        gradient.mul_(upstream.to(gradient.dtype))
-    return gradients
+def _again(gradient: Tensor | None, copies: dict[int, Tensor]) -> Tensor | None:
+    """The same view of a copy."""
+    if gradient is None:
+        return None
+    copy = copies[gradient.untyped_storage().data_ptr()]
+    return copy.as_strided(gradient.shape, gradient.stride(), gradient.storage_offset())
 
 
 def loss_with_gradients(compute: Compute, problem: LossProblem) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ def map_projection(
     source, layer_mix = _one_to_one(source, layer_mix, dim_proj)
     chosen = _choose(impl, source, None, (source_shape[4], dim), (source_shape[2], heads), layers)
     if chosen == "triton":
-        from kvds.ops.triton_autograd import map_projection_triton
+        from kvds.ops.triton_compute import map_projection_triton
 
         return map_projection_triton(source, layer_mix, head_mix, dim_proj, bias, source_index)
     if chosen == "compile":
@@ -218,9 +218,9 @@ def map_projection_loss(
         source, target, layer_mix, head_mix, dim_proj, bias, source_index, target_index, mask, scale, loss
     )  # fmt: skip
     if chosen == "triton":
-        from kvds.ops.triton_autograd import map_projection_loss_triton
+        from kvds.ops.triton_compute import compute_triton
 
-        return map_projection_loss_triton(*arguments)
+        return loss_with_gradients(compute_triton, LossProblem(*arguments))
     if chosen == "compile":
         from kvds.ops.compiled import map_projection_loss_compiled
 

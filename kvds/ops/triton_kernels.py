@@ -1,16 +1,17 @@
-"""The Triton kernels: one does projection, loss and gradients; one sums partial results; one rescales gradients.
+"""The plain Triton kernels: a stage's projection, loss and gradients; sums of partial results; their folding; rescaling.
 
-The kernel works on tiles of rows. A *problem* is a set of source layers and heads that is mixed into a set of target
-layers and heads; its rows are (token, layer, head). With ``x [BLOCK_X, D_x]`` the source rows of a tile,
+A stage's kernel works on tiles of rows. A *problem* is a set of source layers and heads that is mixed into a set of
+target layers and heads; its rows are (token, layer, head). With ``x [BLOCK_X, D_x]`` the source rows of a tile,
 ``c [BLOCK_Y, BLOCK_X]`` the mixing weights (block diagonal over the tokens of the tile) and ``w [D_x, D_y]``,
 everything is a chain of small matrix products that stay on the chip::
 
-    projected = (c @ x) @ w + bias          or, with DIMS_FIRST,  c @ (x @ w) + bias
+    projected = (c @ x) @ w + bias          or, with dims_first,  c @ (x @ w) + bias
     g   = ρ'((projected - t) / scale) / scale
     d_w = (c @ x)ᵀ @ g      d_x = cᵀ @ (g @ wᵀ)      d_c = (g @ wᵀ) @ xᵀ      d_bias = g
 
 A program walks over tiles of one problem and keeps d_c, d_w, d_bias and the loss in fp32 registers; it writes them
-once, as its own partial result, so that sums have a fixed order.
+once, as its own partial result, so that sums have a fixed order. Arguments are the tuples of kernel_arguments.py; ``F``,
+a StageForm, says what a kernel is compiled for.
 """
 
 from __future__ import annotations
@@ -20,297 +21,278 @@ import triton.language as tl
 
 
 @triton.jit
-def _rows(table, row, inside, offset, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+def _dot(a, b, F: tl.constexpr):
+    return tl.dot(a, b, input_precision=F.precision, out_dtype=F.wide)
+
+
+@triton.jit
+def _dot_to(a, b, sums, F: tl.constexpr):
+    return tl.dot(a, b, sums, input_precision=F.precision, out_dtype=F.wide)
+
+
+@triton.jit
+def _places(rows, row, inside, offset, F: tl.constexpr):
     """Pointers ``[BLOCK]`` to the first element of rows. The addresses are read again for every tile: from the L1 cache
     they cost less than registers."""
-    pointer = tl.load(table + row, mask=inside, other=0).to(tl.pointer_type(ELEMENT)) + offset
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+    pointer = tl.load(rows.table + row, mask=inside, other=0).to(tl.pointer_type(F.element)) + offset
+    if F.aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
-def _offsets(
-    token,
-    token_last,
-    index,
-    positions,
-    token_first,
-    stride_batch,
-    stride_token,
-    INDEXED: tl.constexpr,
-    FLAT: tl.constexpr,
-):
-    """Element offsets of tokens (of each row, or of the one token of a tile).
-
-    FLAT: a workspace that holds only the tokens of this launch.
-    """
+def _offsets(rows, token, token_first, token_last, positions, FLAT: tl.constexpr):
+    """Element offsets of tokens (of each row, or of the one token of a tile)."""
     if FLAT:
-        return (token - token_first).to(tl.int64) * stride_token
-    batch = token // positions
-    if INDEXED:
-        position = tl.load(index + token, mask=token < token_last, other=0)
+        offset = (token - token_first).to(tl.int64) * rows.token_stride
     else:
-        position = (token - batch * positions).to(tl.int64)
-    return batch.to(tl.int64) * stride_batch + position * stride_token
+        batch = token // positions
+        if rows.index is not None:
+            position = tl.load(rows.index + token, mask=token < token_last, other=0)
+        else:
+            position = (token - batch * positions).to(tl.int64)
+        offset = batch.to(tl.int64) * rows.batch_stride + position * rows.token_stride
+    return offset
 
 
 @triton.jit
-def _tokens(
-    start, token_first, token_last, row, inside, mask, TOKENS: tl.constexpr, ROWS: tl.constexpr, HAS_MASK: tl.constexpr
-):  # fmt: skip
+def _tile_tokens(start, token_first, token_last, row, inside, mask, ROWS: tl.constexpr, F: tl.constexpr):
     """For the rows of the tile that begins at ``start``: their token (one for all where a tile holds one), which rows
     are there, and which count."""
-    if TOKENS == 1:
+    if F.tokens == 1:
         token = start
         there = (start >= token_first) & (start < token_last)
         present = row < tl.where(there, ROWS, 0)
         keep = present
-        if HAS_MASK:
+        if mask is not None:
             kept = tl.load(mask + start, mask=there, other=0) != 0
             keep = row < tl.where(kept, ROWS, 0)
     else:
         token = start + row // ROWS
         present = inside & (token >= token_first) & (token < token_last)
         keep = present
-        if HAS_MASK:
+        if mask is not None:
             keep = present & (tl.load(mask + token, mask=present, other=0) != 0)
     return token, present, keep
 
 
 @triton.jit
-def _store(pointers, value, norm, mask, ELEMENT: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Write a gradient of a mean."""
-    if NORMALIZE:
-        value = value * norm
-    tl.store(pointers, value.to(ELEMENT), mask=mask)
+def _mixing_weights(weights, problem, PART: tl.constexpr, F: tl.constexpr):
+    """``c [BLOCK_Y, BLOCK_X]``: a block for each token of a tile. Part 1 is what rounding took from part 0."""
+    row_y = tl.arange(0, F.block_y)[:, None]
+    row_x = tl.arange(0, F.block_x)[None, :]
+    inside = (row_y < F.tokens * F.rows_y) & (row_x < F.tokens * F.rows_x)
+    same_token = row_y // F.rows_y == row_x // F.rows_x
+    at = (row_y % F.rows_y + PART * F.rows_y) * F.rows_x + row_x % F.rows_x
+    return tl.load(weights.mix + problem.to(tl.int64) * weights.mix_stride + at, mask=inside & same_token, other=0)
 
 
-@triton.jit(do_not_specialize=["token_first", "token_last", "positions", "splits", "total", "elements", "layers"])
+@triton.jit
+def _projecting_weights(weights, problem, F: tl.constexpr):
+    """``w [BLOCK_DX, BLOCK_DY]``."""
+    dim_x = tl.arange(0, F.block_dx)[:, None]
+    dim_y = tl.arange(0, F.block_dy)[None, :]
+    at = problem.to(tl.int64) * weights.proj_stride + dim_x * F.dim_y + dim_y
+    return tl.load(weights.dim_proj + at, mask=(dim_x < F.dim_x) & (dim_y < F.dim_y), other=0).to(F.element)
+
+
+@triton.jit
+def _penalty(projected, t, keep, inverse, SCALED: tl.constexpr, F: tl.constexpr):
+    """ρ of the residual, and its derivative with respect to ``projected``."""
+    r = projected - t.to(F.wide)
+    if SCALED:
+        r = r * inverse
+    r = tl.where(keep[:, None], r, 0.0)
+    if F.loss == "mse":
+        rho = r * r
+        g = 2 * r
+    elif F.loss == "l1":
+        rho = tl.abs(r)
+        g = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0)).to(F.wide)
+    else:
+        g = tl.minimum(tl.maximum(r, -1.0), 1.0)
+        rho = g * (r - g * 0.5)
+    if SCALED:
+        g = g * inverse
+    return rho, g
+
+
+@triton.jit
+def _store_sums(out, sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    tl.store(out + row * COLUMNS + column, sums)
+
+
+@triton.jit(do_not_specialize=["count", "positions", "token_first", "token_last", "splits", "elements", "layers"])
 def map_projection_kernel(
-    source_table, target_table, source_grad_table, target_grad_table,  # int64 [layers · heads]: addresses
-    mix, proj, bias, scale, mask, valid, source_index, target_index, partial,
-    token_first, token_last, positions, splits, total, elements, layers,
-    x_batch, x_token, y_batch, y_token, dx_batch, dx_token, dy_batch, dy_token,
-    mix_problem, proj_problem,
-    ELEMENT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_PROBLEMS: tl.constexpr,
-    LAYERS_X: tl.constexpr, HEADS_X: tl.constexpr, LAYERS_Y: tl.constexpr, HEADS_Y: tl.constexpr,
-    DIM_X: tl.constexpr, DIM_Y: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_DX: tl.constexpr, BLOCK_DY: tl.constexpr,
-    HAS_MIX: tl.constexpr, MIX_PARTS: tl.constexpr, HAS_PROJ: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DIMS_FIRST: tl.constexpr, DELAYED: tl.constexpr, MODE: tl.constexpr, LOSS: tl.constexpr, NORMALIZE: tl.constexpr,
-    SOURCE_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
-    MIX_GRAD: tl.constexpr, PROJ_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    SOURCE_INDEXED: tl.constexpr, TARGET_INDEXED: tl.constexpr, SOURCE_FLAT: tl.constexpr, TARGET_FLAT: tl.constexpr,
-    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
+    sides, weights, count, positions, mask, valid, partial,
+    token_first, token_last, splits, elements, layers, F: tl.constexpr,
 ):  # fmt: skip
-    """One problem, tiles ``split, split + splits, …``. MODE: ``loss`` (read the target, compare), ``store`` (write the
-    projection to it) or ``given`` (read the projection's gradient from it)."""
-    ROWS_X: tl.constexpr = LAYERS_X * HEADS_X
-    ROWS_Y: tl.constexpr = LAYERS_Y * HEADS_Y
-    program = tl.program_id(0).to(tl.int64)
+    """One problem, tiles ``split, split + splits, …``."""
     problem = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
-    first_layer_x = problem // HEAD_PROBLEMS * LAYERS_X
-    first_layer_y = problem // HEAD_PROBLEMS * LAYERS_Y
-    head_problem = problem % HEAD_PROBLEMS
+    first_layer_x = problem // F.head_problems * F.layers_x
+    first_layer_y = problem // F.head_problems * F.layers_y
+    head_problem = problem % F.head_problems
 
-    row_x = tl.arange(0, BLOCK_X)
-    row_y = tl.arange(0, BLOCK_Y)
-    dim_x = tl.arange(0, BLOCK_DX)
-    dim_y = tl.arange(0, BLOCK_DY)
-    inside_x = row_x < TOKENS * ROWS_X
-    inside_y = row_y < TOKENS * ROWS_Y
-    member_x = row_x % ROWS_X
-    member_y = row_y % ROWS_Y
-    layer_y = first_layer_y + member_y // HEADS_Y
+    row_x = tl.arange(0, F.block_x)
+    row_y = tl.arange(0, F.block_y)
+    dim_x = tl.arange(0, F.block_dx)[None, :]
+    dim_y = tl.arange(0, F.block_dy)[None, :]
+    inside_x = row_x < F.tokens * F.rows_x
+    inside_y = row_y < F.tokens * F.rows_y
+    columns_x = dim_x < F.dim_x
+    columns_y = dim_y < F.dim_y
     # Where a row stands among all layers and heads of its side.
-    place_x = (
-        (first_layer_x + member_x // HEADS_X) * (HEADS_X * HEAD_PROBLEMS) + head_problem * HEADS_X + member_x % HEADS_X
-    )
-    place_y = layer_y * (HEADS_Y * HEAD_PROBLEMS) + head_problem * HEADS_Y + member_y % HEADS_Y
-    columns_x = (dim_x < DIM_X)[None, :]
-    columns_y = (dim_y < DIM_Y)[None, :]
+    member_x = row_x % F.rows_x
+    member_y = row_y % F.rows_y
+    layer_x = first_layer_x + member_x // F.heads_x
+    layer_y = first_layer_y + member_y // F.heads_y
+    place_x = layer_x * (F.heads_x * F.head_problems) + head_problem * F.heads_x + member_x % F.heads_x
+    place_y = layer_y * (F.heads_y * F.head_problems) + head_problem * F.heads_y + member_y % F.heads_y
 
-    if HAS_MIX:
-        same = (row_y // ROWS_Y)[:, None] == (row_x // ROWS_X)[None, :]
-        mix_at = mix + problem.to(tl.int64) * mix_problem + member_y[:, None] * ROWS_X + member_x[None, :]
-        block = same & inside_y[:, None] & inside_x[None, :]
-        c = tl.load(mix_at, mask=block, other=0)  # [BY, BX]
-        if MIX_PARTS == 2:  # what rounding took from c
-            c_rest = tl.load(mix_at + ROWS_Y * ROWS_X, mask=block, other=0)
-    if HAS_PROJ:
-        w = tl.load(
-            proj + problem.to(tl.int64) * proj_problem + dim_x[:, None] * DIM_Y + dim_y[None, :],
-            mask=(dim_x < DIM_X)[:, None] & columns_y,
-            other=0,
-        ).to(ELEMENT)  # [BDX, BDY]
+    if F.mix_parts:
+        c = _mixing_weights(weights, problem, 0, F)
+        if F.mix_parts == 2:
+            c_rest = _mixing_weights(weights, problem, 1, F)
+    if F.projects:
+        w = _projecting_weights(weights, problem, F)
     inverse = 1.0
-    if HAS_SCALE:
-        inverse = 1 / tl.load(scale + layer_y, mask=inside_y, other=1).to(WIDE)
-        inverse = inverse[:, None]
+    SCALED: tl.constexpr = weights.scale is not None and F.mode == "loss"
+    if SCALED:
+        inverse = (1 / tl.load(weights.scale + layer_y, mask=inside_y, other=1).to(F.wide))[:, None]
 
     # 1 / (elements of one layer that count), in the widest type at hand.
-    counted = tl.maximum(tl.load(valid), 1).to(WIDE) if HAS_MASK else total.to(WIDE)
-    layer_norm = 1 / (counted * elements.to(WIDE))
-    norm = layer_norm / layers.to(WIDE)
+    counted = count
+    if valid is not None:
+        counted = tl.maximum(tl.load(valid), 1)
+    layer_norm = 1 / (counted.to(F.wide) * elements.to(F.wide))
+    norm = 1.0
+    if F.mode == "loss" and F.normalize:
+        norm = layer_norm / layers.to(F.wide)
 
-    if MIX_GRAD:
-        d_mix = tl.zeros((BLOCK_Y, BLOCK_X), WIDE)
-    if PROJ_GRAD:
-        d_proj = tl.zeros((BLOCK_DX, BLOCK_DY), WIDE)
-    if BIAS_GRAD:
-        d_bias = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
-    bias_pointers = bias + (place_y * DIM_Y)[:, None] + dim_y[None, :]
-    bias_inside = inside_y[:, None] & columns_y
-    if MODE == "loss":
-        losses = tl.zeros((BLOCK_Y,), WIDE)
-
-    tiles = (token_last - token_first + TOKENS - 1) // TOKENS
-    if DELAYED:
+    if F.mix_grad:
+        d_mix = tl.full((F.block_y, F.block_x), 0, F.wide)
+    if F.proj_grad:
+        d_proj = tl.full((F.block_dx, F.block_dy), 0, F.wide)
+    if F.bias_grad:
+        d_bias = tl.full((F.block_y, F.block_dy), 0, F.wide)
+    if F.mode == "loss":
+        losses = tl.full((F.block_y,), 0, F.wide)
+    if F.delayed:
         # A tile's gradients are computed beside the next tile's residual. Products that feed no other within a turn
         # share out their columns among eight warps, which otherwise would repeat each other.
-        x_before = tl.zeros((BLOCK_X, BLOCK_DX), ELEMENT)
-        mixed_before = tl.zeros((BLOCK_Y, BLOCK_DX), ELEMENT)
-        g_before = tl.zeros((BLOCK_Y, BLOCK_DY), ELEMENT)
-    for tile in tl.range(split, tiles + splits if DELAYED else tiles, splits, num_stages=STAGES):
-        start = token_first + tile * TOKENS
-        token_x, present_x, keep_x = _tokens(
-            start, token_first, token_last, row_x, inside_x, mask, TOKENS, ROWS_X, HAS_MASK
-        )  # fmt: skip
-        token_y, present_y, keep_y = _tokens(
-            start, token_first, token_last, row_y, inside_y, mask, TOKENS, ROWS_Y, HAS_MASK
-        )  # fmt: skip
-        x_at = _offsets(
-            token_x, token_last, source_index, positions, token_first, x_batch, x_token, SOURCE_INDEXED, SOURCE_FLAT
-        )
-        y_at = _offsets(
-            token_y, token_last, target_index, positions, token_first, y_batch, y_token, TARGET_INDEXED, TARGET_FLAT
-        )
-        x_rows = _rows(source_table, place_x, inside_x, x_at, ELEMENT, ALIGNED)
-        x = tl.load(x_rows[:, None] + dim_x[None, :], mask=keep_x[:, None] & columns_x, other=0)  # [BX, BDX]
-        y_rows = _rows(target_table, place_y, inside_y, y_at, ELEMENT, ALIGNED)
-        if MODE != "store":
-            t = tl.load(y_rows[:, None] + dim_y[None, :], mask=keep_y[:, None] & columns_y, other=0)  # [BY, BDY]
+        x_before = tl.full((F.block_x, F.block_dx), 0, F.element)
+        mixed_before = tl.full((F.block_y, F.block_dx), 0, F.element)
+        g_before = tl.full((F.block_y, F.block_dy), 0, F.element)
 
-        if DIMS_FIRST:
-            moved = tl.dot(x, w, input_precision=PRECISION, out_dtype=WIDE).to(ELEMENT)  # [BX, BDY]
-        elif HAS_MIX:
-            wide = tl.dot(c, x, input_precision=PRECISION, out_dtype=WIDE)
-            if MIX_PARTS == 2:
-                wide = tl.dot(c_rest, x, wide, input_precision=PRECISION, out_dtype=WIDE)
-            mixed = wide.to(ELEMENT)  # [BY, BDX]
+    tiles = (token_last - token_first + F.tokens - 1) // F.tokens
+    for tile in tl.range(split, tiles + splits if F.delayed else tiles, splits, num_stages=F.stages):
+        start = token_first + tile * F.tokens
+        token_x, present_x, keep_x = _tile_tokens(start, token_first, token_last, row_x, inside_x, mask, F.rows_x, F)
+        token_y, present_y, keep_y = _tile_tokens(start, token_first, token_last, row_y, inside_y, mask, F.rows_y, F)
+        x_at = _offsets(sides.source, token_x, token_first, token_last, positions, F.source_flat)
+        y_at = _offsets(sides.target, token_y, token_first, token_last, positions, F.target_flat)
+        x_rows = _places(sides.source, place_x, inside_x, x_at, F)
+        x = tl.load(x_rows[:, None] + dim_x, mask=keep_x[:, None] & columns_x, other=0)  # [BX, BDX]
+        y_rows = _places(sides.target, place_y, inside_y, y_at, F)
+        if F.mode != "store":
+            t = tl.load(y_rows[:, None] + dim_y, mask=keep_y[:, None] & columns_y, other=0)  # [BY, BDY]
+
+        if F.dims_first:
+            moved = _dot(x, w, F).to(F.element)  # [BX, BDY]
+        elif F.mix_parts:
+            wide = _dot(c, x, F)
+            if F.mix_parts == 2:
+                wide = _dot_to(c_rest, x, wide, F)
+            mixed = wide.to(F.element)  # [BY, BDX]
         else:
             mixed = x
 
-        if MODE == "given":
-            g_low = t
-            if BIAS_GRAD:
-                d_bias += t.to(WIDE)
-        else:
+        if F.mode != "given":
             # The bias is where the accumulators start: no registers of its own.
-            if HAS_BIAS:
-                start_at = tl.load(bias_pointers, mask=bias_inside, other=0).to(WIDE)
+            if weights.bias is not None:
+                bias_at = weights.bias + (place_y * F.dim_y)[:, None] + dim_y
+                start_at = tl.load(bias_at, mask=inside_y[:, None] & columns_y, other=0).to(F.wide)
             else:
-                start_at = tl.zeros((BLOCK_Y, BLOCK_DY), WIDE)
-            if DIMS_FIRST:
-                projected = tl.dot(c, moved, start_at, input_precision=PRECISION, out_dtype=WIDE)
-            elif HAS_PROJ:
-                projected = tl.dot(mixed, w, start_at, input_precision=PRECISION, out_dtype=WIDE)
+                start_at = tl.full((F.block_y, F.block_dy), 0, F.wide)
+            if F.dims_first:
+                projected = _dot_to(c, moved, start_at, F)
+            elif F.projects:
+                projected = _dot_to(mixed, w, start_at, F)
             else:
-                projected = mixed.to(WIDE)
-        if MODE == "store":
-            tl.store(y_rows[:, None] + dim_y[None, :], projected.to(ELEMENT), mask=present_y[:, None] & columns_y)
-        if MODE == "loss":
-            r = projected - t.to(WIDE)
-            if HAS_SCALE:
-                r = r * inverse
-            r = tl.where(keep_y[:, None], r, 0.0)
-            if LOSS == "mse":
-                rho = r * r
-                g = 2 * r
-            elif LOSS == "l1":
-                rho = tl.abs(r)
-                g = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0)).to(WIDE)
-            else:
-                g = tl.minimum(tl.maximum(r, -1.0), 1.0)
-                rho = g * (r - g * 0.5)
+                projected = mixed.to(F.wide)
+        if F.mode == "store":
+            tl.store(y_rows[:, None] + dim_y, projected.to(F.element), mask=present_y[:, None] & columns_y)
+        elif F.mode == "given":
+            g_low = t
+            if F.bias_grad:
+                d_bias += t.to(F.wide)
+        else:
+            rho, g = _penalty(projected, t, keep_y, inverse, SCALED, F)
             losses += tl.sum(rho, axis=1)
-            if HAS_SCALE:
-                g = g * inverse
-            g_low = g.to(ELEMENT)
-            if BIAS_GRAD:
+            g_low = g.to(F.element)
+            if F.bias_grad:
                 d_bias += g
-            if TARGET_GRAD:
-                dy_at = _offsets(
-                    token_y, token_last, target_index, positions, token_first, dy_batch, dy_token,
-                    TARGET_INDEXED, TARGET_FLAT,
-                )  # fmt: skip
-                dy_rows = _rows(target_grad_table, place_y, inside_y, dy_at, ELEMENT, ALIGNED)
-                store_y = (keep_y if TARGET_INDEXED else present_y)[:, None]
-                _store(dy_rows[:, None] + dim_y[None, :], -g, norm, store_y & columns_y, ELEMENT, NORMALIZE)
+            if F.target_grad:
+                dy_at = _offsets(sides.target_grad, token_y, token_first, token_last, positions, F.target_flat)
+                dy_rows = _places(sides.target_grad, place_y, inside_y, dy_at, F)
+                store_y = keep_y if sides.target.index is not None else present_y
+                tl.store(dy_rows[:, None] + dim_y, (-g * norm).to(F.element), mask=store_y[:, None] & columns_y)
 
-        if DELAYED:
+        if F.delayed:
             # What is worked on from here on is the tile before.
             x, x_before = x_before, x
             mixed, mixed_before = mixed_before, mixed
             g_low, g_before = g_before, g_low
-            token_x, present_x, keep_x = _tokens(
-                start - splits * TOKENS, token_first, token_last, row_x, inside_x, mask, TOKENS, ROWS_X, HAS_MASK
-            )  # fmt: skip
-        if DIMS_FIRST:
-            if MIX_GRAD:
-                d_mix = tl.dot(g_low, tl.trans(moved), d_mix, input_precision=PRECISION, out_dtype=WIDE)
-            if SOURCE_GRAD or PROJ_GRAD:
-                d_moved = tl.dot(tl.trans(c), g_low, input_precision=PRECISION, out_dtype=WIDE).to(ELEMENT)  # [BX, BDY]
-                if PROJ_GRAD:
-                    d_proj = tl.dot(tl.trans(x), d_moved, d_proj, input_precision=PRECISION, out_dtype=WIDE)
-                if SOURCE_GRAD:
-                    d_x = tl.dot(d_moved, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)
+            token_x, present_x, keep_x = _tile_tokens(
+                start - splits * F.tokens, token_first, token_last, row_x, inside_x, mask, F.rows_x, F
+            )
+        if F.dims_first:
+            if F.mix_grad:
+                d_mix = _dot_to(g_low, tl.trans(moved), d_mix, F)
+            if F.source_grad or F.proj_grad:
+                d_moved = _dot(tl.trans(c), g_low, F).to(F.element)  # [BX, BDY]
+                if F.proj_grad:
+                    d_proj = _dot_to(tl.trans(x), d_moved, d_proj, F)
+                if F.source_grad:
+                    d_x = _dot(d_moved, tl.trans(w), F)
         else:
-            if PROJ_GRAD:
-                d_proj = tl.dot(tl.trans(mixed), g_low, d_proj, input_precision=PRECISION, out_dtype=WIDE)
-            if SOURCE_GRAD or MIX_GRAD:
-                if HAS_PROJ:
-                    d_mixed = tl.dot(g_low, tl.trans(w), input_precision=PRECISION, out_dtype=WIDE)  # [BY, BDX]
-                    d_low = d_mixed.to(ELEMENT)
+            if F.proj_grad:
+                d_proj = _dot_to(tl.trans(mixed), g_low, d_proj, F)
+            if F.source_grad or F.mix_grad:
+                if F.projects:
+                    d_mixed = _dot(g_low, tl.trans(w), F)  # [BY, BDX]
+                    d_low = d_mixed.to(F.element)
                 else:
                     d_low = g_low
-                if MIX_GRAD:
-                    d_mix = tl.dot(d_low, tl.trans(x), d_mix, input_precision=PRECISION, out_dtype=WIDE)
-                if SOURCE_GRAD:
-                    if HAS_MIX:
-                        d_x = tl.dot(tl.trans(c), d_low, input_precision=PRECISION, out_dtype=WIDE)
-                        if MIX_PARTS == 2:
-                            d_x = tl.dot(tl.trans(c_rest), d_low, d_x, input_precision=PRECISION, out_dtype=WIDE)
-                    elif HAS_PROJ:
+                if F.mix_grad:
+                    d_mix = _dot_to(d_low, tl.trans(x), d_mix, F)
+                if F.source_grad:
+                    if F.mix_parts:
+                        d_x = _dot(tl.trans(c), d_low, F)
+                        if F.mix_parts == 2:
+                            d_x = _dot_to(tl.trans(c_rest), d_low, d_x, F)
+                    elif F.projects:
                         d_x = d_mixed
                     else:
-                        d_x = g_low.to(WIDE)
-        if SOURCE_GRAD:
-            dx_at = _offsets(
-                token_x, token_last, source_index, positions, token_first, dx_batch, dx_token,
-                SOURCE_INDEXED, SOURCE_FLAT,
-            )  # fmt: skip
-            dx_rows = _rows(source_grad_table, place_x, inside_x, dx_at, ELEMENT, ALIGNED)
-            store_x = (keep_x if SOURCE_INDEXED else present_x)[:, None]
-            normalize: tl.constexpr = MODE == "loss" and NORMALIZE
-            _store(dx_rows[:, None] + dim_x[None, :], d_x, norm, store_x & columns_x, ELEMENT, normalize)
+                        d_x = g_low.to(F.wide)
+        if F.source_grad:
+            dx_at = _offsets(sides.source_grad, token_x, token_first, token_last, positions, F.source_flat)
+            dx_rows = _places(sides.source_grad, place_x, inside_x, dx_at, F)
+            store_x = keep_x if sides.source.index is not None else present_x
+            tl.store(dx_rows[:, None] + dim_x, (d_x * norm).to(F.element), mask=store_x[:, None] & columns_x)
 
-    MIX_SIZE: tl.constexpr = BLOCK_Y * BLOCK_X if MIX_GRAD else 0
-    PROJ_SIZE: tl.constexpr = BLOCK_DX * BLOCK_DY if PROJ_GRAD else 0
-    BIAS_SIZE: tl.constexpr = BLOCK_Y * BLOCK_DY if BIAS_GRAD else 0
-    LOSS_SIZE: tl.constexpr = BLOCK_Y if MODE == "loss" else 0
-    weight_norm = norm if MODE == "loss" else 1.0
-    out = partial + program * (MIX_SIZE + PROJ_SIZE + BIAS_SIZE + LOSS_SIZE)
-    if MIX_GRAD:
-        tl.store(out + row_y[:, None] * BLOCK_X + row_x[None, :], d_mix * weight_norm)
-    if PROJ_GRAD:
-        tl.store(out + MIX_SIZE + dim_x[:, None] * BLOCK_DY + dim_y[None, :], d_proj * weight_norm)
-    if BIAS_GRAD:
-        tl.store(out + MIX_SIZE + PROJ_SIZE + row_y[:, None] * BLOCK_DY + dim_y[None, :], d_bias * weight_norm)
-    if MODE == "loss":
-        tl.store(out + MIX_SIZE + PROJ_SIZE + BIAS_SIZE + row_y, losses * layer_norm)
+    out = partial + tl.program_id(0).to(tl.int64) * F.size
+    if F.mix_grad:
+        _store_sums(out, d_mix * norm, F.block_y, F.block_x)
+    if F.proj_grad:
+        _store_sums(out + F.starts[1], d_proj * norm, F.block_dx, F.block_dy)
+    if F.bias_grad:
+        _store_sums(out + F.starts[2], d_bias * norm, F.block_y, F.block_dy)
+    if F.mode == "loss":
+        tl.store(out + F.starts[3] + row_y, losses * layer_norm)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -345,3 +327,52 @@ def scale_kernel(values, factor, size, BLOCK: tl.constexpr):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(values + at, mask=at < size)
             tl.store(values + at, (value * by).to(values.dtype.element_ty), mask=at < size)
+
+
+@triton.jit(do_not_specialize=["count"])
+def fold_kernel(
+    sums, maps, count, valid, d_layer_mix, d_head_mix, losses, F: tl.constexpr,
+    HEADS: tl.constexpr, LAYERS: tl.constexpr, SOURCE_HEADS: tl.constexpr, OWN_HEADS: tl.constexpr,
+):  # fmt: skip
+    """From a FusedForm's sums, the gradients of both mixing weights and the losses: ``losses [L_y + 2]``, per layer, their
+    mean, and 1 / (elements that count), which gradients that are not normalised lack.
+
+    Program i takes target layer i; one more takes what all layers share. HEADS, LAYERS, SOURCE_HEADS: H_y, L_x, H_x
+    rounded up to powers of two; OWN_HEADS: each layer has head weights of its own.
+    """
+    layer = tl.program_id(0)
+    j = tl.arange(0, HEADS)[:, None, None]
+    source_layer = tl.arange(0, LAYERS)[None, :, None]
+    h = tl.arange(0, SOURCE_HEADS)[None, None, :]
+    there = (j < F.heads_y) & (source_layer < F.layers_x) & (h < F.heads_x)
+    d_mix_at = sums + j * 64 + source_layer * F.heads_x + h  # of layer 0
+    head_at = j * F.heads_x + h
+    head_there = (j < F.heads_y) & (h < F.heads_x)
+    one_layer = tl.arange(0, LAYERS)[None, :, None]
+    layer_there = one_layer < F.layers_x
+    row = tl.arange(0, 128)
+    loss_rows = tl.load(sums + F.starts[3] + row, mask=row < F.sizes[3], other=0)
+    if layer < F.layers_y:
+        d_mix = tl.load(d_mix_at + layer * (F.heads_y * 64), mask=there, other=0)
+        heads = tl.load(maps.head_mix + layer * maps.head_stride + head_at, mask=head_there, other=0).to(tl.float32)
+        d_layers = tl.sum(tl.sum(d_mix * heads, 2), 0)
+        at = tl.arange(0, LAYERS)
+        tl.store(d_layer_mix + layer * F.layers_x + at, d_layers, mask=at < F.layers_x)
+        if OWN_HEADS:
+            weight = tl.load(maps.layer_mix + layer * F.layers_x + one_layer, mask=layer_there, other=0).to(tl.float32)
+            d_heads = tl.sum(d_mix * weight, 1, keep_dims=True)
+            tl.store(d_head_mix + layer * (F.heads_y * F.heads_x) + head_at, d_heads, mask=head_there)
+        own = (row % 64) // F.heads_y == layer
+        tl.store(losses + layer, tl.sum(tl.where(own, loss_rows, 0.0), 0))
+    else:
+        if not OWN_HEADS:
+            d_all = tl.full((HEADS, LAYERS, SOURCE_HEADS), 0, tl.float32)
+            for i in range(F.layers_y):
+                weight = tl.load(maps.layer_mix + i * F.layers_x + one_layer, mask=layer_there, other=0).to(tl.float32)
+                d_all += tl.load(d_mix_at + i * (F.heads_y * 64), mask=there, other=0) * weight
+            tl.store(d_head_mix + head_at, tl.sum(d_all, 1, keep_dims=True), mask=head_there)
+        counted = count
+        if valid is not None:
+            counted = tl.maximum(tl.load(valid), 1)
+        tl.store(losses + F.layers_y, tl.sum(loss_rows, 0) / F.layers_y)
+        tl.store(losses + F.layers_y + 1, 1 / (counted.to(tl.float32) * (F.heads_y * F.dim_y * F.layers_y)))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvds.ops.gradients import LossProblem, Wanted
+
 MAX_ROWS = 128
 """Rows (layers times heads of a problem) that one tile holds."""
 MAX_FUSED_ROWS = 64
@@ -179,9 +181,34 @@ def chunk_tokens(
     return max(1, min(tokens, max(64, WORKSPACE_BYTES // per_token // 64 * 64)))
 
 
+FUSED_DIMS = {(64, 64), (64, 128), (128, 64)}
+"""Of source and target: what the fused kernel for compute capability 9.0 has registers for."""
+
+
+def fits_fused(problem: LossProblem, wanted: Wanted, stages: list[Stage]) -> bool:
+    """Whether the fused kernel for compute capability 9.0 can take a problem. Where nothing needs a gradient the plain
+    one is as fast; with a gradient for a source wider than its target the registers would not do."""
+    return (
+        wanted.any
+        and len(stages) == 1
+        and stages[0].kind == "dense"
+        and problem.source[0].dtype.itemsize == 2
+        and problem.dims in FUSED_DIMS
+        and not (stages[0].dims_first and wanted.source)
+        and not interpreting()
+        and capability(problem.source[0].device) == (9, 0)
+    )
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability; a stand-in under the interpreter, to which it is all the same."""
+    return (9, 0) if interpreting() else torch.cuda.get_device_capability(device)
 
 
 def _uniform(states: Sequence[Tensor]) -> bool:
@@ -195,7 +222,7 @@ def _missing(device: torch.device, interpreted: bool) -> str | None:
         return "triton is not installed (pip install 'kvds[triton]')"
     if device.type != "cuda":
         return None if interpreted else f"the states are on {device}: expected a CUDA device"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if capability(device) < (8, 0):
         return "expected a GPU of compute capability 8.0 or later"
     return None
 

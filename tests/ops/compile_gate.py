@@ -30,6 +30,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one program may ask for."""
 
 QWEN2, MHA, GQA = ((24, 2, 64), (28, 2, 128)), ((16, 16, 64), (32, 32, 128)), ((32, 8, 64), (80, 8, 128))
+SMALL = ("sum_partials_kernel", "scale_kernel", "fold_kernel")
+KERNELS = ("map_projection_kernel", "fused_kernel", *SMALL)
 TRAIN = {"mask": True, "index": False, "bias": True, "scale": True}
 
 # name: (source, target), what moves, dtype, dim_proj and head_mix dimensions, sparse, features
@@ -87,7 +89,9 @@ class Recorder:
 
 def launches_of(problem: Problem, arch: int) -> list[tuple[Any, tuple, dict]]:
     """(kernel, arguments, keyword arguments) of the loss forward and backward and of the projection, on ``arch``."""
-    from kvds.ops import triton_autograd, triton_launch
+    from kvds.ops import gluon_launch, triton_launch, triton_plan
+    from kvds.ops.gradients import LossProblem, loss_with_gradients
+    from kvds.ops.triton_compute import compute_triton, map_projection_triton
 
     (source, target), moves, dtype, dim_form, head_form, sparse, features = problem
     (lx, hx, dx), (ly, hy, dy) = source, target
@@ -117,89 +121,70 @@ def launches_of(problem: Problem, arch: int) -> list[tuple[Any, tuple, dict]]:
     launches: list = []
     originals = {
         (module, name): getattr(module, name)
-        for module in (triton_launch, triton_autograd)
-        for name in ("map_projection_kernel", "sum_partials_kernel", "scale_kernel", "processors", "is_hopper")
+        for module in (triton_launch, triton_plan, gluon_launch)
+        for name in (*KERNELS, "processors", "capability")
         if hasattr(module, name)
     }
+    stand_ins = {"processors": lambda device: 132, "capability": lambda device: (arch // 10, arch % 10)}
     try:
-        for (module, name), kernel in originals.items():
-            stand_in = {"processors": lambda device: 132, "is_hopper": lambda device: arch >= 90}
-            setattr(module, name, stand_in.get(name) or Recorder(kernel, launches))
-        x, y = states(ly if sparse else lx, hx, dx, "source"), states(ly, hy, dy, "target")
-        loss, _ = triton_autograd.map_projection_loss_triton(x, y, *maps, index, index, mask, scale, "mse")  # type: ignore[arg-type]
+        for (module, name), original in originals.items():
+            setattr(module, name, stand_ins.get(name) or Recorder(original, launches))
+        x, y = tuple(states(ly if sparse else lx, hx, dx, "source")), tuple(states(ly, hy, dy, "target"))
+        asked = LossProblem(x, y, *maps, index, index, mask, scale, features.get("loss", "mse"))  # type: ignore[arg-type]
+        loss, _ = loss_with_gradients(compute_triton, asked)
         if loss.requires_grad:
             loss.backward()
-        triton_autograd.map_projection_triton(x, *maps, index)  # type: ignore[arg-type]
+        map_projection_triton(x, *maps, index)  # type: ignore[arg-type]
     finally:
-        for (module, name), kernel in originals.items():
-            setattr(module, name, kernel)
+        for (module, name), original in originals.items():
+            setattr(module, name, original)
     return launches
 
 
-def specialised(kernel: Any, args: tuple, kwargs: dict) -> tuple[dict, dict, dict, dict]:
-    """Signature, constants, attributes and options, as the JIT makes them of a launch's arguments."""
-    import triton
+def specialised(kernel: Any, args: tuple, kwargs: dict, arch: int) -> tuple[Any, dict]:
+    """What the JIT makes of a launch's arguments: the source to compile, and options."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.runtime.jit import create_function_from_signature
 
-    types = {
-        torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
-        torch.bool: "i1",
-    }  # fmt: skip
-    names = kernel.arg_names
-    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-    options = {k: v for k, v in kwargs.items() if k not in names}
-    signature: dict[str, str] = {}
-    constants: dict[tuple, Any] = {}
-    attributes: dict[tuple, list] = {}
-    for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        fixed = parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
-        if fixed:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + types[value.dtype]
-            divisible = True  # torch's allocator aligns
-        elif isinstance(value, float):
-            signature[parameter.name], divisible = "fp32", False
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
-        if divisible and not parameter.do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    assert triton.__version__ >= "3.6"
-    return signature, constants, attributes, options
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, _ = bind(*args, **kwargs)
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialisation, options)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    return kind(kernel, signature, constants, attributes), options
 
 
 def compile_all(slow: bool) -> list[dict[str, Any]]:
     """A row for every launch of every problem and architecture; equal launches are compiled once."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     rows: list[dict[str, Any]] = []
     done: dict[str, dict[str, int]] = {}
     for (name, problem), arch in itertools.product(problems(slow).items(), SHARED_LIMIT):
         seen = set()
         for kernel, args, kwargs in launches_of(problem, arch):
-            signature, constants, attributes, options = specialised(kernel, args, kwargs)
-            shown = {kernel.arg_names[i]: value for (i,), value in constants.items()}
-            launch = f"{kernel.__name__} {shown.get('MODE', '')} {signature} {constants} {attributes} {options}"
-            if not slow and kernel.__name__ != "map_projection_kernel":
+            source, options = specialised(kernel, args, kwargs, arch)
+            form = next((value for value in source.constants.values() if hasattr(value, "mode")), None)
+            launch = f"{kernel.__name__} {source.signature} {source.constants} {source.attrs} {options}"
+            if not slow and kernel.__name__ in SMALL:
                 launch = kernel.__name__  # sums and rescaling differ in sizes only: one of each is enough
             if launch in seen:
                 continue
             seen.add(launch)
             key = f"{arch} {launch}"
             if key not in done:
-                source = ASTSource(kernel, signature, constants, attributes)
                 with contextlib.redirect_stdout(io.StringIO()) as log:
                     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
                 spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
                 registers = re.findall(r"Used (\d+) registers", log.getvalue())
                 assert len(spills) == len(registers) == 1, log.getvalue()
                 done[key] = {"shared": made.metadata.shared, "spills": int(spills[0]), "registers": int(registers[0])}
-            label = f"{kernel.__name__} {shown.get('MODE', '')}".strip()
+            label = kernel.__name__ if form is None else f"{kernel.__name__} {form.mode}"
             rows.append({"problem": name, "launch": label, "arch": arch} | done[key])
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     return rows

@@ -9,8 +9,9 @@ oracle is the einsum in fp64 on the same inputs: states of 16 bits, maps in fp32
 
 from __future__ import annotations
 
+import faulthandler
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ pytestmark = [
         os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted: run these alone, with -m gpu"
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _watchdog() -> Iterator[None]:
+    """Roles of a kernel that wait for one another for ever keep the interpreter in a call from which no signal and no
+    other thread of Python gets it: faulthandler's own thread ends the process."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
 
 MAPS = ("layer_mix", "head_mix", "dim_proj", "bias")
 FROBENIUS = 5e-3
@@ -271,18 +282,18 @@ def test_projection_alone(sparse: bool) -> None:
 
 
 def test_auto_is_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvds.ops import triton_autograd
+    from kvds.ops import triton_compute
 
     called = []
-    for name in ("map_projection_loss_triton", "map_projection_triton"):
-        original = getattr(triton_autograd, name)
+    for name in ("compute_triton", "map_projection_triton"):
+        original = getattr(triton_compute, name)
         monkeypatch.setattr(
-            triton_autograd, name, lambda *a, name=name, original=original: (called.append(name), original(*a))[1]
+            triton_compute, name, lambda *a, name=name, original=original: (called.append(name), original(*a))[1]
         )
     p = make((3, 2, 64), (2, 2, 128))
     map_projection_loss(**p)
     map_projection(p["source"], p["layer_mix"], p["head_mix"], p["dim_proj"])
-    assert called == ["map_projection_loss_triton", "map_projection_triton"]
+    assert called == ["compute_triton", "map_projection_triton"]
     wide = make((3, 2, 256), (2, 2, 256))
     run(wide, "auto")  # no kernel takes head_dim 256
     assert len(called) == 2
@@ -341,14 +352,96 @@ def test_extra_memory_is_two_percent_of_eager(moves: str, form: dict) -> None:
     assert found <= 0.02 * eager
 
 
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A name for each call that the fused kernel of compute capability 9.0 takes."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    from kvds.ops import gluon_launch
+
+    calls: list[str] = []
+    original = gluon_launch.run_fused
+    monkeypatch.setattr(gluon_launch, "run_fused", lambda *a: (calls.append("fused"), original(*a))[1])
+    return calls
+
+
+SHARED = {"dim_form": 2, "head_form": 2}
+FUSED = {
+    "student to teacher": (*PAIRS["qwen2"], "source", {}),
+    "teacher to student": (*PAIRS["qwen2"][::-1], "target", {}),
+    "both sides": (*PAIRS["qwen2"], "both", {}),
+    "target of a wide teacher": (*PAIRS["qwen2"], "target", {}),
+    "nothing left out": (*PAIRS["qwen2"], "source", {"slots": None, "masked": 0.0, "bias": False, "scale": False}),
+    "heads of each layer": (*PAIRS["qwen2"][::-1], "target", {"head_form": 3}),
+    "heads before tokens": (*PAIRS["qwen2"], "both", {"token_major": False, "slots": None}),
+    "one row": ((1, 1, 64), (1, 1, 128), "source", {}),
+    "all rows": ((1, 64, 128), (64, 1, 64), "target", {"slots": None}),
+    "64 to 64": ((5, 3, 64), (7, 4, 64), "both", {"head_form": 3}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1", "l1"])
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_kernel(case: str, loss: str, dtype: torch.dtype, fused_calls: list[str]) -> None:
+    source, target, moves, form = FUSED[case]
+    p = make(source, target, dtype, **(SHARED | form))
+    # l1: as above, a residual smaller than its rounding error takes either sign.
+    assert_rounds_like_eager(p, FROBENIUS if loss != "l1" else None, moves=moves, loss=loss, upstream=SCALED[dtype])
+    assert fused_calls == ["fused"]
+
+
+@pytest.mark.parametrize("direction", ["source", "target"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 131), (7, 19), (2, 1000), (3, 1777)])
+def test_fused_kernel_with_fewer_or_more_tokens_than_programs(
+    batch: int, tokens: int, direction: str, fused_calls: list[str]
+) -> None:
+    sides = PAIRS["qwen2"] if direction == "source" else PAIRS["qwen2"][::-1]
+    p = make(*sides, batch=batch, tokens=tokens, slots=None, masked=0.3 if tokens > 1 else 0.0, **SHARED)
+    assert_rounds_like_eager(p, moves=direction)
+    # Poisoned memory: what a run left unwritten would show in the next.
+    first = run(p, "triton", moves=direction)
+    del (blocks := [torch.full((2**22,), float("nan"), device="cuda") for _ in range(4)])[:]
+    second = run(p, "triton", moves=direction)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert fused_calls == ["fused"] * 3 and not blocks
+
+
+@pytest.mark.parametrize("moves", ["source", "target"])
+def test_fused_kernel_with_maps_that_are_frozen(moves: str, fused_calls: list[str]) -> None:
+    sides = PAIRS["qwen2"] if moves == "source" else PAIRS["qwen2"][::-1]
+    p = make(*sides, **SHARED)
+    whole = run(p, "triton", moves=moves)
+    leaves = [t.detach().requires_grad_() for t in p[moves]]
+    total, _ = map_projection_loss(**(p | {moves: leaves}), impl="triton")
+    assert torch.equal(torch.stack(torch.autograd.grad(total, leaves)), whole[moves])
+    maps = {name: p[name].detach().requires_grad_() for name in MAPS}
+    total, _ = map_projection_loss(**(p | maps), impl="triton")
+    gradients = torch.autograd.grad(total, list(maps.values()))
+    assert all(torch.equal(g, whole[name]) for g, name in zip(gradients, maps, strict=True))
+    assert fused_calls == ["fused"] * 3
+
+
+def test_what_the_fused_kernel_cannot_take_goes_to_the_plain_one(fused_calls: list[str]) -> None:
+    student, teacher = PAIRS["qwen2"]
+    run(make(teacher, student, **SHARED), "triton", moves="source")  # a gradient of a source wider than its target
+    run(make((3, 2, 64), (2, 2, 96), **SHARED), "triton")
+    p = make((3, 2, 64), (2, 2, 128), **SHARED)
+    p["source"] = [torch.nn.functional.pad(t, (1, 7))[..., 1:65] for t in p["source"]]  # rows off 16 bytes
+    assert_rounds_like_eager(p)
+    run(make((3, 2, 64), (2, 2, 128), torch.float32, **SHARED), "triton")
+    assert fused_calls == []
+
+
+@pytest.mark.parametrize("dim", [128, 64], ids=["plain", "fused"])
 @pytest.mark.parametrize("token_major", [True, False], ids=["captured", "contiguous"])
 @pytest.mark.parametrize("indexed", [False, True], ids=["all", "indexed"])
-def test_more_than_two_to_the_31_elements(token_major: bool, indexed: bool) -> None:
+def test_more_than_two_to_the_31_elements(token_major: bool, indexed: bool, dim: int) -> None:
     """2.7e9 elements a source layer, in the batch stride, the token stride and the gradient's buffer alike."""
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free GPU memory")
-    batch, heads, tokens, dim = 2, 8, 1_310_721, 128
+    batch, heads, tokens = 2, 1024 // dim, 1_310_721
     shape = (batch, tokens, heads, dim) if token_major else (batch, heads, tokens, dim)
 
     def states(layers: int, h: int, d: int, value: float) -> list[torch.Tensor]:
@@ -358,7 +451,8 @@ def test_more_than_two_to_the_31_elements(token_major: bool, indexed: bool) -> N
 
     assert torch.Size(shape).numel() > 2**31
     g = torch.Generator("cuda").manual_seed(0)
-    source, target = states(2, heads, dim, 0.5), states(1, 2, 64, 0.25)
+    dim_y = 192 - dim
+    source, target = states(2, heads, dim, 0.5), states(1, 2, dim_y, 0.25)
     # Rows at both ends and around the boundaries of 2^31 elements and bytes differ from the rest.
     places = torch.tensor([0, 1, 1_048_575, 1_048_576, 1_048_577, tokens - 2, tokens - 1], device="cuda")
     for layer in (*source, *target):
@@ -368,7 +462,7 @@ def test_more_than_two_to_the_31_elements(token_major: bool, indexed: bool) -> N
     maps = {
         "layer_mix": torch.randn(1, 2, device="cuda", generator=g),
         "head_mix": torch.randn(2, heads, device="cuda", generator=g) / heads**0.5,
-        "dim_proj": torch.randn(dim, 64, device="cuda", generator=g) / dim**0.5,
+        "dim_proj": torch.randn(dim, dim_y, device="cuda", generator=g) / dim**0.5,
     }
     small = {
         side: [t[:, :, places].clone() for t in layers] for side, layers in (("source", source), ("target", target))

@@ -131,13 +131,13 @@ def test_only_what_requires_a_gradient_gets_one(dim_form: int, moves: tuple[str,
 
 
 def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvds.ops import triton_autograd
+    from kvds.ops import triton_compute
 
     p = make(**SMALL)
     expected = map_projection_loss(**p, impl="triton")[0]
     leaves = {name: leaf(p[name], torch.float64) for name in MAPS}
     source = [leaf(t, torch.float64) for t in p["source"]]
-    monkeypatch.setattr(triton_autograd, "_gradient_place", None)  # calling it is an error
+    monkeypatch.setattr(triton_compute, "_gradient_place", None)  # calling it is an error
     with torch.no_grad():
         total, _ = map_projection_loss(**(p | leaves | {"source": source}), impl="triton")
     assert not total.requires_grad

@@ -1,0 +1,58 @@
+"""Launches of the kernels for compute capability 9.0."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from kvds.ops.gluon_fused import fused_kernel
+from kvds.ops.gradients import LossProblem, Wanted
+from kvds.ops.kernel_arguments import FusedForm, Maps, Sides
+from kvds.ops.triton_kernels import fold_kernel
+from kvds.ops.triton_launch import ELEMENTS, Call, Side, processors, sum_partials
+
+
+def run_fused(
+    problem: LossProblem, call: Call, wanted: Wanted, sides: list[Side | None]
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Everything in one pass: gradients of the parameters, views of one tensor; that tensor; and losses per layer, then
+    their mean and the factor that gradients lack in fp16."""
+    source, target, source_grad, target_grad = sides
+    assert source is not None and target is not None
+    device = source.rows.table.device
+    layers_x, layers_y = len(problem.source), len(problem.target)
+    (heads_x, heads_y), (dim_x, dim_y) = problem.heads, problem.dims
+    form = FusedForm(
+        ELEMENTS[call.dtype], layers_x, heads_x, layers_y, heads_y, dim_x, dim_y, call.loss, call.normalize,
+        source_grad is not None, target_grad is not None,
+    )  # fmt: skip
+    layer_mix, head_mix, dim_proj, bias, scale = (
+        None if tensor is None else tensor.detach().contiguous()
+        for tensor in (problem.layer_mix, problem.head_mix, problem.dim_proj, problem.bias, problem.scale)
+    )
+    own_heads = head_mix.dim() == 3
+    maps = Maps(layer_mix, head_mix, heads_y * heads_x * own_heads, dim_proj, bias, scale)
+    programs = min(processors(device), call.tokens)
+    partial = torch.empty(programs, form.size, dtype=torch.float32, device=device)
+    rows = Sides(source.rows, target.rows, (source_grad or source).rows, (target_grad or target).rows)
+    fused_kernel[(programs,)](
+        rows, maps, call.tokens, call.positions, call.mask, call.valid, partial, programs, form, num_warps=4
+    )
+    mixing = layer_mix.numel(), head_mix.numel()
+    flat = partial.new_empty(1, form.size + sum(mixing))
+    sum_partials(partial, 1, programs, form.size, out=flat)
+    losses = partial.new_empty(layers_y + 2)
+    d_layer_mix, d_head_mix = flat[0, form.size :].split(mixing)
+    fold_kernel[(layers_y + 1,)](
+        flat, maps, call.tokens, call.valid, d_layer_mix, d_head_mix, losses, form,
+        *(triton.next_power_of_2(n) for n in (heads_y, layers_x, heads_x)), own_heads, num_warps=4,
+    )  # fmt: skip
+    _, proj, bias_rows, _ = flat[0, : form.size].split(form.sizes)
+    found = {
+        "layer_mix": d_layer_mix.view(layer_mix.shape),
+        "head_mix": d_head_mix.view(head_mix.shape),
+        "dim_proj": proj.view(dim_x, dim_y),
+        "bias": bias_rows[: form.rows_y * dim_y].view(layers_y, heads_y, dim_y),
+    }
+    return {name: gradient for name, gradient in found.items() if getattr(wanted, name)}, flat, losses
