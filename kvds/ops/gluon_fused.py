@@ -6,9 +6,9 @@ layer and head weights and ``w`` the ``dim_proj``. Roles of four warps each work
 a ring of stages in shared memory:
 
 * the *loader* copies ``x`` and ``t`` of tokens to come; what the mask hides becomes zeros;
-* the *chain* goes through the products that wait for one another: to ``g``, the gradient of the projection, and one
-  product back from it;
-* the *reducer* adds up gradients of the maps, writes those of the states, and frees the stage.
+* the *chain* goes through the products that wait for one another, to ``g``, the gradient of the projection (of two
+  chains, where registers allow, each takes every other token and goes on to ``back``);
+* the *reducer* goes back from there: it adds up gradients of the maps, writes those of the states, and frees the stage.
 
 ::
 
@@ -61,7 +61,8 @@ def _ring(F: gl.constexpr):
     x = gl.allocate_shared_memory(F.element, [STAGES, ROWS, X], SHARED)
     t = gl.allocate_shared_memory(F.element, [STAGES, ROWS, Y], SHARED)
     first = gl.allocate_shared_memory(F.element, [STAGES, ROWS, NARROW], SHARED)
-    back = gl.allocate_shared_memory(F.element, [STAGES, ROWS, NARROW], SHARED)
+    KEPT: gl.constexpr = 1 if F.mix_first else STAGES.value  # where the reducer itself makes it, it needs no stages
+    back = gl.allocate_shared_memory(F.element, [KEPT, ROWS, NARROW], SHARED)
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     chained = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -106,7 +107,7 @@ def _hand_on(barriers, stage):
 
 @gluon.jit
 def _mix_first_chain(ring, w, bias, maps, tokens, programs, out, F: gl.constexpr):
-    """Also adds up d_c, whose left operand it has in registers, beside the next token's first product."""
+    """Also adds up d_bias, of which it has the summands in fp32."""
     X: gl.constexpr = product_layout(F.dim_x)
     Y: gl.constexpr = product_layout(F.dim_y)
     none_x = gl.full([ROWS, F.dim_x], 0.0, gl.float32, layout=X)
@@ -114,14 +115,14 @@ def _mix_first_chain(ring, w, bias, maps, tokens, programs, out, F: gl.constexpr
     c = mixing_weights(maps, F, False)
     inverse = inverse_scale(maps, F)
     losses = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, Y))
-    d_mix = mma_start(gl.full([ROWS, ROWS], 0.0, gl.float32, layout=product_layout(64)))
+    d_bias = gl.full([ROWS, F.dim_y], 0.0, gl.float32, layout=Y)
     turn = 0
     for token in range(gl.program_id(0), tokens.count, programs):
         stage = turn % STAGES
         unit = gl.where(is_kept(tokens, token), inverse, 0.0)
         _wait_loaded(ring, turn)
         mixed = mma(c, ring.x.index(stage), none_x, use_acc=False, is_async=True)
-        mixed, d_mix = mma_wait(0, deps=[mixed, d_mix])
+        mixed = mma_wait(0, deps=[mixed])
         low = mixed.to(F.element)
         ring.first.index(stage).store(low)
         projected = mma(gl.convert_layout(low, operand_layout(F.dim_y)), w, none_y, use_acc=False, is_async=True)
@@ -129,53 +130,51 @@ def _mix_first_chain(ring, w, bias, maps, tokens, programs, out, F: gl.constexpr
         projected = mma_wait(0, deps=[projected])
         rho, g = penalty(difference(projected, t, bias, maps, F), unit, F)
         losses += gl.sum(rho, axis=1)
-        low = g.to(F.element)
-        ring.t.index(stage).store(low)
-        low = gl.convert_layout(low, operand_layout(F.dim_x))
-        back = mma(low, w.permute((1, 0)), none_x, use_acc=False, is_async=True)
-        back = mma_wait(0, deps=[back])
-        low = back.to(F.element)
-        ring.back.index(stage).store(low)
+        d_bias += g
+        ring.t.index(stage).store(g.to(F.element))
         _hand_on(ring.chained, stage)
-        low = gl.convert_layout(low, operand_layout(64))
-        d_mix = mma(low, ring.x.index(stage).permute((1, 0)), d_mix, is_async=True)
         turn += 1
-    d_mix = mma_wait(0, deps=[d_mix])
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, Y))
     gl.store(out + F.starts[3] + row, losses * layer_norm(tokens, F))
-    store_sums(out, d_mix * gradient_norm(tokens, F))
+    store_sums(out + F.starts[2], d_bias * gradient_norm(tokens, F))
 
 
 @gluon.jit
-def _mix_first_reducer(ring, maps, tokens, sides, programs, out, F: gl.constexpr):
-    Y: gl.constexpr = product_layout(F.dim_y)
+def _mix_first_reducer(ring, w, maps, tokens, sides, programs, out, F: gl.constexpr):
+    X: gl.constexpr = product_layout(F.dim_x)
     norm = gradient_norm(tokens, F)
     c = mixing_weights(maps, F, True)
-    none_x = gl.full([ROWS, F.dim_x], 0.0, gl.float32, layout=product_layout(F.dim_x))
-    d_proj = gl.full([F.dim_x, F.dim_y], 0.0, gl.float32, layout=Y)
-    d_bias = gl.full([ROWS, F.dim_y], 0.0, gl.float32, layout=row_layout(F.dim_y))
+    none = gl.full([ROWS, F.dim_x], 0.0, gl.float32, layout=X)
+    d_proj = gl.full([F.dim_x, F.dim_y], 0.0, gl.float32, layout=product_layout(F.dim_y))
+    d_mix = gl.full([ROWS, ROWS], 0.0, gl.float32, layout=product_layout(64))
     turn = 0
     for token in range(gl.program_id(0), tokens.count, programs):
         stage = turn % STAGES
         mbarrier.wait(ring.chained.index(stage), turn // STAGES & 1)
         fence_async_shared()
-        if turn > 0:  # only now is the chain done with the x of the stage before
-            mbarrier.arrive(ring.free.index((turn - 1) % STAGES), count=1)
-        d_x = mma(c, ring.back.index(stage), none_x, use_acc=False, is_async=True)
-        d_proj = mma(ring.first.index(stage).permute((1, 0)), ring.t.index(stage), d_proj, is_async=True)
-        g = ring.t.index(stage).load(row_layout(F.dim_y)).to(gl.float32)
-        d_bias += g
+        g = ring.t.index(stage)
+        back = mma(g, w.permute((1, 0)), none, use_acc=False, is_async=True)
+        d_proj = mma(ring.first.index(stage).permute((1, 0)), g, d_proj, is_async=True)
+        back = mma_wait(1, deps=[back])
+        low = back.to(F.element)
+        ring.back.index(0).store(low)
+        fence_async_shared()
+        barrier()
+        d_x = mma(c, ring.back.index(0), none, use_acc=False, is_async=True)
+        low = gl.convert_layout(low, operand_layout(64))
+        d_mix = mma(low, ring.x.index(stage).permute((1, 0)), d_mix, is_async=True)
         if F.target_grad:
-            low = (g * -norm).to(F.element)
+            low = (g.load(row_layout(F.dim_y)).to(gl.float32) * -norm).to(F.element)
             store_token(sides.target_grad, sides.target.index, tokens, token, low, F.rows_y, F.dim_y)
-        d_x, d_proj = mma_wait(0, deps=[d_x, d_proj])
+        d_x, d_proj, d_mix = mma_wait(0, deps=[d_x, d_proj, d_mix])
+        barrier()
+        mbarrier.arrive(ring.free.index(stage), count=1)
         if F.source_grad:
             low = (d_x * norm).to(F.element)
             store_token(sides.source_grad, sides.source.index, tokens, token, low, F.rows_x, F.dim_x)
-        barrier()
         turn += 1
+    store_sums(out, d_mix * norm)
     store_sums(out + F.starts[1], d_proj * norm)
-    store_sums(out + F.starts[2], d_bias * norm)
 
 
 @gluon.jit
@@ -258,11 +257,11 @@ def fused_kernel(sides, maps, count, positions, mask, valid, partial, programs, 
         gl.warp_specialize(
             [
                 (_mix_first_chain, (ring, w, bias, maps, tokens, programs, out, F)),
-                (_mix_first_reducer, (ring, maps, tokens, sides, programs, out, F)),
+                (_mix_first_reducer, (ring, w, maps, tokens, sides, programs, out, F)),
                 (_loader, (ring, sides, tokens, programs, F)),
             ],
             [4, 4],
-            [232, 48],
+            [200, 56],
         )
     else:
         store_projection(maps, w, F)

@@ -132,9 +132,10 @@ class Wanted:
         return self.through_projection or self.target or self.dim_proj or self.bias
 
 
-def _multiply(buffer: Tensor, factor: Tensor) -> None:
-    if buffer.is_cuda or factor.item() != 1:
-        buffer.mul_(factor.to(buffer.dtype))
+def _multiply(buffers: Sequence[Tensor], factor: Tensor) -> None:
+    for buffer in buffers:
+        if buffer.is_cuda or factor.item() != 1:
+            buffer.mul_(factor.to(buffer.dtype))
 
 
 @dataclass
@@ -147,7 +148,7 @@ class Result:
         parameters: Gradients of the parameters by name, in the dtype of the sums.
         buffers: The memory in which all gradients lie, each dense and from its first element on; None: their own.
         missing: What the gradients still lack: a factor that would have taken fp16 below its range. None: nothing.
-        rescale: Multiplies a buffer by a scalar on its device, in place.
+        rescale: Multiplies buffers by a scalar on their device, in place.
     """
 
     loss: Tensor
@@ -157,7 +158,7 @@ class Result:
     parameters: dict[str, Tensor] = field(default_factory=dict)
     buffers: list[Tensor] | None = None
     missing: Tensor | None = None
-    rescale: Callable[[Tensor, Tensor], None] = _multiply
+    rescale: Callable[[Sequence[Tensor], Tensor], None] = _multiply
 
 
 Compute = Callable[[LossProblem, Wanted], Result]
@@ -168,23 +169,25 @@ class _LossWithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, compute: Compute, problem: LossProblem, wanted: Wanted, *tensors: Tensor
+        ctx: Any, compute: Compute, problem: LossProblem, wanted: Wanted, *leaves: Tensor
     ) -> tuple[Tensor, Tensor]:
         result = compute(problem, wanted)
-        gradients: list[Tensor | None] = [result.parameters.get(name) for name in PARAMETERS]
+        gradients = [result.parameters[name] for name in PARAMETERS if getattr(wanted, name)]
         for states, computed in ((problem.source, result.source), (problem.target, result.target)):
-            gradients.extend(computed if computed is not None else [None] * len(states))
-        ctx.result, ctx.gradients = result, gradients
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[: len(PARAMETERS)]]
-        buffers = [g for g in gradients if g is not None] if result.buffers is None else result.buffers
-        ctx.save_for_backward(*buffers)  # a graph that was freed has none
+            if computed is not None:
+                gradients += [g for g, state in zip(computed, states, strict=True) if state.requires_grad]
+        ctx.result, ctx.gradients, ctx.dtypes = result, gradients, [leaf.dtype for leaf in leaves]
+        ctx.save_for_backward(*(gradients if result.buffers is None else result.buffers))  # a graph freed has none
         ctx.mark_non_differentiable(result.per_layer)
+        ctx.set_materialize_grads(False)
         return result.loss, result.per_layer
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         buffers, gradients, result = list(ctx.saved_tensors), ctx.gradients, ctx.result
+        if upstream is None:
+            return (None,) * (3 + len(gradients))
         # Private, and absent from a torch that dropped it: then every call pays for the copy.
         if getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)():
             # What is handed out must not change with a later call.
@@ -192,21 +195,16 @@ class _LossWithGradients(torch.autograd.Function):
             buffers, gradients = list(copies.values()), [_again(g, copies) for g in gradients]
         else:  # scaled in place: no second copy exists
             ctx.gradients = ctx.result = None
-        factor = upstream if result.missing is None else upstream * result.missing
-        for buffer in buffers:
-            if buffer.numel():
-                result.rescale(buffer, factor)
-        for k, dtype in enumerate(ctx.dtypes):
-            if gradients[k] is not None:
-                gradients[k] = gradients[k].to(dtype)
-        needs = ctx.needs_input_grad[3:]
-        return (None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True)))
+        filled = [buffer for buffer in buffers if buffer.numel()]
+        if filled:
+            result.rescale(filled, upstream if result.missing is None else upstream * result.missing)
+        return None, None, None, *(
+            g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
 
 
-def _again(gradient: Tensor | None, copies: dict[int, Tensor]) -> Tensor | None:
+def _again(gradient: Tensor, copies: dict[int, Tensor]) -> Tensor:
     """The same view of a copy."""
-    if gradient is None:
-        return None
     copy = copies[gradient.untyped_storage().data_ptr()]
     return copy.as_strided(gradient.shape, gradient.stride(), gradient.storage_offset())
 
@@ -217,6 +215,7 @@ def loss_with_gradients(compute: Compute, problem: LossProblem) -> tuple[Tensor,
     if not wanted.any:
         result = compute(problem, wanted)
         return result.loss, result.per_layer
-    parameters = [getattr(problem, name) for name in PARAMETERS]
-    loss, per_layer = _LossWithGradients.apply(compute, problem, wanted, *parameters, *problem.source, *problem.target)
+    parameters = [getattr(problem, name) for name in PARAMETERS if getattr(wanted, name)]
+    states = [state for state in (*problem.source, *problem.target) if state.requires_grad]
+    loss, per_layer = _LossWithGradients.apply(compute, problem, wanted, *parameters, *states)
     return loss, per_layer

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvds.ops.gradients import PARAMETERS, LossProblem, Result, Wanted
-from kvds.ops.triton_launch import Call, make_sides, rescale, run_stages, stages_of
+from kvds.ops.triton_launch import Call, count_kept, make_sides, rescale, run_stages, stages_of
 from kvds.ops.triton_plan import fits_fused
 
 
@@ -49,7 +49,7 @@ def compute_triton(problem: LossProblem, wanted: Wanted) -> Result:
     }
     problem = replace(problem, **contiguous)
     with torch.cuda.device_of(problem.source[0]):  # Triton launches on the current device
-        valid = None if problem.mask is None else problem.mask.sum()
+        valid = None if problem.mask is None else count_kept(problem.mask)
         call = Call(
             "loss", problem.source[0].dtype, problem.tokens, problem.positions, problem.mask, valid, problem.loss,
             len(problem.target), problem.heads[1] * problem.dims[1],

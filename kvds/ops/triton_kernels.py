@@ -317,16 +317,27 @@ def sum_partials_kernel(
     tl.store(place, summed, mask=column < SIZE)
 
 
-@triton.jit(do_not_specialize=["size"])
-def scale_kernel(values, factor, size, BLOCK: tl.constexpr):
-    """``values *= factor`` in place; a factor of 1, known only on the device, costs no traffic."""
+@triton.jit
+def scale_kernel(buffers, sizes, factor, BLOCK: tl.constexpr):
+    """``buffer *= factor`` in place, of each; a factor of 1, known only on the device, costs no traffic."""
     by = tl.load(factor)
     if by != 1:
         program = tl.program_id(0).to(tl.int64)
-        for start in tl.range(program * BLOCK, size, tl.num_programs(0) * BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            value = tl.load(values + at, mask=at < size)
-            tl.store(values + at, (value * by).to(values.dtype.element_ty), mask=at < size)
+        for k in tl.static_range(len(buffers)):
+            for start in tl.range(program * BLOCK, sizes[k], tl.num_programs(0) * BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                value = tl.load(buffers[k] + at, mask=at < sizes[k])
+                tl.store(buffers[k] + at, (value * by).to(buffers[k].dtype.element_ty), mask=at < sizes[k])
+
+
+@triton.jit(do_not_specialize=["size"])
+def count_kernel(mask, count, size, BLOCK: tl.constexpr):
+    """How many of ``size`` are True: one program, which is done before a sum of several launches would begin."""
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in tl.range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(mask + at, mask=at < size, other=0).to(tl.int32)
+    tl.store(count, tl.sum(total, 0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvds.ops.gradients import LossProblem, Wanted
 from kvds.ops.kernel_arguments import Rows, Sides, StageForm, Weights
-from kvds.ops.triton_kernels import map_projection_kernel, scale_kernel, sum_partials_kernel
+from kvds.ops.triton_kernels import count_kernel, map_projection_kernel, scale_kernel, sum_partials_kernel
 from kvds.ops.triton_plan import Stage, capability, choose_tile, chunk_tokens, count_splits, interpreting, plan_stages
 
 ELEMENTS = {
@@ -46,16 +46,19 @@ def make_sides(groups: Sequence[Sequence[Tensor] | None], indexes: Sequence[Tens
     Of a group each tensor is ``[B, H, T, D]``, or ``[H, T, D]`` if it is a workspace.
     """
     addresses: list[int] = []
-    spans = []
+    shapes = []  # of each group: first and last address, strides of batch and token, whether all is aligned, flat
     for group in groups:
         if not group:
-            spans.append((0, 0))
             continue
-        begin, heads, head = len(addresses), group[0].shape[-3], group[0].stride(-3) * group[0].element_size()
+        flat, size, begin = group[0].dim() == 3, group[0].element_size(), len(addresses)
+        batch, head, token, _ = (0, *group[0].stride()) if flat else group[0].stride()
+        heads = [h * head * size for h in range(group[0].shape[-3])]
+        bits = (batch | head | token) * size
         for layer in group:
             start = layer.data_ptr()
-            addresses += [start + h * head for h in range(heads)]
-        spans.append((begin, len(addresses)))
+            bits |= start
+            addresses += [start + offset for offset in heads]
+        shapes.append((begin, len(addresses), batch, token, bits % 16 == 0, flat))
         if len(addresses) % 2:  # every table starts at a multiple of 16 bytes
             addresses.append(0)
     device = next(group[0].device for group in groups if group)
@@ -63,15 +66,13 @@ def make_sides(groups: Sequence[Sequence[Tensor] | None], indexes: Sequence[Tens
     table = torch.tensor(addresses, dtype=torch.int64, pin_memory=cuda)
     if cuda:
         table = table.to(device, non_blocking=True)
+    made = iter(shapes)
     sides: list[Side | None] = []
-    for group, index, (begin, end) in zip(groups, indexes, spans, strict=True):
+    for group, index in zip(groups, indexes, strict=True):
         if not group:
             sides.append(None)
             continue
-        flat = group[0].dim() == 3
-        batch, _, token, _ = (0, *group[0].stride()) if flat else group[0].stride()
-        size = group[0].element_size()
-        aligned = all(a % 16 == 0 for a in (batch * size, token * size, *addresses[begin:end]))
+        begin, end, batch, token, aligned, flat = next(made)
         sides.append(Side(Rows(table[begin:end], index, batch, token), aligned, flat))
     return sides
 
@@ -165,10 +166,18 @@ def sum_partials(
     return out
 
 
-def rescale(buffer: Tensor, factor: Tensor) -> None:
-    """``buffer *= factor``, without traffic where the factor is 1."""
-    programs = min(triton.cdiv(buffer.numel(), 4096), 1024)
-    scale_kernel[(programs,)](buffer, factor, buffer.numel(), BLOCK=4096)
+def count_kept(mask: Tensor) -> Tensor:
+    """How many a mask leaves, int64, on its device."""
+    count = torch.empty((), dtype=torch.int64, device=mask.device)
+    count_kernel[(1,)](mask, count, mask.numel(), BLOCK=8192, num_warps=8)
+    return count
+
+
+def rescale(buffers: Sequence[Tensor], factor: Tensor) -> None:
+    """``buffer *= factor`` for each of them, in one launch, without traffic where the factor is 1."""
+    sizes = tuple(buffer.numel() for buffer in buffers)
+    programs = max(1, min(triton.cdiv(max(sizes), 4096), 1024))
+    scale_kernel[(programs,)](tuple(buffers), sizes, factor, BLOCK=4096)
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def _uniform(states: Sequence[Tensor]) -> bool:
-    return all(layer.stride() == states[0].stride() for layer in states) and states[0].stride(3) == 1
+    strides = states[0].stride()
+    return strides[3] == 1 and all(layer.stride() == strides for layer in states)
 
 
 @functools.cache
