@@ -28,11 +28,35 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from kvds.ops.gluon_names import (
-    arrive_when_copied, barrier, copy_async, fence_async_shared, gl, gluon, mbarrier, mma, mma_start, mma_wait,
+    arrive_when_copied,
+    barrier,
+    copy_async,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    mma,
+    mma_wait,
 )  # fmt: skip
 from kvds.ops.gluon_parts import (
-    ROWS, SHARED, difference, gradient_norm, inverse_scale, is_kept, layer_norm, mixing_weights, operand_layout,
-    packed_bias, penalty, places, product_layout, row_layout, store_projection, store_sums, store_token, token_offset,
+    ROWS,
+    SHARED,
+    difference,
+    gradient_norm,
+    inverse_scale,
+    is_kept,
+    layer_norm,
+    mixing_weights,
+    operand_layout,
+    packed_bias,
+    penalty,
+    places,
+    product_layout,
+    row_layout,
+    store_projection,
+    store_sums,
+    store_token,
+    token_offset,
 )  # fmt: skip
 from kvds.ops.kernel_arguments import Tokens
 

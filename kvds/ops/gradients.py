@@ -198,8 +198,11 @@ class _LossWithGradients(torch.autograd.Function):
         filled = [buffer for buffer in buffers if buffer.numel()]
         if filled:
             result.rescale(filled, upstream if result.missing is None else upstream * result.missing)
-        return None, None, None, *(
-            g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        return (
+            None,
+            None,
+            None,
+            *(g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)),
         )
 
 

@@ -158,6 +158,11 @@ class StageForm:
         return self.layers_y * self.heads_y
 
     @property
+    def mixes(self) -> bool:
+        """Whether rows are mixed at all."""
+        return self.mix_parts > 0
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Of a program's sums: d_mix, d_proj, d_bias, losses."""
         return (

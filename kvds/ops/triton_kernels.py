@@ -21,28 +21,43 @@ import triton.language as tl
 
 
 @triton.jit
-def _dot(a, b, F: tl.constexpr):
+def dot(a, b, F: tl.constexpr):
+    """``a @ b``."""
     return tl.dot(a, b, input_precision=F.precision, out_dtype=F.wide)
 
 
 @triton.jit
-def _dot_to(a, b, sums, F: tl.constexpr):
+def dot_to(a, b, sums, F: tl.constexpr):
+    """``sums + a @ b``."""
     return tl.dot(a, b, sums, input_precision=F.precision, out_dtype=F.wide)
 
 
 @triton.jit
-def _places(rows, row, inside, offset, F: tl.constexpr):
-    """Pointers ``[BLOCK]`` to the first element of rows. The addresses are read again for every tile: from the L1 cache
-    they cost less than registers."""
-    pointer = tl.load(rows.table + row, mask=inside, other=0).to(tl.pointer_type(F.element)) + offset
+def row_places(row_x, row_y, problem, F: tl.constexpr):
+    """Where a problem's rows stand among all layers and heads of their sides."""
+    member_x = row_x % F.rows_x
+    member_y = row_y % F.rows_y
+    layer_x = problem // F.head_problems * F.layers_x + member_x // F.heads_x
+    layer_y = problem // F.head_problems * F.layers_y + member_y // F.heads_y
+    head_problem = problem % F.head_problems
+    place_x = layer_x * (F.heads_x * F.head_problems) + head_problem * F.heads_x + member_x % F.heads_x
+    place_y = layer_y * (F.heads_y * F.head_problems) + head_problem * F.heads_y + member_y % F.heads_y
+    return place_x, place_y
+
+
+@triton.jit
+def first_elements(rows, place, inside, F: tl.constexpr):
+    """Pointers ``[BLOCK]`` to where rows start. The addresses are read again for every tile: from the L1 cache they cost
+    less than registers."""
+    pointer = tl.load(rows.table + place, mask=inside, other=0).to(tl.pointer_type(F.element))
     if F.aligned:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
-def _offsets(rows, token, token_first, token_last, positions, FLAT: tl.constexpr):
-    """Element offsets of tokens (of each row, or of the one token of a tile)."""
+def token_offsets(rows, token, token_first, token_last, positions, FLAT: tl.constexpr):
+    """Elements from there to tokens. FLAT: a workspace that holds only the tokens of this launch."""
     if FLAT:
         offset = (token - token_first).to(tl.int64) * rows.token_stride
     else:
@@ -56,6 +71,24 @@ def _offsets(rows, token, token_first, token_last, positions, FLAT: tl.constexpr
 
 
 @triton.jit
+def kept(mask, token, there):
+    """Which tokens count, of those that are there."""
+    keep = there
+    if mask is not None:
+        keep = there & (tl.load(mask + token, mask=there, other=0) != 0)
+    return keep
+
+
+@triton.jit
+def _elements(rows, place, inside, offset, F: tl.constexpr):
+    """Pointers ``[BLOCK]`` to tokens' first elements."""
+    pointer = first_elements(rows, place, inside, F) + offset
+    if F.aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
 def _tile_tokens(start, token_first, token_last, row, inside, mask, ROWS: tl.constexpr, F: tl.constexpr):
     """For the rows of the tile that begins at ``start``: their token (one for all where a tile holds one), which rows
     are there, and which count."""
@@ -65,25 +98,23 @@ def _tile_tokens(start, token_first, token_last, row, inside, mask, ROWS: tl.con
         present = row < tl.where(there, ROWS, 0)
         keep = present
         if mask is not None:
-            kept = tl.load(mask + start, mask=there, other=0) != 0
-            keep = row < tl.where(kept, ROWS, 0)
+            counts = tl.load(mask + start, mask=there, other=0) != 0
+            keep = row < tl.where(counts, ROWS, 0)
     else:
         token = start + row // ROWS
         present = inside & (token >= token_first) & (token < token_last)
-        keep = present
-        if mask is not None:
-            keep = present & (tl.load(mask + token, mask=present, other=0) != 0)
+        keep = kept(mask, token, present)
     return token, present, keep
 
 
 @triton.jit
-def _mixing_weights(weights, problem, PART: tl.constexpr, F: tl.constexpr):
-    """``c [BLOCK_Y, BLOCK_X]``: a block for each token of a tile. Part 1 is what rounding took from part 0."""
+def _mixing_weights(weights, problem, F: tl.constexpr):
+    """``c [BLOCK_Y, BLOCK_X]``: a block for each token of a tile."""
     row_y = tl.arange(0, F.block_y)[:, None]
     row_x = tl.arange(0, F.block_x)[None, :]
     inside = (row_y < F.tokens * F.rows_y) & (row_x < F.tokens * F.rows_x)
     same_token = row_y // F.rows_y == row_x // F.rows_x
-    at = (row_y % F.rows_y + PART * F.rows_y) * F.rows_x + row_x % F.rows_x
+    at = row_y % F.rows_y * F.rows_x + row_x % F.rows_x
     return tl.load(weights.mix + problem.to(tl.int64) * weights.mix_stride + at, mask=inside & same_token, other=0)
 
 
@@ -118,7 +149,8 @@ def _penalty(projected, t, keep, inverse, SCALED: tl.constexpr, F: tl.constexpr)
 
 
 @triton.jit
-def _store_sums(out, sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_sums(out, sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write a program's sums ``[ROWS, COLUMNS]``."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     tl.store(out + row * COLUMNS + column, sums)
@@ -132,10 +164,6 @@ def map_projection_kernel(
     """One problem, tiles ``split, split + splits, …``."""
     problem = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
-    first_layer_x = problem // F.head_problems * F.layers_x
-    first_layer_y = problem // F.head_problems * F.layers_y
-    head_problem = problem % F.head_problems
-
     row_x = tl.arange(0, F.block_x)
     row_y = tl.arange(0, F.block_y)
     dim_x = tl.arange(0, F.block_dx)[None, :]
@@ -144,24 +172,17 @@ def map_projection_kernel(
     inside_y = row_y < F.tokens * F.rows_y
     columns_x = dim_x < F.dim_x
     columns_y = dim_y < F.dim_y
-    # Where a row stands among all layers and heads of its side.
-    member_x = row_x % F.rows_x
-    member_y = row_y % F.rows_y
-    layer_x = first_layer_x + member_x // F.heads_x
-    layer_y = first_layer_y + member_y // F.heads_y
-    place_x = layer_x * (F.heads_x * F.head_problems) + head_problem * F.heads_x + member_x % F.heads_x
-    place_y = layer_y * (F.heads_y * F.head_problems) + head_problem * F.heads_y + member_y % F.heads_y
+    place_x, place_y = row_places(row_x, row_y, problem, F)
 
-    if F.mix_parts:
-        c = _mixing_weights(weights, problem, 0, F)
-        if F.mix_parts == 2:
-            c_rest = _mixing_weights(weights, problem, 1, F)
-    if F.projects:
-        w = _projecting_weights(weights, problem, F)
+    if F.mixes:
+        c = _mixing_weights(weights, problem, F)
+    w = _projecting_weights(weights, problem, F)
     inverse = 1.0
     SCALED: tl.constexpr = weights.scale is not None and F.mode == "loss"
     if SCALED:
-        inverse = (1 / tl.load(weights.scale + layer_y, mask=inside_y, other=1).to(F.wide))[:, None]
+        inverse = (
+            1 / tl.load(weights.scale + place_y // (F.heads_y * F.head_problems), mask=inside_y, other=1).to(F.wide)
+        )[:, None]
 
     # 1 / (elements of one layer that count), in the widest type at hand.
     counted = count
@@ -192,21 +213,18 @@ def map_projection_kernel(
         start = token_first + tile * F.tokens
         token_x, present_x, keep_x = _tile_tokens(start, token_first, token_last, row_x, inside_x, mask, F.rows_x, F)
         token_y, present_y, keep_y = _tile_tokens(start, token_first, token_last, row_y, inside_y, mask, F.rows_y, F)
-        x_at = _offsets(sides.source, token_x, token_first, token_last, positions, F.source_flat)
-        y_at = _offsets(sides.target, token_y, token_first, token_last, positions, F.target_flat)
-        x_rows = _places(sides.source, place_x, inside_x, x_at, F)
+        x_at = token_offsets(sides.source, token_x, token_first, token_last, positions, F.source_flat)
+        y_at = token_offsets(sides.target, token_y, token_first, token_last, positions, F.target_flat)
+        x_rows = _elements(sides.source, place_x, inside_x, x_at, F)
         x = tl.load(x_rows[:, None] + dim_x, mask=keep_x[:, None] & columns_x, other=0)  # [BX, BDX]
-        y_rows = _places(sides.target, place_y, inside_y, y_at, F)
+        y_rows = _elements(sides.target, place_y, inside_y, y_at, F)
         if F.mode != "store":
             t = tl.load(y_rows[:, None] + dim_y, mask=keep_y[:, None] & columns_y, other=0)  # [BY, BDY]
 
         if F.dims_first:
-            moved = _dot(x, w, F).to(F.element)  # [BX, BDY]
-        elif F.mix_parts:
-            wide = _dot(c, x, F)
-            if F.mix_parts == 2:
-                wide = _dot_to(c_rest, x, wide, F)
-            mixed = wide.to(F.element)  # [BY, BDX]
+            moved = dot(x, w, F).to(F.element)  # [BX, BDY]
+        elif F.mixes:
+            mixed = dot(c, x, F).to(F.element)  # [BY, BDX]
         else:
             mixed = x
 
@@ -218,11 +236,9 @@ def map_projection_kernel(
             else:
                 start_at = tl.full((F.block_y, F.block_dy), 0, F.wide)
             if F.dims_first:
-                projected = _dot_to(c, moved, start_at, F)
-            elif F.projects:
-                projected = _dot_to(mixed, w, start_at, F)
+                projected = dot_to(c, moved, start_at, F)
             else:
-                projected = mixed.to(F.wide)
+                projected = dot_to(mixed, w, start_at, F)
         if F.mode == "store":
             tl.store(y_rows[:, None] + dim_y, projected.to(F.element), mask=present_y[:, None] & columns_y)
         elif F.mode == "given":
@@ -236,8 +252,8 @@ def map_projection_kernel(
             if F.bias_grad:
                 d_bias += g
             if F.target_grad:
-                dy_at = _offsets(sides.target_grad, token_y, token_first, token_last, positions, F.target_flat)
-                dy_rows = _places(sides.target_grad, place_y, inside_y, dy_at, F)
+                dy_at = token_offsets(sides.target_grad, token_y, token_first, token_last, positions, F.target_flat)
+                dy_rows = _elements(sides.target_grad, place_y, inside_y, dy_at, F)
                 store_y = keep_y if sides.target.index is not None else present_y
                 tl.store(dy_rows[:, None] + dim_y, (-g * norm).to(F.element), mask=store_y[:, None] & columns_y)
 
@@ -251,46 +267,38 @@ def map_projection_kernel(
             )
         if F.dims_first:
             if F.mix_grad:
-                d_mix = _dot_to(g_low, tl.trans(moved), d_mix, F)
+                d_mix = dot_to(g_low, tl.trans(moved), d_mix, F)
             if F.source_grad or F.proj_grad:
-                d_moved = _dot(tl.trans(c), g_low, F).to(F.element)  # [BX, BDY]
+                d_moved = dot(tl.trans(c), g_low, F).to(F.element)  # [BX, BDY]
                 if F.proj_grad:
-                    d_proj = _dot_to(tl.trans(x), d_moved, d_proj, F)
+                    d_proj = dot_to(tl.trans(x), d_moved, d_proj, F)
                 if F.source_grad:
-                    d_x = _dot(d_moved, tl.trans(w), F)
+                    d_x = dot(d_moved, tl.trans(w), F)
         else:
             if F.proj_grad:
-                d_proj = _dot_to(tl.trans(mixed), g_low, d_proj, F)
+                d_proj = dot_to(tl.trans(mixed), g_low, d_proj, F)
             if F.source_grad or F.mix_grad:
-                if F.projects:
-                    d_mixed = _dot(g_low, tl.trans(w), F)  # [BY, BDX]
-                    d_low = d_mixed.to(F.element)
-                else:
-                    d_low = g_low
+                d_mixed = dot(g_low, tl.trans(w), F)  # [BY, BDX]
+                d_low = d_mixed.to(F.element)
                 if F.mix_grad:
-                    d_mix = _dot_to(d_low, tl.trans(x), d_mix, F)
+                    d_mix = dot_to(d_low, tl.trans(x), d_mix, F)
                 if F.source_grad:
-                    if F.mix_parts:
-                        d_x = _dot(tl.trans(c), d_low, F)
-                        if F.mix_parts == 2:
-                            d_x = _dot_to(tl.trans(c_rest), d_low, d_x, F)
-                    elif F.projects:
-                        d_x = d_mixed
-                    else:
-                        d_x = g_low.to(F.wide)
+                    d_x = d_mixed
+                    if F.mixes:
+                        d_x = dot(tl.trans(c), d_low, F)
         if F.source_grad:
-            dx_at = _offsets(sides.source_grad, token_x, token_first, token_last, positions, F.source_flat)
-            dx_rows = _places(sides.source_grad, place_x, inside_x, dx_at, F)
+            dx_at = token_offsets(sides.source_grad, token_x, token_first, token_last, positions, F.source_flat)
+            dx_rows = _elements(sides.source_grad, place_x, inside_x, dx_at, F)
             store_x = keep_x if sides.source.index is not None else present_x
             tl.store(dx_rows[:, None] + dim_x, (d_x * norm).to(F.element), mask=store_x[:, None] & columns_x)
 
     out = partial + tl.program_id(0).to(tl.int64) * F.size
     if F.mix_grad:
-        _store_sums(out, d_mix * norm, F.block_y, F.block_x)
+        store_sums(out, d_mix * norm, F.block_y, F.block_x)
     if F.proj_grad:
-        _store_sums(out + F.starts[1], d_proj * norm, F.block_dx, F.block_dy)
+        store_sums(out + F.starts[1], d_proj * norm, F.block_dx, F.block_dy)
     if F.bias_grad:
-        _store_sums(out + F.starts[2], d_bias * norm, F.block_y, F.block_dy)
+        store_sums(out + F.starts[2], d_bias * norm, F.block_y, F.block_dy)
     if F.mode == "loss":
         tl.store(out + F.starts[3] + row_y, losses * layer_norm)
 

@@ -13,8 +13,18 @@ from torch import Tensor
 
 from kvds.ops.gradients import LossProblem, Wanted
 from kvds.ops.kernel_arguments import Rows, Sides, StageForm, Weights
+from kvds.ops.mix_kernels import mix_kernel, unmix_kernel
 from kvds.ops.triton_kernels import count_kernel, map_projection_kernel, scale_kernel, sum_partials_kernel
-from kvds.ops.triton_plan import Stage, capability, choose_tile, chunk_tokens, count_splits, interpreting, plan_stages
+from kvds.ops.triton_plan import (
+    Stage,
+    Tile,
+    capability,
+    choose_tile,
+    chunk_tokens,
+    count_splits,
+    interpreting,
+    plan_stages,
+)
 
 ELEMENTS = {
     torch.bfloat16: tl.bfloat16,
@@ -38,6 +48,10 @@ class Side:
     rows: Rows
     aligned: bool
     flat: bool = False
+
+
+SidesOfStage = tuple[Side, Side, Side | None, Side | None]
+"""Source, target (or the output, or its gradient), and the places of their gradients."""
 
 
 def make_sides(groups: Sequence[Sequence[Tensor] | None], indexes: Sequence[Tensor | None]) -> list[Side | None]:
@@ -114,26 +128,12 @@ class Call:
         return self.dtype != torch.float16
 
 
-def launch(
-    stage: Stage,
-    dims: tuple[int, int],
-    call: Call,
-    sides: tuple[Side, Side, Side | None, Side | None],
-    weights: Weights,
-    wanted: Wanted,
-    token_range: tuple[int, int],
-    sums: Tensor | None,
-) -> tuple[Tensor | None, StageForm]:
-    """Run one stage over a range of tokens; returns the flat sums per problem (added to ``sums`` if given).
-
-    ``sides``: source, target (or the output, or its gradient), and the places of their gradients.
-    """
+def _form(
+    stage: Stage, tile: Tile, dims: tuple[int, int], call: Call, sides: SidesOfStage, weights: Weights, wanted: Wanted
+) -> StageForm:
+    """What a stage's kernel is compiled for."""
     source, target, source_grad, target_grad = sides
-    device = source.rows.table.device
-    gradients = wanted.any or source_grad is not None or target_grad is not None
-    tile = choose_tile(stage, dims, call.dtype.itemsize, gradients=gradients, hopper=capability(device) >= (9, 0))
-    splits = count_splits(stage, tile, token_range[1] - token_range[0], processors(device))
-    form = StageForm(
+    return StageForm(
         element=ELEMENTS[call.dtype], wide=ELEMENTS[call.wide],
         precision="ieee" if call.dtype == torch.float32 else "tf32", head_problems=stage.head_problems,
         layers_x=stage.layers_x, heads_x=stage.heads_x, layers_y=stage.layers_y, heads_y=stage.heads_y,
@@ -145,12 +145,41 @@ def launch(
         mix_grad=wanted.mix, proj_grad=wanted.dim_proj, bias_grad=wanted.bias, source_flat=source.flat,
         target_flat=target.flat, aligned=all(side is None or side.aligned for side in sides), stages=tile.num_stages,
     )  # fmt: skip
-    partial = torch.empty((stage.problems * splits, max(1, form.size)), dtype=call.wide, device=device)
+
+
+def launch(
+    stage: Stage,
+    dims: tuple[int, int],
+    call: Call,
+    sides: SidesOfStage,
+    weights: Weights,
+    wanted: Wanted,
+    token_range: tuple[int, int],
+    sums: Tensor | None = None,
+) -> tuple[Tensor | None, StageForm]:
+    """Run one stage over a range of tokens; returns the flat sums per problem (added to ``sums`` if given)."""
+    source, target, source_grad, target_grad = sides
+    device = source.rows.table.device
+    gradients = wanted.any or source_grad is not None or target_grad is not None
+    tile = choose_tile(stage, dims, call.dtype.itemsize, gradients=gradients, hopper=capability(device) >= (9, 0))
+    splits = count_splits(stage, tile, token_range[1] - token_range[0], processors(device))
+    form = _form(stage, tile, dims, call, sides, weights, wanted)
+    programs = stage.problems * splits
+    partial = torch.empty((programs, max(1, form.size)), dtype=call.wide, device=device)
     rows = Sides(source.rows, target.rows, (source_grad or source).rows, (target_grad or target).rows)
-    map_projection_kernel[(stage.problems * splits,)](
-        rows, weights, call.tokens, call.positions, call.mask, call.valid, partial,
-        *token_range, splits, call.elements, call.layers_y, form, num_warps=tile.num_warps,
-    )  # fmt: skip
+    if stage.projects:
+        map_projection_kernel[(programs,)](
+            rows, weights, call.tokens, call.positions, call.mask, call.valid, partial,
+            *token_range, splits, call.elements, call.layers_y, form, num_warps=tile.num_warps,
+        )  # fmt: skip
+    elif call.mode == "store":
+        mix_kernel[(programs,)](
+            rows, weights, call.positions, call.mask, *token_range, splits, form, num_warps=tile.num_warps
+        )
+    else:
+        unmix_kernel[(programs,)](
+            rows, weights, call.positions, call.mask, partial, *token_range, splits, form, num_warps=tile.num_warps
+        )
     return (sum_partials(partial, stage.problems, splits, form.size, sums) if form.size else None), form
 
 
@@ -203,9 +232,10 @@ def _unpack(sums: Tensor | None, form: StageForm) -> StageSums:
         return part if tokens == 1 else part.unflatten(1, (tokens, rows_y)).sum(1)
 
     def diagonal(part: Tensor) -> Tensor:
-        square = part.view(len(sums), form.block_y, form.block_x)[:, : tokens * rows_y, : tokens * rows_x]
-        if tokens == 1:
-            return square
+        square = part.view(len(sums), form.block_y, form.block_x)
+        if tokens == 1 or not form.projects:  # a launch that only mixes has its tokens in columns
+            return square[:, :rows_y, :rows_x]
+        square = square[:, : tokens * rows_y, : tokens * rows_x]
         blocks = square.unflatten(2, (tokens, rows_x)).unflatten(1, (tokens, rows_y))
         return blocks.diagonal(dim1=1, dim2=3).sum(-1)
 

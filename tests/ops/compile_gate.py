@@ -3,7 +3,8 @@
     python -m tests.ops.compile_gate [--slow] [--record]
 
 prints a JSON object per line: problem, launch, architecture, bytes of shared memory and of spills (stores). ``--slow``
-takes every problem, not the few of each commit; ``--record`` writes the largest spill of each to compile_gate.json.
+takes every problem, not the few of each commit; ``--record`` writes the largest spill of each, and the registers, to
+compile_gate.json, for each version of Triton apart.
 
 Launches are those of the real launcher on empty tensors: a stand-in for the kernels notes their
 arguments, which are then specialised as Triton's JIT does. Must run in a process that does not interpret kernels.
@@ -30,8 +31,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one program may ask for."""
 
 QWEN2, MHA, GQA = ((24, 2, 64), (28, 2, 128)), ((16, 16, 64), (32, 32, 128)), ((32, 8, 64), (80, 8, 128))
-SMALL = ("sum_partials_kernel", "scale_kernel", "fold_kernel")
-KERNELS = ("map_projection_kernel", "fused_kernel", *SMALL)
+SMALL = ("sum_partials_kernel", "scale_kernel", "fold_kernel", "count_kernel")
+KERNELS = ("map_projection_kernel", "mix_kernel", "unmix_kernel", "fused_kernel", *SMALL)
 TRAIN = {"mask": True, "index": False, "bias": True, "scale": True}
 
 # name: (source, target), what moves, dtype, dim_proj and head_mix dimensions, sparse, features
@@ -190,12 +191,20 @@ def compile_all(slow: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def largest(rows: list[dict[str, Any]], column: str) -> dict[str, dict[str, int]]:
-    """The largest value per problem and architecture."""
-    found: dict[str, dict[str, int]] = {}
+def version() -> str:
+    """Triton's, without what does not change code."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def largest(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Per problem and architecture, of all its launches: the largest spill, and the most registers a thread has."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for row in rows:
-        at = found.setdefault(row["problem"], {})
-        at[str(row["arch"])] = max(at.get(str(row["arch"]), 0), row[column])
+        at = found.setdefault(row["problem"], {}).setdefault(str(row["arch"]), {"spills": 0, "registers": 0})
+        for column in at:
+            at[column] = max(at[column], row[column])
     return found
 
 
@@ -203,15 +212,15 @@ def main() -> None:
     """Compile, print, and record if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slow", action="store_true", help="every problem (an hour), not only those of each commit")
-    parser.add_argument("--record", action="store_true", help="write the spills found to compile_gate.json")
+    parser.add_argument("--record", action="store_true", help="write what was found to compile_gate.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         # An empty cache: ptxas speaks only when it runs.
         os.environ |= {"TRITON_INTERPRET": "0", "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": cache}
         rows = compile_all(options.slow)
     if options.record:
-        known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        record = known | largest(rows, "spills")
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        record[version()] = record.get(version(), {}) | largest(rows)
         RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -4,7 +4,8 @@ spills no more than recorded.
 Every launch of the eight problems that ``compile_gate.problems`` gives is compiled for sm_80 and sm_90.
 The full enumeration (``python -m tests.ops.compile_gate --slow``) takes long and runs where ``KVDS_COMPILE_GATE=slow``
 is set. After a change of the kernels that is known to be good, ``python -m tests.ops.compile_gate --record`` writes
-the spills down anew; what it writes belongs into the commit that changes them.
+spills and registers down anew, for the installed version of Triton; what it writes belongs into the commit that changes
+them.
 """
 
 import json
@@ -38,8 +39,10 @@ def test_every_launch_compiles_for_both_architectures(compiled: list[dict]) -> N
     for arch in SHARED_LIMIT:
         for mode in ("loss", "store", "given"):
             assert (arch, f"map_projection_kernel {mode}") in seen
-        assert (arch, "sum_partials_kernel") in seen
-        assert (arch, "scale_kernel") in seen
+        for small in ("sum_partials_kernel", "scale_kernel", "count_kernel"):
+            assert (arch, small) in seen
+    assert {(90, "fused_kernel"), (90, "fold_kernel")} <= seen
+    assert (80, "fused_kernel") not in seen
 
 
 def test_shared_memory_fits_the_chip(compiled: list[dict]) -> None:
@@ -48,11 +51,17 @@ def test_shared_memory_fits_the_chip(compiled: list[dict]) -> None:
 
 
 def test_spills_are_no_more_than_recorded(compiled: list[dict]) -> None:
-    recorded = json.loads(RECORD.read_text())
+    import triton
+
+    record = json.loads(RECORD.read_text())
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version not in record:
+        pytest.skip(f"no record for Triton {version}: python -m tests.ops.compile_gate --record")
     # What only the full enumeration holds and nobody has recorded may not spill.
-    found: dict[tuple[str, int], int] = {}
+    found: dict[tuple[str, str], int] = {}
     for row in compiled:
-        at = (row["problem"], row["arch"])
+        at = (row["problem"], str(row["arch"]))
         found[at] = max(found.get(at, 0), row["spills"])
-    more = {at: spills for at, spills in found.items() if spills > recorded.get(at[0], {}).get(str(at[1]), 0)}
-    assert not more, f"bytes of spills, recorded: {recorded}"
+    nothing = {"spills": 0}
+    known = {at: record[version].get(at[0], {}).get(at[1], nothing)["spills"] for at in found}
+    assert not {at: (spills, known[at]) for at, spills in found.items() if spills > known[at]}
