@@ -108,6 +108,35 @@ class FusedForm:
 
 
 @dataclass(frozen=True)
+class ProjectForm:
+    """What the kernel for a ``dim_proj`` of each row is compiled for. ``layers_y``: all target layers."""
+
+    element: Any
+    layers_y: int
+    heads_y: int
+    dim_x: int
+    dim_y: int
+    loss: str
+    normalize: bool
+    target_grad: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Of a program's sums: d_proj, d_bias and losses, both of each chain."""
+        return self.dim_x * self.dim_y, 128, 128
+
+    @property
+    def starts(self) -> tuple[int, int, int]:
+        """Where each of them begins."""
+        return 0, self.sizes[0], self.sizes[0] + 128
+
+    @property
+    def size(self) -> int:
+        """All of them."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
 class StageForm:
     """What a stage's kernel is compiled for: a problem's shape, its tile, and what is to be done.
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvds.ops.gradients import LossProblem, Wanted
-from kvds.ops.kernel_arguments import Rows, Sides, StageForm, Weights
+from kvds.ops.kernel_arguments import ProjectForm, Rows, Sides, StageForm, Weights
 from kvds.ops.mix_kernels import mix_kernel, unmix_kernel
 from kvds.ops.triton_kernels import count_kernel, map_projection_kernel, scale_kernel, sum_partials_kernel
 from kvds.ops.triton_plan import (
@@ -22,6 +22,7 @@ from kvds.ops.triton_plan import (
     choose_tile,
     chunk_tokens,
     count_splits,
+    for_hopper,
     interpreting,
     plan_stages,
 )
@@ -220,10 +221,14 @@ class StageSums:
     loss: Tensor | None = None
 
 
-def _unpack(sums: Tensor | None, form: StageForm) -> StageSums:
+def _unpack(sums: Tensor | None, form: StageForm | ProjectForm) -> StageSums:
     """Out of their padding; a tile of several tokens has a block of d_mix for each on the diagonal."""
     if sums is None:
         return StageSums()
+    if isinstance(form, ProjectForm):
+        proj, bias, loss = sums.split(form.sizes, dim=1)
+        bias = bias.view(len(sums), -1, form.dim_y).sum(1, keepdim=True)  # of two chains
+        return StageSums(None, proj.view(-1, form.dim_x, form.dim_y), bias, loss.sum(1, keepdim=True))
     mix, proj, bias, loss = sums.split(form.sizes, dim=1)
     tokens, rows_y, rows_x = form.tokens, form.rows_y, form.rows_x
 
@@ -247,11 +252,11 @@ def _unpack(sums: Tensor | None, form: StageForm) -> StageSums:
     )
 
 
-def stages_of(problem: LossProblem) -> list[Stage]:
+def stages_of(problem: LossProblem, rows_alone: bool = False) -> list[Stage]:
     """The plan for a problem."""
     return plan_stages(
         (len(problem.source), len(problem.target)), problem.heads, problem.dims,
-        sparse=problem.sparse, head_mix_dim=problem.head_mix.dim(), proj_dim=problem.dim_proj.dim(),
+        sparse=problem.sparse, head_mix_dim=problem.head_mix.dim(), proj_dim=problem.dim_proj.dim(), rows_alone=rows_alone,
     )  # fmt: skip
 
 
@@ -312,10 +317,11 @@ def run_stages(
     ``states``: source, target (or the output, or its gradient), and the places of their gradients.
     """
     dims, heads = problem.dims, problem.heads
-    *mixing, final = stages = stages_of(problem)
+    hopper = call.mode == "loss" and for_hopper(problem, wanted)
+    *mixing, final = stages = stages_of(problem, rows_alone=hopper)
     weights = _stage_weights(stages, problem, call.wide)
     like = problem.source[0]
-    chunk = chunk_tokens(stages, call.layers_y, heads, dims[0], like.element_size(), call.tokens)
+    chunk = chunk_tokens(stages, call.layers_y, heads, dims, like.element_size(), call.tokens)
     spaces = [like.new_empty(call.layers_y, heads[stage.kind != "heads"], chunk, dims[0]) for stage in mixing]
     indexes = [problem.source_index, problem.target_index] * 2
     groups = [*states, *(space.unbind(0) for space in spaces)]
@@ -328,8 +334,11 @@ def run_stages(
     last_wanted = replace(wanted, source=False, target=False)
     if not final.mixes:
         last_wanted = replace(last_wanted, layer_mix=False, head_mix=False)
+    alone = hopper and final.kind == "rows" and all(s is None or s.aligned for s in (target, target_grad))
+    if alone:
+        from kvds.ops.gluon_launch import launch_project  # Gluon is experimental: elsewhere nobody needs it
     totals: list[Tensor | None] = [None] * len(stages)
-    forms: list[StageForm | None] = [None] * len(stages)
+    forms: list[StageForm | ProjectForm | None] = [None] * len(stages)
     last = len(stages) - 1
     for first in range(0, call.tokens, chunk):
         tokens = (first, min(first + chunk, call.tokens))
@@ -338,7 +347,12 @@ def run_stages(
             launch(stage, (dims[0],) * 2, replace(call, mode="store"), sides, weights[k], Wanted(), tokens, None)
         back = (inputs[last] if mixing else source_grad) if backward else None
         sides = (inputs[last], target, back, target_grad)
-        totals[last], forms[last] = launch(final, dims, call, sides, weights[last], last_wanted, tokens, totals[last])
+        if alone:
+            totals[last], forms[last] = launch_project(final, dims, call, sides, weights[last], tokens, totals[last])
+        else:
+            totals[last], forms[last] = launch(
+                final, dims, call, sides, weights[last], last_wanted, tokens, totals[last]
+            )
         for k in reversed(range(last if backward else 0)):
             sides = (inputs[k], outputs[k], inputs[k] if k else source_grad, None)
             given = replace(call, mode="given")

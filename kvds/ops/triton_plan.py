@@ -27,8 +27,10 @@ MAX_DIM = 128
 TILE_ROWS = 64
 """Rows that a tile is filled up to with further tokens."""
 WORKSPACE_BYTES = 40 * 2**20
-"""Intermediates of one chunk of tokens: what keeps the extra memory of 32768 tokens within 2 % of the einsum's. Three
-times as many would save a fifth of the time, in launches."""
+"""Intermediates of one chunk of tokens, at least."""
+WORKSPACE_SHARE = 0.023
+"""And as a share of what the einsum holds, within a limit."""
+MAX_WORKSPACE_BYTES = 256 * 2**20
 MIN_TILES_PER_PROGRAM = 4
 """Below this a program's partial weight gradients cost more to write than its tiles to read."""
 
@@ -109,10 +111,13 @@ def plan_stages(
     sparse: bool,
     head_mix_dim: int,
     proj_dim: int,
+    rows_alone: bool = False,
 ) -> list[Stage]:
-    """Launches from source to projection; the last one projects. Pairs are (source, target)."""
+    """Launches from source to projection; the last one projects. Pairs are (source, target). ``rows_alone``: a kernel is
+    there that projects row by row so fast that a ``dim_proj`` per layer is worth a launch of its own."""
     (layers_x, layers_y), (heads_x, heads_y) = layers, heads
-    shared_heads, shared_proj, per_head = head_mix_dim == 2 and not sparse, proj_dim == 2, proj_dim == 4
+    shared_heads, shared_proj = head_mix_dim == 2 and not sparse, proj_dim == 2
+    per_head = proj_dim == 4 or (rows_alone and proj_dim == 3)
     rows = max(layers_x * heads_x, layers_y * heads_y)
     dense = ("dense", 1, 1, layers_x, heads_x, layers_y, heads_y)
     by_layer = ("layers", layers_y, 1, 1, heads_x, 1, heads_y)
@@ -176,32 +181,39 @@ def count_splits(stage: Stage, tile: Tile, tokens: int, processors: int) -> int:
 
 
 def chunk_tokens(
-    stages: list[Stage], layers_y: int, heads: tuple[int, int], dim_x: int, itemsize: int, tokens: int
+    stages: list[Stage], layers_y: int, heads: tuple[int, int], dims: tuple[int, int], itemsize: int, tokens: int
 ) -> int:
     """Tokens per round of launches: all of them if there are no intermediates."""
     if len(stages) == 1:
         return max(1, tokens)
-    per_token = layers_y * dim_x * itemsize * sum(heads[s.kind != "heads"] for s in stages[:-1])
-    return max(1, min(tokens, max(64, WORKSPACE_BYTES // per_token // 64 * 64)))
+    per_token = layers_y * dims[0] * itemsize * sum(heads[s.kind != "heads"] for s in stages[:-1])
+    einsum = tokens * layers_y * heads[1] * (18 * dims[1] + 6 * dims[0])  # bytes, as measured for 16-bit states
+    limit = max(WORKSPACE_BYTES, min(MAX_WORKSPACE_BYTES, int(WORKSPACE_SHARE * einsum)))
+    rounds = -(-tokens // max(64, limit // per_token))
+    return max(1, min(tokens, -(-tokens // (64 * rounds)) * 64))
 
 
-FUSED_DIMS = {(64, 64), (64, 128), (128, 64)}
-"""Of source and target: what the fused kernel for compute capability 9.0 has registers for."""
+HOPPER_DIMS = {(64, 64), (64, 128), (128, 64)}
+"""Of source and target: what the kernels for compute capability 9.0 have registers for."""
 
 
-def fits_fused(problem: LossProblem, wanted: Wanted, stages: list[Stage]) -> bool:
-    """Whether the fused kernel for compute capability 9.0 can take a problem. Where nothing needs a gradient the plain
-    one is as fast; with a gradient for a source wider than its target the registers would not do."""
+def for_hopper(problem: LossProblem, wanted: Wanted) -> bool:
+    """Whether the kernels for compute capability 9.0 exactly can take a problem's states. Where nothing needs a gradient
+    the plain ones are as fast."""
     return (
         wanted.any
-        and len(stages) == 1
-        and stages[0].kind == "dense"
         and problem.source[0].dtype.itemsize == 2
-        and problem.dims in FUSED_DIMS
-        and not (stages[0].dims_first and wanted.source)
+        and problem.dims in HOPPER_DIMS
         and not interpreting()
         and capability(problem.source[0].device) == (9, 0)
     )
+
+
+def fits_fused(problem: LossProblem, wanted: Wanted, stages: list[Stage]) -> bool:
+    """Whether the fused kernel for compute capability 9.0 can take a problem. With a gradient for a source wider than
+    its target the registers would not do."""
+    dense = len(stages) == 1 and stages[0].kind == "dense"
+    return dense and not (stages[0].dims_first and wanted.source) and for_hopper(problem, wanted)
 
 
 def interpreting() -> bool:

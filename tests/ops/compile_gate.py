@@ -32,7 +32,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 
 QWEN2, MHA, GQA = ((24, 2, 64), (28, 2, 128)), ((16, 16, 64), (32, 32, 128)), ((32, 8, 64), (80, 8, 128))
 SMALL = ("sum_partials_kernel", "scale_kernel", "fold_kernel", "count_kernel")
-KERNELS = ("map_projection_kernel", "mix_kernel", "unmix_kernel", "fused_kernel", *SMALL)
+KERNELS = ("map_projection_kernel", "mix_kernel", "unmix_kernel", "fused_kernel", "project_kernel", *SMALL)
 TRAIN = {"mask": True, "index": False, "bias": True, "scale": True}
 
 # name: (source, target), what moves, dtype, dim_proj and head_mix dimensions, sparse, features

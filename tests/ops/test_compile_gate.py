@@ -41,8 +41,10 @@ def test_every_launch_compiles_for_both_architectures(compiled: list[dict]) -> N
             assert (arch, f"map_projection_kernel {mode}") in seen
         for small in ("sum_partials_kernel", "scale_kernel", "count_kernel"):
             assert (arch, small) in seen
-    assert {(90, "fused_kernel"), (90, "fold_kernel")} <= seen
-    assert (80, "fused_kernel") not in seen
+        assert {(arch, "mix_kernel store"), (arch, "unmix_kernel given")} <= seen
+    for kernel in ("fused_kernel", "fold_kernel", "project_kernel"):
+        assert (90, kernel) in seen
+        assert (80, kernel) not in seen
 
 
 def test_shared_memory_fits_the_chip(compiled: list[dict]) -> None:

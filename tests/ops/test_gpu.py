@@ -337,10 +337,12 @@ def extra_memory(problem: dict, impl: str, moves: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "form", [{"dim_form": 2, "head_form": 2}, {}, {"sparse": True}], ids=["fused", "dense", "pairs"]
+    ("form", "share"),
+    [({"dim_form": 2, "head_form": 2}, 0.02), ({}, 0.03), ({"sparse": True}, 0.03)],
+    ids=["fused", "dense", "pairs"],
 )
 @pytest.mark.parametrize("moves", ["source", "target"])
-def test_extra_memory_is_two_percent_of_eager(moves: str, form: dict) -> None:
+def test_extra_memory_is_two_or_three_percent_of_eager(moves: str, form: dict, share: float) -> None:
     student, teacher = PAIRS["qwen2"]
     source, target = (student, teacher) if moves == "source" else (teacher, student)
     p = make(source, target, batch=8, tokens=4096, slots=None, masked=0.1, **form)
@@ -349,7 +351,7 @@ def test_extra_memory_is_two_percent_of_eager(moves: str, form: dict) -> None:
     eager = extra_memory(p, "reference", moves)
     found = extra_memory(p, "triton", moves)
     print(f"extra memory: triton {found / 2**20:.1f} MiB, eager {eager / 2**20:.1f} MiB, {found / eager:.2%}")
-    assert found <= 0.02 * eager
+    assert found <= share * eager
 
 
 @pytest.fixture
@@ -422,6 +424,51 @@ def test_fused_kernel_with_maps_that_are_frozen(moves: str, fused_calls: list[st
     assert fused_calls == ["fused"] * 3
 
 
+@pytest.fixture
+def project_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A name for each launch of the kernel of compute capability 9.0 for a ``dim_proj`` per row."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    from kvds.ops import gluon_launch
+
+    calls: list[str] = []
+    original = gluon_launch.launch_project
+    monkeypatch.setattr(gluon_launch, "launch_project", lambda *a: (calls.append("project"), original(*a))[1])
+    return calls
+
+
+PER_ROW = {
+    "student to teacher": (*PAIRS["qwen2"], "source", {}),
+    "teacher to student": (*PAIRS["qwen2"][::-1], "target", {}),
+    "both sides": (*PAIRS["qwen2"], "both", {"token_major": False}),
+    "both sides back": (*PAIRS["qwen2"][::-1], "both", {}),
+    "a projection per layer": (*PAIRS["qwen2"], "source", {"dim_form": 3, "slots": None}),
+    "sparse": (*PAIRS["qwen2"], "source", {"sparse": True, "head_form": 2}),
+    "nothing left out": (*PAIRS["qwen2"], "source", {"slots": None, "masked": 0.0, "bias": False, "scale": False}),
+    "more rows than a tile": ((16, 16, 64), (9, 16, 128), "source", {}),
+    "64 to 64": ((5, 3, 64), (7, 4, 64), "both", {"head_form": 2, "slots": None}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1", "l1"])
+@pytest.mark.parametrize("case", PER_ROW)
+def test_projections_per_row(
+    case: str, loss: str, dtype: torch.dtype, project_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, moves, form = PER_ROW[case]
+    p = make(source, target, dtype, **form)
+    assert_rounds_like_eager(p, FROBENIUS if loss != "l1" else None, moves=moves, loss=loss, upstream=SCALED[dtype])
+    assert project_calls == ["project"]
+    whole = run(p, "triton", moves=moves, loss=loss, upstream=SCALED[dtype])
+    monkeypatch.setattr("kvds.ops.triton_plan.MAX_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr("kvds.ops.triton_plan.WORKSPACE_BYTES", 1)  # chunks of 64 tokens
+    parts = run(p, "triton", moves=moves, loss=loss, upstream=SCALED[dtype])
+    assert len(project_calls) > 3
+    assert all(torch.equal(parts[side], whole[side]) for side in ("source", "target") if side in whole)
+    assert max(errors(parts, whole).values()) < 1e-5
+
+
 def test_what_the_fused_kernel_cannot_take_goes_to_the_plain_one(fused_calls: list[str]) -> None:
     student, teacher = PAIRS["qwen2"]
     run(make(teacher, student, **SHARED), "triton", moves="source")  # a gradient of a source wider than its target
@@ -487,4 +534,4 @@ def test_more_than_two_to_the_31_elements(token_major: bool, indexed: bool, dim:
     if indexed:
         assert float(total.detach()) == pytest.approx(float(expected["losses"][0]), rel=5e-3)
         for layer in gradients:  # and nothing was written elsewhere
-            assert int(layer.count_nonzero()) <= batch * heads * len(places) * dim
+            assert sum(int(head.count_nonzero()) for head in layer.unbind(1)) <= batch * heads * len(places) * dim
