@@ -4,7 +4,7 @@ The states come mixed from a workspace ``m [rows, tokens, D_x]`` and their gradi
 takes one target row and walks over tiles of 64 tokens: ``m [64, D_x]``, ``t [64, D_y]``, ``w [D_x, D_y]``. Roles of four
 warps each, on a ring of stages in shared memory:
 
-* the *loader* copies ``m`` and ``t``;
+* the *loader* copies ``m`` and ``t``, and writes the target's gradient;
 * two *chains* make ``g = ρ'(m @ w + bias − t)`` over ``t``: each 64 of 128 columns, or, of 64 columns, every other tile;
 * the *reducer* adds up ``d_w = mᵀ @ g`` and writes ``d_m = g @ wᵀ``.
 """
@@ -81,30 +81,50 @@ def _kept(tokens, token, there):
 
 
 @gluon.jit
-def _loader(ring, row, sides, tokens, F: gl.constexpr):
-    X: gl.constexpr = row_layout(F.dim_x)
+def _target_places(start, rows, row, tokens, tile, F: gl.constexpr):
+    """Pointers ``[64, 64]`` to the first half of a tile's rows of the target or its gradient, and which are there and
+    which count ``[64]``."""
     HALF: gl.constexpr = row_layout(64)
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, HALF)).expand_dims(0)
+    token, there = _tile_tokens(row, tile, gl.SliceLayout(1, HALF))
+    at = gl.multiple_of(start + token_offset(rows, tokens, token), (16,)).expand_dims(1) + column
+    return at, there, _kept(tokens, token, there)
+
+
+@gluon.jit
+def _loader(ring, row, sides, tokens, F: gl.constexpr):
+    """Also writes the target's gradient, from the stage that it is about to fill again: of all roles it alone has no
+    fence, which would wait for what was stored before."""
+    X: gl.constexpr = row_layout(F.dim_x)
     HALVES: gl.constexpr = F.dim_y // 64
+    norm = gradient_norm(tokens, F)
     local = gl.arange(0, ROWS, layout=gl.SliceLayout(1, X)).expand_dims(1)
     dim = gl.arange(0, F.dim_x, layout=gl.SliceLayout(0, X)).expand_dims(0)
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, HALF)).expand_dims(0)
+    around = STAGES * row.splits
     turn = 0
-    for tile in range(row.split, row.tiles, row.splits):
+    for tile in range(row.split, row.tiles + around, row.splits):
         stage = turn % STAGES
-        at = row.m + tile.to(gl.int64) * (64 * F.dim_x) + local * F.dim_x + dim
-        token, there = _tile_tokens(row, tile, gl.SliceLayout(1, HALF))
-        start = gl.multiple_of(row.t + token_offset(sides.target, tokens, token), (16,)).expand_dims(1) + column
-        keep = _kept(tokens, token, there).expand_dims(1)
         mbarrier.wait(ring.free.index(stage), (turn // STAGES + 1) & 1)
-        copy_async(ring.m.index(stage), at, mask=row.first + tile * 64 + local < row.last)
-        for half in gl.static_range(HALVES):
-            copy_async(ring.t.index(stage * HALVES + half), start + half * 64, mask=keep)
-        arrive_when_copied(ring.loaded.index(stage), increment_count=False)
+        if F.target_grad:
+            if tile >= around:  # a tile stood here before
+                at, there, keep = _target_places(row.t_grad, sides.target_grad, row, tokens, tile - around, F)
+                if sides.target.index is not None:
+                    there = keep
+                for half in gl.static_range(HALVES):
+                    g = ring.t.index(stage * HALVES + half).load(row_layout(64)).to(gl.float32)
+                    gl.store(at + half * 64, (g * -norm).to(F.element), mask=there.expand_dims(1))
+        if tile < row.tiles:
+            m_at = row.m + tile.to(gl.int64) * (64 * F.dim_x) + local * F.dim_x + dim
+            at, there, keep = _target_places(row.t, sides.target, row, tokens, tile, F)
+            copy_async(ring.m.index(stage), m_at, mask=row.first + tile * 64 + local < row.last)
+            for half in gl.static_range(HALVES):
+                copy_async(ring.t.index(stage * HALVES + half), at + half * 64, mask=keep.expand_dims(1))
+            arrive_when_copied(ring.loaded.index(stage), increment_count=False)
         turn += 1
 
 
 @gluon.jit
-def _chain(ring, row, sides, weights, tokens, problem, out, J: gl.constexpr, F: gl.constexpr):
+def _chain(ring, row, weights, tokens, problem, out, J: gl.constexpr, F: gl.constexpr):
     """``J``: which of the two."""
     Y: gl.constexpr = product_layout(64)
     HALVES: gl.constexpr = F.dim_y // 64
@@ -125,11 +145,11 @@ def _chain(ring, row, sides, weights, tokens, problem, out, J: gl.constexpr, F: 
     turn = SKIP
     for tile in range(row.split + SKIP * row.splits, row.tiles, TURNS * row.splits):
         stage = turn % STAGES
-        token, there = _tile_tokens(row, tile, gl.SliceLayout(1, Y))
-        unit = gl.where(_kept(tokens, token, there), inverse, 0.0)
         mbarrier.wait(ring.loaded.index(stage), turn // STAGES & 1)
         fence_async_shared()
         projected = mma(ring.m.index(stage), ring.w.index(HALF), none, use_acc=False, is_async=True)
+        token, there = _tile_tokens(row, tile, gl.SliceLayout(1, Y))
+        unit = gl.where(_kept(tokens, token, there), inverse, 0.0)  # read after the fence, which would wait for it
         t = ring.t.index(stage * HALVES + HALF).load(Y)
         projected = mma_wait(0, deps=[projected])
         rho, g = penalty(projected + (bias.expand_dims(0) - t.to(gl.float32)), unit, F)
@@ -139,14 +159,6 @@ def _chain(ring, row, sides, weights, tokens, problem, out, J: gl.constexpr, F: 
         fence_async_shared()
         barrier()
         mbarrier.arrive(ring.chained.index(stage), count=1)
-        if F.target_grad:
-            low = gl.convert_layout((g * -norm).to(F.element), row_layout(64))
-            token, there = _tile_tokens(row, tile, gl.SliceLayout(1, row_layout(64)))
-            if sides.target.index is not None:
-                there = _kept(tokens, token, there)
-            start = gl.multiple_of(row.t_grad + token_offset(sides.target_grad, tokens, token), (16,))
-            place = gl.arange(0, 64, layout=gl.SliceLayout(0, row_layout(64))) + HALF * 64
-            gl.store(start.expand_dims(1) + place.expand_dims(0), low, mask=there.expand_dims(1))
         turn += TURNS
     line = gl.arange(0, ROWS, layout=gl.SliceLayout(1, Y))
     gl.store(out + F.starts[2] + J * 64 + line, losses * layer_norm(tokens, F))
@@ -168,7 +180,6 @@ def _reducer(ring, row, tokens, out, F: gl.constexpr):
     for tile in range(row.split, row.tiles, row.splits):
         stage = turn % STAGES
         mbarrier.wait(ring.chained.index(stage), turn // STAGES & 1)
-        fence_async_shared()
         m = ring.m.index(stage).permute((1, 0))
         g = ring.t.index(stage * HALVES)
         d_m = mma(g, ring.w.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
@@ -240,8 +251,8 @@ def project_kernel(
     out = partial + gl.program_id(0).to(gl.int64) * F.size
     gl.warp_specialize(
         [
-            (_chain, (ring, row, sides, weights, tokens, problem, out, 0, F)),
-            (_chain, (ring, row, sides, weights, tokens, problem, out, 1, F)),
+            (_chain, (ring, row, weights, tokens, problem, out, 0, F)),
+            (_chain, (ring, row, weights, tokens, problem, out, 1, F)),
             (_reducer, (ring, row, tokens, out, F)),
             (_loader, (ring, row, sides, tokens, F)),
         ],

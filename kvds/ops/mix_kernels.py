@@ -36,7 +36,8 @@ def _tile(rows, places, inside, token, dim, token_first, token_last, positions, 
     """Pointers ``[BLOCK, columns]``."""
     offset = token_offsets(rows, token, token_first, token_last, positions, FLAT)
     if F.aligned:
-        offset = tl.multiple_of(tl.max_constancy(offset, F.block_dx), 8)
+        COLUMNS: tl.constexpr = F.block_dx  # of a token
+        offset = tl.multiple_of(tl.max_constancy(offset, COLUMNS), 8)
     return first_elements(rows, places, inside, F)[:, None] + (offset + dim)[None, :]
 
 
