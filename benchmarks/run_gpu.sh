@@ -50,8 +50,10 @@ run_stage() {
     tests) timeout 240 python -m pytest $(grep -rl mark.gpu tests --include=test_*.py) -m gpu -q -p no:cacheprovider ;;
     sanitizer)
       # Without the caching allocator each tensor is an allocation of its own: a byte beyond it is seen.
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool memcheck --error-exitcode 86 \
-        --target-processes all python -m benchmarks.map_projection.smallest_kernels ;;
+      for tool in memcheck racecheck synccheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 80 compute-sanitizer --tool $tool --error-exitcode 86 \
+          --target-processes all python -m benchmarks.map_projection.smallest_kernels --pair small_128 --tokens 1500 || return
+      done ;;
     ops) timeout 540 python -m benchmarks.map_projection.bench --minutes 7.5 --output "$to/map_projection_$(name).csv" ;;
     head) timeout 60 python -m benchmarks.bench_head --output "$to/head_$(name).csv" ;;
     ncu)

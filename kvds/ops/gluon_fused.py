@@ -1,9 +1,9 @@
 """The fused kernel: one pass over source and target for the loss and every gradient (Gluon, compute capability 9.0).
 
 For maps with one ``dim_proj``, at most 64 rows (layers times heads) on either side, and 16-bit states. A program walks
-over tokens, with ``x [64, D_x]`` a token's source rows, ``t [64, D_y]`` its target rows, ``c [64, 64]`` the products of
-layer and head weights and ``w`` the ``dim_proj``. Roles of four warps each work on different tokens at the same time, on
-a ring of stages in shared memory:
+over tokens, with ``x [64, D_x]`` a token's source rows, ``t [64, D_y]`` its target rows, ``c [64, 64]`` the products
+of layer and head weights and ``w`` the ``dim_proj``. Roles of four warps each work on different tokens at the same
+time, on a ring of stages in shared memory:
 
 * the *loader* copies ``x`` and ``t`` of tokens to come, where what the mask hides becomes zeros, and writes gradients;
 * the *chain* goes through the products that wait for one another, to ``g``, the gradient of the projection (of two
@@ -19,8 +19,8 @@ a ring of stages in shared memory:
     d_c += back @ xᵀ   d_w += firstᵀ @ g          d_c += g @ firstᵀ   d_w += xᵀ @ back
     d_x = cᵀ @ back
 
-All roles walk over the same tokens, hidden ones too, so that none waits for what another leaves out. Each program writes
-partial sums of its own: sums have a fixed order.
+All roles walk over the same tokens, hidden ones too, so that none waits for what another leaves out. Each program
+writes partial sums of its own: sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def _loader(ring, sides, tokens, programs, F: gl.constexpr):
     around = STAGES * programs
     turn = 0
     keep = is_kept(tokens, gl.program_id(0))
-    for token in range(gl.program_id(0), tokens.count + around, programs):
+    for token in range(gl.program_id(0), tokens.slots + around, programs):
         stage = turn % STAGES
-        here = gl.minimum(token, tokens.count - 1)
-        keep_next = is_kept(tokens, gl.minimum(token + programs, tokens.count - 1))
+        here = gl.minimum(token, tokens.slots - 1)
+        keep_next = is_kept(tokens, gl.minimum(token + programs, tokens.slots - 1))
         x_at, x_there = places(sides.source, token_offset(sides.source, tokens, here), F.element, F.rows_x, F.dim_x)
         mbarrier.wait(ring.free.index(stage), (turn // STAGES + 1) & 1)
         if token >= around:  # a token stood here before
@@ -119,7 +119,7 @@ def _loader(ring, sides, tokens, programs, F: gl.constexpr):
                 g = ring.t.index(stage).load(row_layout(F.dim_y))
                 d_t = (g.to(gl.float32) * -norm).to(F.element)
                 store_token(sides.target_grad, sides.target.index, tokens, token - around, d_t, F.rows_y, F.dim_y)
-        if token < tokens.count:
+        if token < tokens.slots:
             t_at, t_there = places(sides.target, token_offset(sides.target, tokens, here), F.element, F.rows_y, F.dim_y)
             copy_async(ring.x.index(stage), x_at, mask=(x_there & keep).expand_dims(1))
             copy_async(ring.t.index(stage), t_at, mask=(t_there & keep).expand_dims(1))
@@ -155,7 +155,7 @@ def _mix_first_chain(ring, w, bias, maps, tokens, programs, out, F: gl.constexpr
     losses = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, Y))
     d_bias = gl.full([ROWS, F.dim_y], 0.0, gl.float32, layout=Y)
     turn = 0
-    for token in range(gl.program_id(0), tokens.count, programs):
+    for token in range(gl.program_id(0), tokens.slots, programs):
         stage = turn % STAGES
         _wait_loaded(ring, turn)
         mixed = mma(c, ring.x.index(stage), none_x, use_acc=False, is_async=True)
@@ -186,7 +186,7 @@ def _mix_first_reducer(ring, w, maps, tokens, programs, out, F: gl.constexpr):
     d_proj = gl.full([F.dim_x, F.dim_y], 0.0, gl.float32, layout=product_layout(F.dim_y))
     d_mix = gl.full([ROWS, ROWS], 0.0, gl.float32, layout=product_layout(64))
     turn = 0
-    for token in range(gl.program_id(0), tokens.count, programs):
+    for token in range(gl.program_id(0), tokens.slots, programs):
         stage = turn % STAGES
         mbarrier.wait(ring.chained.index(stage), turn // STAGES & 1)
         g = ring.t.index(stage)
@@ -222,7 +222,7 @@ def _project_first_chain(ring, w, scratch, maps, tokens, programs, out, FIRST: g
     inverse = inverse_scale(maps, F)
     losses = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, Y))
     turn = 0
-    for token in range(gl.program_id(0) + FIRST * programs, tokens.count, 2 * programs):
+    for token in range(gl.program_id(0) + FIRST * programs, tokens.slots, 2 * programs):
         stage = (turn + FIRST) % STAGES
         _wait_loaded(ring, turn + FIRST)
         moved = mma(ring.x.index(stage), w, none, use_acc=False, is_async=True)
@@ -255,7 +255,7 @@ def _project_first_reducer(ring, tokens, programs, out, F: gl.constexpr):
     d_mix = gl.full([ROWS, ROWS], 0.0, gl.float32, layout=product_layout(64))
     d_bias = gl.full([ROWS, F.dim_y], 0.0, gl.float32, layout=row_layout(F.dim_y))
     turn = 0
-    for token in range(gl.program_id(0), tokens.count, programs):
+    for token in range(gl.program_id(0), tokens.slots, programs):
         stage = turn % STAGES
         mbarrier.wait(ring.chained.index(stage), turn // STAGES & 1)
         d_proj = mma(ring.x.index(stage).permute((1, 0)), ring.back.index(stage), d_proj, is_async=True)

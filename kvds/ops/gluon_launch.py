@@ -29,10 +29,10 @@ def run_fused(
         ELEMENTS[call.dtype], layers_x, heads_x, layers_y, heads_y, dim_x, dim_y, call.loss, call.normalize,
         source_grad is not None, target_grad is not None,
     )  # fmt: skip
-    layer_mix, head_mix, dim_proj, bias, scale = (
-        None if tensor is None else tensor.detach().contiguous()
-        for tensor in (problem.layer_mix, problem.head_mix, problem.dim_proj, problem.bias, problem.scale)
+    layer_mix, head_mix, dim_proj = (
+        tensor.detach().contiguous() for tensor in (problem.layer_mix, problem.head_mix, problem.dim_proj)
     )
+    bias, scale = (None if tensor is None else tensor.detach().contiguous() for tensor in (problem.bias, problem.scale))
     own_heads = head_mix.dim() == 3
     maps = Maps(layer_mix, head_mix, heads_y * heads_x * own_heads, dim_proj, bias, scale)
     programs = min(processors(device), call.tokens)

@@ -68,7 +68,7 @@ def places(rows, offset, E: gl.constexpr, COUNT: gl.constexpr, DIM: gl.constexpr
 
 @gluon.jit
 def store_token(rows, index, tokens, token, value, COUNT: gl.constexpr, DIM: gl.constexpr):
-    """Write a gradient ``[64, DIM]``. A position that an index leaves out, or gives to a hidden slot, keeps its zeros."""
+    """Write a gradient ``[64, DIM]``. A position that an index leaves out, or gives a hidden slot, keeps its zeros."""
     at, there = places(rows, token_offset(rows, tokens, token), value.dtype, COUNT, DIM)
     if index is not None:
         there = there & is_kept(tokens, token)
@@ -164,7 +164,7 @@ def penalty(apart, unit, F: gl.constexpr):
 @gluon.jit
 def layer_norm(tokens, F: gl.constexpr):
     """1 / (elements of one layer that count)."""
-    counted = tokens.count
+    counted = tokens.slots
     if tokens.valid is not None:
         counted = gl.maximum(gl.load(tokens.valid), 1)
     return 1 / (counted.to(gl.float32) * (F.heads_y * F.dim_y))

@@ -1,11 +1,11 @@
 """The projecting stage where each (layer, head) row has a ``dim_proj`` of its own (Gluon, compute capability 9.0).
 
 The states come mixed from a workspace ``m [rows, tokens, D_x]`` and their gradient goes back in its place. A program
-takes one target row and walks over tiles of 64 tokens: ``m [64, D_x]``, ``t [64, D_y]``, ``w [D_x, D_y]``. Roles of four
-warps each, on a ring of stages in shared memory:
+takes one target row and walks over tiles of 64 tokens: ``m [64, D_x]``, ``t [64, D_y]``, ``w [D_x, D_y]``. Roles of
+four warps each, on a ring of stages in shared memory:
 
 * the *loader* copies ``m`` and ``t``, and writes the target's gradient;
-* two *chains* make ``g = ρ'(m @ w + bias − t)`` over ``t``: each 64 of 128 columns, or, of 64 columns, every other tile;
+* two *chains* make ``g = ρ'(m @ w + bias − t)`` over ``t``: each 64 of 128 columns, or, of 64, every other tile;
 * the *reducer* adds up ``d_w = mᵀ @ g`` and writes ``d_m = g @ wᵀ``.
 """
 
@@ -233,7 +233,7 @@ def _ring(w, F: gl.constexpr):
 def project_kernel(
     sides, weights, count, positions, mask, valid, partial, first, last, splits, F: gl.constexpr
 ):  # fmt: skip
-    """``partial [rows · splits, F.size]``, and the gradients of workspace and target, of tokens ``first`` to ``last``."""
+    """``partial [rows · splits, F.size]``, and gradients of workspace and target, for tokens ``first`` to ``last``."""
     tokens = Tokens(count, positions, mask, valid)
     problem = gl.program_id(0) // splits
     ring = _ring(weights.dim_proj + problem.to(gl.int64) * weights.proj_stride, F)

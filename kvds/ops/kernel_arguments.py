@@ -51,9 +51,9 @@ class Weights(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """``count`` slots, ``positions`` of a sample, those that ``mask`` keeps, ``valid`` of them (None: all)."""
+    """Slots of all samples and of one, the ``mask`` of those that count, and how many are ``valid`` (None: all)."""
 
-    count: int
+    slots: int
     positions: int
     mask: Any
     valid: Any

@@ -15,15 +15,15 @@ from kvds.ops.triton_launch import Call, count_kept, make_sides, rescale, run_st
 from kvds.ops.triton_plan import fits_fused
 
 
-def _gradient_place(states: Sequence[Tensor], index: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One buffer for the gradients of all layers, in the memory order of the states; zeros where an index may skip."""
+def _gradient_place(states: Sequence[Tensor], index: Tensor | None, buffers: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of all layers in one of ``buffers``, in the memory order of the states; zeros where an index may
+    skip."""
     batch, heads, tokens, dim = states[0].shape
     new = states[0].new_empty if index is None else states[0].new_zeros
-    if states[0].stride(2) > states[0].stride(1):  # as captured: [B, T, H, D] in memory
-        buffer = new((len(states), batch, tokens, heads, dim))
-        return buffer, buffer.transpose(2, 3).unbind(0)
-    buffer = new((len(states), batch, heads, tokens, dim))
-    return buffer, buffer.unbind(0)
+    captured = states[0].stride(2) > states[0].stride(1)  # [B, T, H, D] in memory
+    buffer = new((len(states), batch, *((tokens, heads) if captured else (heads, tokens)), dim))
+    buffers.append(buffer)
+    return (buffer.transpose(2, 3) if captured else buffer).unbind(0)
 
 
 def _nothing(problem: LossProblem, wanted: Wanted) -> Result:
@@ -42,37 +42,30 @@ def compute_triton(problem: LossProblem, wanted: Wanted) -> Result:
     """Losses and the wanted gradients, in one pass over the states where they take one launch."""
     if problem.tokens == 0:
         return _nothing(problem, wanted)
-    contiguous = {
-        name: None if tensor is None else tensor.contiguous()
-        for name in ("source_index", "target_index", "mask")
-        for tensor in (getattr(problem, name),)
-    }
-    problem = replace(problem, **contiguous)
+    source_index, target_index, mask = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (problem.source_index, problem.target_index, problem.mask)
+    )
+    problem = replace(problem, source_index=source_index, target_index=target_index, mask=mask)
     with torch.cuda.device_of(problem.source[0]):  # Triton launches on the current device
-        valid = None if problem.mask is None else count_kept(problem.mask)
+        valid = None if mask is None else count_kept(mask)
         call = Call(
-            "loss", problem.source[0].dtype, problem.tokens, problem.positions, problem.mask, valid, problem.loss,
+            "loss", problem.source[0].dtype, problem.tokens, problem.positions, mask, valid, problem.loss,
             len(problem.target), problem.heads[1] * problem.dims[1],
         )  # fmt: skip
         buffers: list[Tensor] = []
-        places: list[tuple[Tensor, ...] | None] = []
-        for states, index, wants in (
-            (problem.source, problem.source_index, wanted.source),
-            (problem.target, problem.target_index, wanted.target),
-        ):
-            buffer, place = _gradient_place(states, index) if wants else (None, None)
-            buffers += [] if buffer is None else [buffer]
-            places.append(place)
-        states = (problem.source, problem.target, *places)
+        d_source = _gradient_place(problem.source, source_index, buffers) if wanted.source else None
+        d_target = _gradient_place(problem.target, target_index, buffers) if wanted.target else None
+        states = (problem.source, problem.target, d_source, d_target)
         if fits_fused(problem, wanted, stages_of(problem)):
-            sides = make_sides(states, (problem.source_index, problem.target_index) * 2)
+            sides = make_sides(states, (source_index, target_index) * 2)
             if all(side is None or side.aligned for side in sides):
                 from kvds.ops.gluon_launch import run_fused  # Gluon is experimental: elsewhere nobody needs it
 
                 parameters, flat, losses = run_fused(problem, call, wanted, sides)
-                per_layer, loss, missing = losses.split([len(problem.target), 1, 1])
-                missing = None if call.normalize else missing[0]
-                return Result(loss[0], per_layer, *places, parameters, [*buffers, flat], missing, rescale)
+                per_layer, loss, lacking = losses.split([len(problem.target), 1, 1])
+                missing = None if call.normalize else lacking[0]
+                return Result(loss[0], per_layer, d_source, d_target, parameters, [*buffers, flat], missing, rescale)
         parameters, per_layer = run_stages(problem, call, wanted, states)
         assert per_layer is not None
         missing = None
@@ -85,7 +78,7 @@ def compute_triton(problem: LossProblem, wanted: Wanted) -> Result:
         shaped = (part.view(getattr(problem, name).shape) for name, part in zip(parameters, parts, strict=True))
         parameters = dict(zip(parameters, shaped, strict=True))
         buffers.append(flat)
-    return Result(per_layer.mean(), per_layer, *places, parameters, buffers, missing, rescale)
+    return Result(per_layer.mean(), per_layer, d_source, d_target, parameters, buffers, missing, rescale)
 
 
 class _Projection(torch.autograd.Function):
@@ -109,7 +102,7 @@ class _Projection(torch.autograd.Function):
         if grad_output.numel() == 0:
             return None, *(torch.zeros_like(t) if flag else None for t, flag in zip(tensors, flags, strict=True))
         wanted = Wanted(any(flags[4:]), False, *flags[:4])
-        place = _gradient_place(tensors[4:], ctx.source_index)[1] if wanted.source else None
+        place = _gradient_place(tensors[4:], ctx.source_index, []) if wanted.source else None
         parameters = _pass("given", tensors, ctx.source_index, grad_output.contiguous(), wanted, place)
         found = (*(parameters.get(name) for name in PARAMETERS), *(place or (None,) * (len(tensors) - 4)))
         return None, *(
@@ -122,7 +115,10 @@ def _pass(
 ) -> dict[str, Tensor]:
     """Project into ``other [L_y, B, H_y, M, D_y]``, or go back from it as the projection's gradient."""
     target = other.unbind(0)
-    problem = LossProblem(tensors[4:], target, *tensors[:4], source_index, None, None, None, "mse")
+    layer_mix, head_mix, dim_proj, bias, *source = tensors
+    problem = LossProblem(
+        tuple(source), target, layer_mix, head_mix, dim_proj, bias, source_index, None, None, None, "mse"
+    )
     call = Call(mode, other.dtype, problem.tokens, problem.positions, None, None, "mse", len(target), 1)
     with torch.cuda.device_of(other):
         return run_stages(problem, call, wanted, (problem.source, target, place, None))[0]

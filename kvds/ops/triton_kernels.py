@@ -1,4 +1,4 @@
-"""The plain Triton kernels: a stage's projection, loss and gradients; sums of partial results; their folding; rescaling.
+"""The plain Triton kernels: a stage's projection, loss and gradients; sums of partial results and their folding.
 
 A stage's kernel works on tiles of rows. A *problem* is a set of source layers and heads that is mixed into a set of
 target layers and heads; its rows are (token, layer, head). With ``x [BLOCK_X, D_x]`` the source rows of a tile,
@@ -10,8 +10,8 @@ everything is a chain of small matrix products that stay on the chip::
     d_w = (c @ x)ᵀ @ g      d_x = cᵀ @ (g @ wᵀ)      d_c = (g @ wᵀ) @ xᵀ      d_bias = g
 
 A program walks over tiles of one problem and keeps d_c, d_w, d_bias and the loss in fp32 registers; it writes them
-once, as its own partial result, so that sums have a fixed order. Arguments are the tuples of kernel_arguments.py; ``F``,
-a StageForm, says what a kernel is compiled for.
+once, as its own partial result, so that sums have a fixed order. Arguments are the tuples of kernel_arguments.py;
+``F``, a StageForm, says what a kernel is compiled for.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def row_places(row_x, row_y, problem, F: tl.constexpr):
 
 @triton.jit
 def first_elements(rows, place, inside, F: tl.constexpr):
-    """Pointers ``[BLOCK]`` to where rows start. The addresses are read again for every tile: from the L1 cache they cost
-    less than registers."""
+    """Pointers ``[BLOCK]`` to where rows start. The addresses are read again for every tile: from the L1 cache they
+    cost less than registers."""
     pointer = tl.load(rows.table + place, mask=inside, other=0).to(tl.pointer_type(F.element))
     if F.aligned:
         pointer = tl.multiple_of(pointer, 16)
@@ -353,8 +353,8 @@ def fold_kernel(
     sums, maps, count, valid, d_layer_mix, d_head_mix, losses, F: tl.constexpr,
     HEADS: tl.constexpr, LAYERS: tl.constexpr, SOURCE_HEADS: tl.constexpr, OWN_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """From a FusedForm's sums, the gradients of both mixing weights and the losses: ``losses [L_y + 2]``, per layer, their
-    mean, and 1 / (elements that count), which gradients that are not normalised lack.
+    """From a FusedForm's sums, the gradients of both mixing weights and the losses: ``losses [L_y + 2]``, per layer,
+    their mean, and 1 / (elements that count), which gradients that are not normalised lack.
 
     Program i takes target layer i; one more takes what all layers share. HEADS, LAYERS, SOURCE_HEADS: H_y, L_x, H_x
     rounded up to powers of two; OWN_HEADS: each layer has head weights of its own.

@@ -256,7 +256,8 @@ def stages_of(problem: LossProblem, rows_alone: bool = False) -> list[Stage]:
     """The plan for a problem."""
     return plan_stages(
         (len(problem.source), len(problem.target)), problem.heads, problem.dims,
-        sparse=problem.sparse, head_mix_dim=problem.head_mix.dim(), proj_dim=problem.dim_proj.dim(), rows_alone=rows_alone,
+        sparse=problem.sparse, head_mix_dim=problem.head_mix.dim(), proj_dim=problem.dim_proj.dim(),
+        rows_alone=rows_alone,
     )  # fmt: skip
 
 
@@ -337,6 +338,7 @@ def run_stages(
     alone = hopper and final.kind == "rows" and all(s is None or s.aligned for s in (target, target_grad))
     if alone:
         from kvds.ops.gluon_launch import launch_project  # Gluon is experimental: elsewhere nobody needs it
+    sides: SidesOfStage
     totals: list[Tensor | None] = [None] * len(stages)
     forms: list[StageForm | ProjectForm | None] = [None] * len(stages)
     last = len(stages) - 1

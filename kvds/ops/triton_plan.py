@@ -113,8 +113,11 @@ def plan_stages(
     proj_dim: int,
     rows_alone: bool = False,
 ) -> list[Stage]:
-    """Launches from source to projection; the last one projects. Pairs are (source, target). ``rows_alone``: a kernel is
-    there that projects row by row so fast that a ``dim_proj`` per layer is worth a launch of its own."""
+    """Launches from source to projection; the last one projects. Pairs are (source, target).
+
+    ``rows_alone``: a kernel is there that projects row by row so fast that a ``dim_proj`` per layer is worth a launch
+    of its own.
+    """
     (layers_x, layers_y), (heads_x, heads_y) = layers, heads
     shared_heads, shared_proj = head_mix_dim == 2 and not sparse, proj_dim == 2
     per_head = proj_dim == 4 or (rows_alone and proj_dim == 3)
@@ -198,8 +201,8 @@ HOPPER_DIMS = {(64, 64), (64, 128), (128, 64)}
 
 
 def for_hopper(problem: LossProblem, wanted: Wanted) -> bool:
-    """Whether the kernels for compute capability 9.0 exactly can take a problem's states. Where nothing needs a gradient
-    the plain ones are as fast."""
+    """Whether the kernels for compute capability 9.0 exactly can take a problem's states. Where nothing needs a
+    gradient the plain ones are as fast."""
     return (
         wanted.any
         and problem.source[0].dtype.itemsize == 2
