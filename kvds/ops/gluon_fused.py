@@ -5,10 +5,10 @@ over tokens, with ``x [64, D_x]`` a token's source rows, ``t [64, D_y]`` its tar
 of layer and head weights and ``w`` the ``dim_proj``. Roles of four warps each work on different tokens at the same
 time, on a ring of stages in shared memory:
 
-* the *loader* copies ``x`` and ``t`` of tokens to come, where what the mask hides becomes zeros, and writes gradients;
+* the *loader* copies ``x`` and ``t`` of tokens to come; what the mask hides becomes zeros;
 * the *chain* goes through the products that wait for one another, to ``g``, the gradient of the projection (of two
   chains, where registers allow, each takes every other token and goes on to ``back``);
-* the *reducer* goes back from there, adds up gradients of the maps, and frees the stage, the states' gradients in it.
+* the *reducer* goes back from there: it adds up gradients of the maps, writes those of the states, and frees the stage.
 
 ::
 
@@ -99,31 +99,17 @@ def _ring(F: gl.constexpr):
 
 @gluon.jit
 def _loader(ring, sides, tokens, programs, F: gl.constexpr):
-    """Also writes the states' gradients, from the stage that it is about to fill again: of all roles it alone has no
-    fence, which would wait for what was stored before."""
-    norm = gradient_norm(tokens, F)
-    around = STAGES * programs
     turn = 0
     keep = is_kept(tokens, gl.program_id(0))
-    for token in range(gl.program_id(0), tokens.slots + around, programs):
+    for token in range(gl.program_id(0), tokens.slots, programs):
         stage = turn % STAGES
-        here = gl.minimum(token, tokens.slots - 1)
         keep_next = is_kept(tokens, gl.minimum(token + programs, tokens.slots - 1))
-        x_at, x_there = places(sides.source, token_offset(sides.source, tokens, here), F.element, F.rows_x, F.dim_x)
+        x_at, x_there = places(sides.source, token_offset(sides.source, tokens, token), F.element, F.rows_x, F.dim_x)
+        t_at, t_there = places(sides.target, token_offset(sides.target, tokens, token), F.element, F.rows_y, F.dim_y)
         mbarrier.wait(ring.free.index(stage), (turn // STAGES + 1) & 1)
-        if token >= around:  # a token stood here before
-            if F.source_grad:
-                d_x = ring.x.index(stage).load(row_layout(F.dim_x))
-                store_token(sides.source_grad, sides.source.index, tokens, token - around, d_x, F.rows_x, F.dim_x)
-            if F.target_grad:
-                g = ring.t.index(stage).load(row_layout(F.dim_y))
-                d_t = (g.to(gl.float32) * -norm).to(F.element)
-                store_token(sides.target_grad, sides.target.index, tokens, token - around, d_t, F.rows_y, F.dim_y)
-        if token < tokens.slots:
-            t_at, t_there = places(sides.target, token_offset(sides.target, tokens, here), F.element, F.rows_y, F.dim_y)
-            copy_async(ring.x.index(stage), x_at, mask=(x_there & keep).expand_dims(1))
-            copy_async(ring.t.index(stage), t_at, mask=(t_there & keep).expand_dims(1))
-            arrive_when_copied(ring.loaded.index(stage), increment_count=False)
+        copy_async(ring.x.index(stage), x_at, mask=(x_there & keep).expand_dims(1))
+        copy_async(ring.t.index(stage), t_at, mask=(t_there & keep).expand_dims(1))
+        arrive_when_copied(ring.loaded.index(stage), increment_count=False)
         keep = keep_next
         turn += 1
 
@@ -154,12 +140,15 @@ def _mix_first_chain(ring, w, bias, maps, tokens, programs, out, F: gl.constexpr
     inverse = inverse_scale(maps, F)
     losses = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, Y))
     d_bias = gl.full([ROWS, F.dim_y], 0.0, gl.float32, layout=Y)
+    keep = is_kept(tokens, gl.program_id(0))
     turn = 0
     for token in range(gl.program_id(0), tokens.slots, programs):
         stage = turn % STAGES
+        unit = gl.where(keep, inverse, 0.0)
         _wait_loaded(ring, turn)
         mixed = mma(c, ring.x.index(stage), none_x, use_acc=False, is_async=True)
-        unit = gl.where(is_kept(tokens, token), inverse, 0.0)  # read after the fence, which would wait for it
+        # A token ahead, and right after a fence: the next one would wait for it.
+        keep = is_kept(tokens, gl.minimum(token + programs, tokens.slots - 1))
         mixed = mma_wait(0, deps=[mixed])
         low = mixed.to(F.element)
         ring.first.index(stage).store(low)
@@ -178,7 +167,7 @@ def _mix_first_chain(ring, w, bias, maps, tokens, programs, out, F: gl.constexpr
 
 
 @gluon.jit
-def _mix_first_reducer(ring, w, maps, tokens, programs, out, F: gl.constexpr):
+def _mix_first_reducer(ring, w, maps, tokens, sides, programs, out, F: gl.constexpr):
     X: gl.constexpr = product_layout(F.dim_x)
     norm = gradient_norm(tokens, F)
     c = mixing_weights(maps, F, True)
@@ -200,12 +189,15 @@ def _mix_first_reducer(ring, w, maps, tokens, programs, out, F: gl.constexpr):
         d_x = mma(c, ring.back.index(0), none, use_acc=False, is_async=True)
         low = gl.convert_layout(low, operand_layout(64))
         d_mix = mma(low, ring.x.index(stage).permute((1, 0)), d_mix, is_async=True)
+        if F.target_grad:
+            low = (g.load(row_layout(F.dim_y)).to(gl.float32) * -norm).to(F.element)
+            store_token(sides.target_grad, sides.target.index, tokens, token, low, F.rows_y, F.dim_y)
         d_x, d_proj, d_mix = mma_wait(0, deps=[d_x, d_proj, d_mix])
         barrier()
-        if F.source_grad:  # over x, for the loader to write
-            ring.x.index(stage).store((d_x * norm).to(F.element))
-            barrier()
         mbarrier.arrive(ring.free.index(stage), count=1)
+        if F.source_grad:
+            low = (d_x * norm).to(F.element)
+            store_token(sides.source_grad, sides.source.index, tokens, token, low, F.rows_x, F.dim_x)
         turn += 1
     store_sums(out, d_mix * norm)
     store_sums(out + F.starts[1], d_proj * norm)
@@ -222,11 +214,14 @@ def _project_first_chain(ring, w, scratch, maps, tokens, programs, out, FIRST: g
     inverse = inverse_scale(maps, F)
     losses = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, Y))
     turn = 0
-    for token in range(gl.program_id(0) + FIRST * programs, tokens.slots, 2 * programs):
+    start = gl.program_id(0) + FIRST * programs
+    keep = is_kept(tokens, gl.minimum(start, tokens.slots - 1))
+    for token in range(start, tokens.slots, 2 * programs):
         stage = (turn + FIRST) % STAGES
+        unit = gl.where(keep, inverse, 0.0)
         _wait_loaded(ring, turn + FIRST)
         moved = mma(ring.x.index(stage), w, none, use_acc=False, is_async=True)
-        unit = gl.where(is_kept(tokens, token), inverse, 0.0)
+        keep = is_kept(tokens, gl.minimum(token + 2 * programs, tokens.slots - 1))
         t = ring.t.index(stage).load(Y)
         moved = mma_wait(0, deps=[moved])
         ring.first.index(stage).store(moved.to(F.element))
@@ -249,7 +244,7 @@ def _project_first_chain(ring, w, scratch, maps, tokens, programs, out, FIRST: g
 
 
 @gluon.jit
-def _project_first_reducer(ring, tokens, programs, out, F: gl.constexpr):
+def _project_first_reducer(ring, tokens, sides, programs, out, F: gl.constexpr):
     norm = gradient_norm(tokens, F)
     d_proj = gl.full([F.dim_x, F.dim_y], 0.0, gl.float32, layout=product_layout(F.dim_y))
     d_mix = gl.full([ROWS, ROWS], 0.0, gl.float32, layout=product_layout(64))
@@ -262,6 +257,9 @@ def _project_first_reducer(ring, tokens, programs, out, F: gl.constexpr):
         d_mix = mma(ring.t.index(stage), ring.first.index(stage).permute((1, 0)), d_mix, is_async=True)
         g = ring.t.index(stage).load(row_layout(F.dim_y)).to(gl.float32)
         d_bias += g
+        if F.target_grad:
+            low = (g * -norm).to(F.element)
+            store_token(sides.target_grad, sides.target.index, tokens, token, low, F.rows_y, F.dim_y)
         d_proj, d_mix = mma_wait(0, deps=[d_proj, d_mix])
         barrier()
         mbarrier.arrive(ring.free.index(stage), count=1)
@@ -287,7 +285,7 @@ def fused_kernel(sides, maps, count, positions, mask, valid, partial, programs, 
         gl.warp_specialize(
             [
                 (_mix_first_chain, (ring, w, bias, maps, tokens, programs, out, F)),
-                (_mix_first_reducer, (ring, w, maps, tokens, programs, out, F)),
+                (_mix_first_reducer, (ring, w, maps, tokens, sides, programs, out, F)),
                 (_loader, (ring, sides, tokens, programs, F)),
             ],
             [4, 4],
@@ -299,7 +297,7 @@ def fused_kernel(sides, maps, count, positions, mask, valid, partial, programs, 
             [
                 (_project_first_chain, (ring, w, ring.first.index(0), maps, tokens, programs, out, 0, F)),
                 (_project_first_chain, (ring, w, ring.first.index(1), maps, tokens, programs, out, 1, F)),
-                (_project_first_reducer, (ring, tokens, programs, out, F)),
+                (_project_first_reducer, (ring, tokens, sides, programs, out, F)),
                 (_loader, (ring, sides, tokens, programs, F)),
             ],
             [4, 4, 4],

@@ -36,14 +36,14 @@ def run_fused(
     own_heads = head_mix.dim() == 3
     maps = Maps(layer_mix, head_mix, heads_y * heads_x * own_heads, dim_proj, bias, scale)
     programs = min(processors(device), call.tokens)
-    partial = torch.empty(programs, form.size, dtype=torch.float32, device=device)
+    partial = torch.empty(1, programs, form.size, dtype=torch.float32, device=device)
     rows = Sides(source.rows, target.rows, (source_grad or source).rows, (target_grad or target).rows)
     fused_kernel[(programs,)](
         rows, maps, call.tokens, call.positions, call.mask, call.valid, partial, programs, form, num_warps=4
     )
     mixing = layer_mix.numel(), head_mix.numel()
     flat = partial.new_empty(1, form.size + sum(mixing))
-    sum_partials(partial, 1, programs, form.size, out=flat)
+    sum_partials(partial, flat)
     losses = partial.new_empty(layers_y + 2)
     d_layer_mix, d_head_mix = flat[0, form.size :].split(mixing)
     fold_kernel[(layers_y + 1,)](
@@ -75,7 +75,7 @@ def launch_project(
     sides: SidesOfStage,
     weights: Weights,
     token_range: tuple[int, int],
-    sums: Tensor | None,
+    partial: Tensor | None,
 ) -> tuple[Tensor, ProjectForm]:
     """As ``launch``, a stage in which each row has a projection; its gradients go over the source and to the target."""
     source, target, _, target_grad = sides
@@ -84,12 +84,14 @@ def launch_project(
         ELEMENTS[call.dtype], call.layers_y, stage.head_problems, *dims, call.loss, call.normalize,
         target_grad is not None,
     )  # fmt: skip
-    device = source.rows.table.device
-    splits = _even_splits(stage.problems, -(-(last - first) // 64), processors(device))
-    partial = torch.empty(stage.problems * splits, form.size, dtype=torch.float32, device=device)
+    if partial is None:
+        device = source.rows.table.device
+        splits = _even_splits(stage.problems, -(-(last - first) // 64), processors(device))
+        partial = torch.empty(stage.problems, splits, form.size, dtype=torch.float32, device=device)
+    splits = partial.shape[1]
     rows = Sides(source.rows, target.rows, source.rows, (target_grad or target).rows)
     project_kernel[(stage.problems * splits,)](
         rows, weights, call.tokens, call.positions, call.mask, call.valid, partial, first, last, splits, form,
         num_warps=4,
     )  # fmt: skip
-    return sum_partials(partial, stage.problems, splits, form.size, sums), form
+    return partial, form

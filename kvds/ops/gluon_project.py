@@ -4,7 +4,7 @@ The states come mixed from a workspace ``m [rows, tokens, D_x]`` and their gradi
 takes one target row and walks over tiles of 64 tokens: ``m [64, D_x]``, ``t [64, D_y]``, ``w [D_x, D_y]``. Roles of
 four warps each, on a ring of stages in shared memory:
 
-* the *loader* copies ``m`` and ``t``, and writes the target's gradient;
+* the *loader* copies ``m`` and ``t``;
 * two *chains* make ``g = ρ'(m @ w + bias − t)`` over ``t``: each 64 of 128 columns, or, of 64, every other tile;
 * the *reducer* adds up ``d_w = mᵀ @ g`` and writes ``d_m = g @ wᵀ``.
 """
@@ -81,50 +81,36 @@ def _kept(tokens, token, there):
 
 
 @gluon.jit
-def _target_places(start, rows, row, tokens, tile, F: gl.constexpr):
-    """Pointers ``[64, 64]`` to the first half of a tile's rows of the target or its gradient, and which are there and
-    which count ``[64]``."""
-    HALF: gl.constexpr = row_layout(64)
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, HALF)).expand_dims(0)
-    token, there = _tile_tokens(row, tile, gl.SliceLayout(1, HALF))
-    at = gl.multiple_of(start + token_offset(rows, tokens, token), (16,)).expand_dims(1) + column
-    return at, there, _kept(tokens, token, there)
+def _add(at, sums, row):
+    """To the program's sums of the tokens before ``first``, if there are any."""
+    gl.store(at, sums + gl.load(at, mask=row.first > 0, other=0))
 
 
 @gluon.jit
 def _loader(ring, row, sides, tokens, F: gl.constexpr):
-    """Also writes the target's gradient, from the stage that it is about to fill again: of all roles it alone has no
-    fence, which would wait for what was stored before."""
     X: gl.constexpr = row_layout(F.dim_x)
+    HALF: gl.constexpr = row_layout(64)
     HALVES: gl.constexpr = F.dim_y // 64
-    norm = gradient_norm(tokens, F)
     local = gl.arange(0, ROWS, layout=gl.SliceLayout(1, X)).expand_dims(1)
     dim = gl.arange(0, F.dim_x, layout=gl.SliceLayout(0, X)).expand_dims(0)
-    around = STAGES * row.splits
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, HALF)).expand_dims(0)
     turn = 0
-    for tile in range(row.split, row.tiles + around, row.splits):
+    for tile in range(row.split, row.tiles, row.splits):
         stage = turn % STAGES
+        at = row.m + tile.to(gl.int64) * (64 * F.dim_x) + local * F.dim_x + dim
+        token, there = _tile_tokens(row, tile, gl.SliceLayout(1, HALF))
+        start = gl.multiple_of(row.t + token_offset(sides.target, tokens, token), (16,)).expand_dims(1) + column
+        keep = _kept(tokens, token, there).expand_dims(1)
         mbarrier.wait(ring.free.index(stage), (turn // STAGES + 1) & 1)
-        if F.target_grad:
-            if tile >= around:  # a tile stood here before
-                at, there, keep = _target_places(row.t_grad, sides.target_grad, row, tokens, tile - around, F)
-                if sides.target.index is not None:
-                    there = keep
-                for half in gl.static_range(HALVES):
-                    g = ring.t.index(stage * HALVES + half).load(row_layout(64)).to(gl.float32)
-                    gl.store(at + half * 64, (g * -norm).to(F.element), mask=there.expand_dims(1))
-        if tile < row.tiles:
-            m_at = row.m + tile.to(gl.int64) * (64 * F.dim_x) + local * F.dim_x + dim
-            at, there, keep = _target_places(row.t, sides.target, row, tokens, tile, F)
-            copy_async(ring.m.index(stage), m_at, mask=row.first + tile * 64 + local < row.last)
-            for half in gl.static_range(HALVES):
-                copy_async(ring.t.index(stage * HALVES + half), at + half * 64, mask=keep.expand_dims(1))
-            arrive_when_copied(ring.loaded.index(stage), increment_count=False)
+        copy_async(ring.m.index(stage), at, mask=row.first + tile * 64 + local < row.last)
+        for half in gl.static_range(HALVES):
+            copy_async(ring.t.index(stage * HALVES + half), start + half * 64, mask=keep)
+        arrive_when_copied(ring.loaded.index(stage), increment_count=False)
         turn += 1
 
 
 @gluon.jit
-def _chain(ring, row, weights, tokens, problem, out, J: gl.constexpr, F: gl.constexpr):
+def _chain(ring, row, sides, weights, tokens, problem, out, J: gl.constexpr, F: gl.constexpr):
     """``J``: which of the two."""
     Y: gl.constexpr = product_layout(64)
     HALVES: gl.constexpr = F.dim_y // 64
@@ -143,13 +129,18 @@ def _chain(ring, row, weights, tokens, problem, out, J: gl.constexpr, F: gl.cons
     losses = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, Y))
     d_bias = gl.full([ROWS, 64], 0.0, gl.float32, layout=Y)
     turn = SKIP
-    for tile in range(row.split + SKIP * row.splits, row.tiles, TURNS * row.splits):
+    start = row.split + SKIP * row.splits
+    token, there = _tile_tokens(row, start, gl.SliceLayout(1, Y))
+    keep = _kept(tokens, token, there)
+    for tile in range(start, row.tiles, TURNS * row.splits):
         stage = turn % STAGES
+        unit = gl.where(keep, inverse, 0.0)
         mbarrier.wait(ring.loaded.index(stage), turn // STAGES & 1)
         fence_async_shared()
         projected = mma(ring.m.index(stage), ring.w.index(HALF), none, use_acc=False, is_async=True)
-        token, there = _tile_tokens(row, tile, gl.SliceLayout(1, Y))
-        unit = gl.where(_kept(tokens, token, there), inverse, 0.0)  # read after the fence, which would wait for it
+        # A turn ahead, and right after a fence: the next one would wait for it.
+        token, there = _tile_tokens(row, tile + TURNS * row.splits, gl.SliceLayout(1, Y))
+        keep = _kept(tokens, token, there)
         t = ring.t.index(stage * HALVES + HALF).load(Y)
         projected = mma_wait(0, deps=[projected])
         rho, g = penalty(projected + (bias.expand_dims(0) - t.to(gl.float32)), unit, F)
@@ -159,10 +150,18 @@ def _chain(ring, row, weights, tokens, problem, out, J: gl.constexpr, F: gl.cons
         fence_async_shared()
         barrier()
         mbarrier.arrive(ring.chained.index(stage), count=1)
+        if F.target_grad:
+            low = gl.convert_layout((g * -norm).to(F.element), row_layout(64))
+            own, stored = _tile_tokens(row, tile, gl.SliceLayout(1, row_layout(64)))
+            if sides.target.index is not None:
+                stored = _kept(tokens, own, stored)
+            at = gl.multiple_of(row.t_grad + token_offset(sides.target_grad, tokens, own), (16,))
+            place = gl.arange(0, 64, layout=gl.SliceLayout(0, row_layout(64))) + HALF * 64
+            gl.store(at.expand_dims(1) + place.expand_dims(0), low, mask=stored.expand_dims(1))
         turn += TURNS
     line = gl.arange(0, ROWS, layout=gl.SliceLayout(1, Y))
-    gl.store(out + F.starts[2] + J * 64 + line, losses * layer_norm(tokens, F))
-    gl.store(out + F.starts[1] + J * 64 + column, gl.sum(d_bias, axis=0) * norm)
+    _add(out + F.starts[2] + J * 64 + line, losses * layer_norm(tokens, F), row)
+    _add(out + F.starts[1] + J * 64 + column, gl.sum(d_bias, axis=0) * norm, row)
 
 
 @gluon.jit
@@ -199,9 +198,9 @@ def _reducer(ring, row, tokens, out, F: gl.constexpr):
         turn += 1
     line = gl.arange(0, F.dim_x, layout=gl.SliceLayout(1, Y)).expand_dims(1)
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, Y)).expand_dims(0)
-    gl.store(out + line * F.dim_y + column, d_low * norm)
+    _add(out + line * F.dim_y + column, d_low * norm, row)
     if HALVES == 2:
-        gl.store(out + line * F.dim_y + column + 64, d_high * norm)
+        _add(out + line * F.dim_y + column + 64, d_high * norm, row)
 
 
 @gluon.jit
@@ -251,8 +250,8 @@ def project_kernel(
     out = partial + gl.program_id(0).to(gl.int64) * F.size
     gl.warp_specialize(
         [
-            (_chain, (ring, row, weights, tokens, problem, out, 0, F)),
-            (_chain, (ring, row, weights, tokens, problem, out, 1, F)),
+            (_chain, (ring, row, sides, weights, tokens, problem, out, 0, F)),
+            (_chain, (ring, row, sides, weights, tokens, problem, out, 1, F)),
             (_reducer, (ring, row, tokens, out, F)),
             (_loader, (ring, row, sides, tokens, F)),
         ],

@@ -141,7 +141,8 @@ class StageForm:
     """What a stage's kernel is compiled for: a problem's shape, its tile, and what is to be done.
 
     ``mode``: ``loss`` (read the target, compare), ``store`` (write the projection to it) or ``given`` (read the
-    projection's gradient from it). ``flat``: a side is a workspace that holds only the tokens of this launch.
+    projection's gradient from it). ``in_columns``: a tile's tokens stand side by side, not below each other.
+    ``flat``: a side is a workspace that holds only the tokens of this launch.
     """
 
     element: Any
@@ -161,6 +162,7 @@ class StageForm:
     block_dy: int
     mix_parts: int
     projects: bool
+    in_columns: bool
     dims_first: bool
     delayed: bool
     mode: str

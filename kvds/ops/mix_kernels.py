@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvds.ops.triton_kernels import dot, dot_to, first_elements, kept, row_places, store_sums, token_offsets
+from kvds.ops.triton_kernels import add_sums, dot, dot_to, first_elements, kept, row_places, token_offsets
 
 
 @triton.jit
@@ -101,4 +101,5 @@ def unmix_kernel(sides, weights, positions, mask, partial, token_first, token_la
             store_x = keep if sides.source.index is not None else there
             tl.store(dx_at, d_x.to(F.element), mask=inside_x[:, None] & store_x[None, :])
     if F.mix_grad:
-        store_sums(partial + tl.program_id(0).to(tl.int64) * F.size, d_mix, F.block_y, F.block_x)
+        out = partial + tl.program_id(0).to(tl.int64) * F.size
+        add_sums(out, d_mix, token_first, F.block_y, F.block_x)

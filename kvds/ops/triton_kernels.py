@@ -63,7 +63,7 @@ def token_offsets(rows, token, token_first, token_last, positions, FLAT: tl.cons
     else:
         batch = token // positions
         if rows.index is not None:
-            position = tl.load(rows.index + token, mask=token < token_last, other=0)
+            position = tl.load(rows.index + token, mask=(token >= token_first) & (token < token_last), other=0)
         else:
             position = (token - batch * positions).to(tl.int64)
         offset = batch.to(tl.int64) * rows.batch_stride + position * rows.token_stride
@@ -149,11 +149,12 @@ def _penalty(projected, t, keep, inverse, SCALED: tl.constexpr, F: tl.constexpr)
 
 
 @triton.jit
-def store_sums(out, sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write a program's sums ``[ROWS, COLUMNS]``."""
+def add_sums(out, sums, token_first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Add ``[ROWS, COLUMNS]`` to a program's sums of the tokens before ``token_first``, if there are any."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    tl.store(out + row * COLUMNS + column, sums)
+    at = out + row * COLUMNS + column
+    tl.store(at, sums + tl.load(at, mask=row // ROWS + column * 0 < token_first, other=0))  # row // ROWS is 0
 
 
 @triton.jit(do_not_specialize=["count", "positions", "token_first", "token_last", "splits", "elements", "layers"])
@@ -176,7 +177,8 @@ def map_projection_kernel(
 
     if F.mixes:
         c = _mixing_weights(weights, problem, F)
-    w = _projecting_weights(weights, problem, F)
+    if F.projects:
+        w = _projecting_weights(weights, problem, F)
     inverse = 1.0
     SCALED: tl.constexpr = weights.scale is not None and F.mode == "loss"
     if SCALED:
@@ -237,8 +239,10 @@ def map_projection_kernel(
                 start_at = tl.full((F.block_y, F.block_dy), 0, F.wide)
             if F.dims_first:
                 projected = dot_to(c, moved, start_at, F)
-            else:
+            elif F.projects:
                 projected = dot_to(mixed, w, start_at, F)
+            else:
+                projected = mixed.to(F.wide)
         if F.mode == "store":
             tl.store(y_rows[:, None] + dim_y, projected.to(F.element), mask=present_y[:, None] & columns_y)
         elif F.mode == "given":
@@ -278,14 +282,17 @@ def map_projection_kernel(
             if F.proj_grad:
                 d_proj = dot_to(tl.trans(mixed), g_low, d_proj, F)
             if F.source_grad or F.mix_grad:
-                d_mixed = dot(g_low, tl.trans(w), F)  # [BY, BDX]
-                d_low = d_mixed.to(F.element)
+                d_low = g_low
+                if F.projects:
+                    d_mixed = dot(g_low, tl.trans(w), F)  # [BY, BDX]
+                    d_low = d_mixed.to(F.element)
                 if F.mix_grad:
                     d_mix = dot_to(d_low, tl.trans(x), d_mix, F)
                 if F.source_grad:
-                    d_x = d_mixed
                     if F.mixes:
                         d_x = dot(tl.trans(c), d_low, F)
+                    else:
+                        d_x = d_mixed
         if F.source_grad:
             dx_at = token_offsets(sides.source_grad, token_x, token_first, token_last, positions, F.source_flat)
             dx_rows = _elements(sides.source_grad, place_x, inside_x, dx_at, F)
@@ -294,19 +301,18 @@ def map_projection_kernel(
 
     out = partial + tl.program_id(0).to(tl.int64) * F.size
     if F.mix_grad:
-        store_sums(out, d_mix * norm, F.block_y, F.block_x)
+        add_sums(out, d_mix * norm, token_first, F.block_y, F.block_x)
     if F.proj_grad:
-        store_sums(out + F.starts[1], d_proj * norm, F.block_dx, F.block_dy)
+        add_sums(out + F.starts[1], d_proj * norm, token_first, F.block_dx, F.block_dy)
     if F.bias_grad:
-        store_sums(out + F.starts[2], d_bias * norm, F.block_y, F.block_dy)
+        add_sums(out + F.starts[2], d_bias * norm, token_first, F.block_y, F.block_dy)
     if F.mode == "loss":
-        tl.store(out + F.starts[3] + row_y, losses * layer_norm)
+        at = out + F.starts[3] + row_y
+        tl.store(at, losses * layer_norm + tl.load(at, mask=row_y // F.block_y < token_first, other=0))
 
 
 @triton.jit(do_not_specialize=["splits"])
-def sum_partials_kernel(
-    partial, out, splits, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACCUMULATE: tl.constexpr
-):
+def sum_partials_kernel(partial, out, splits, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """``out[problem] = Σ_split partial[problem, split]`` in a fixed order. Grid: (problems, cdiv(SIZE, BLOCK))."""
     problem = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -318,11 +324,7 @@ def sum_partials_kernel(
             mask=(split < splits)[:, None] & (column < SIZE)[None, :],
             other=0,
         )
-    summed = tl.sum(total, axis=0)
-    place = out + problem * SIZE + column
-    if ACCUMULATE:
-        summed += tl.load(place, mask=column < SIZE, other=0)
-    tl.store(place, summed, mask=column < SIZE)
+    tl.store(out + problem * SIZE + column, tl.sum(total, axis=0), mask=column < SIZE)
 
 
 @triton.jit

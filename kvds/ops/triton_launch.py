@@ -141,6 +141,7 @@ def _form(
         dim_x=dims[0], dim_y=dims[1], tokens=tile.tokens, block_x=tile.block_x, block_y=tile.block_y,
         block_dx=tile.block_dim_x, block_dy=tile.block_dim_y,
         mix_parts=0 if weights.mix is None else weights.mix.shape[1], projects=stage.projects,
+        in_columns=stage.in_columns,
         dims_first=stage.dims_first, delayed=tile.delayed and call.mode == "loss", mode=call.mode, loss=call.loss,
         normalize=call.normalize, source_grad=source_grad is not None, target_grad=target_grad is not None,
         mix_grad=wanted.mix, proj_grad=wanted.dim_proj, bias_grad=wanted.bias, source_flat=source.flat,
@@ -156,19 +157,22 @@ def launch(
     weights: Weights,
     wanted: Wanted,
     token_range: tuple[int, int],
-    sums: Tensor | None = None,
-) -> tuple[Tensor | None, StageForm]:
-    """Run one stage over a range of tokens; returns the flat sums per problem (added to ``sums`` if given)."""
+    partial: Tensor | None = None,
+) -> tuple[Tensor, StageForm]:
+    """Run one stage over a range of tokens; returns each program's sums ``[problems, splits, form.size]``, with those
+    of the tokens before, in ``partial``, added."""
     source, target, source_grad, target_grad = sides
     device = source.rows.table.device
     gradients = wanted.any or source_grad is not None or target_grad is not None
     tile = choose_tile(stage, dims, call.dtype.itemsize, gradients=gradients, hopper=capability(device) >= (9, 0))
-    splits = count_splits(stage, tile, token_range[1] - token_range[0], processors(device))
     form = _form(stage, tile, dims, call, sides, weights, wanted)
+    if partial is None:
+        splits = count_splits(stage, tile, token_range[1] - token_range[0], processors(device))
+        partial = torch.empty((stage.problems, splits, form.size), dtype=call.wide, device=device)
+    splits = partial.shape[1]
     programs = stage.problems * splits
-    partial = torch.empty((programs, max(1, form.size)), dtype=call.wide, device=device)
     rows = Sides(source.rows, target.rows, (source_grad or source).rows, (target_grad or target).rows)
-    if stage.projects:
+    if not stage.in_columns:
         map_projection_kernel[(programs,)](
             rows, weights, call.tokens, call.positions, call.mask, call.valid, partial,
             *token_range, splits, call.elements, call.layers_y, form, num_warps=tile.num_warps,
@@ -181,17 +185,19 @@ def launch(
         unmix_kernel[(programs,)](
             rows, weights, call.positions, call.mask, partial, *token_range, splits, form, num_warps=tile.num_warps
         )
-    return (sum_partials(partial, stage.problems, splits, form.size, sums) if form.size else None), form
+    return partial, form
 
 
-def sum_partials(
-    partial: Tensor, problems: int, splits: int, size: int, sums: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """``[problems · splits, size]`` to ``[problems, size]``, into ``out`` or added to ``sums`` if given."""
+def sum_partials(partial: Tensor, out: Tensor | None = None) -> Tensor:
+    """``[problems, splits, size]`` to ``[problems, size]``, or into ``out``."""
+    problems, splits, size = partial.shape
     if out is None:
-        out = partial.new_empty(problems, size) if sums is None else sums
-    sum_partials_kernel[(problems, triton.cdiv(size, 128))](
-        partial, out, splits, SIZE=size, BLOCK=128, ROWS=16, ACCUMULATE=sums is not None, num_warps=4
+        if splits == 1 or not size:
+            return partial[:, 0]
+        out = partial.new_empty(problems, size)
+    block, rows = (128, 16) if splits > 16 else (512, 4)
+    sum_partials_kernel[(problems, triton.cdiv(size, block))](
+        partial, out, splits, SIZE=size, BLOCK=block, ROWS=rows, num_warps=4
     )
     return out
 
@@ -221,10 +227,11 @@ class StageSums:
     loss: Tensor | None = None
 
 
-def _unpack(sums: Tensor | None, form: StageForm | ProjectForm) -> StageSums:
+def _unpack(partial: Tensor | None, form: StageForm | ProjectForm | None) -> StageSums:
     """Out of their padding; a tile of several tokens has a block of d_mix for each on the diagonal."""
-    if sums is None:
+    if partial is None or form is None:
         return StageSums()
+    sums = sum_partials(partial)
     if isinstance(form, ProjectForm):
         proj, bias, loss = sums.split(form.sizes, dim=1)
         bias = bias.view(len(sums), -1, form.dim_y).sum(1, keepdim=True)  # of two chains
@@ -238,7 +245,7 @@ def _unpack(sums: Tensor | None, form: StageForm | ProjectForm) -> StageSums:
 
     def diagonal(part: Tensor) -> Tensor:
         square = part.view(len(sums), form.block_y, form.block_x)
-        if tokens == 1 or not form.projects:  # a launch that only mixes has its tokens in columns
+        if tokens == 1 or form.in_columns:
             return square[:, :rows_y, :rows_x]
         square = square[:, : tokens * rows_y, : tokens * rows_x]
         blocks = square.unflatten(2, (tokens, rows_x)).unflatten(1, (tokens, rows_y))
@@ -339,7 +346,7 @@ def run_stages(
     if alone:
         from kvds.ops.gluon_launch import launch_project  # Gluon is experimental: elsewhere nobody needs it
     sides: SidesOfStage
-    totals: list[Tensor | None] = [None] * len(stages)
+    partials: list[Tensor | None] = [None] * len(stages)
     forms: list[StageForm | ProjectForm | None] = [None] * len(stages)
     last = len(stages) - 1
     for first in range(0, call.tokens, chunk):
@@ -350,17 +357,19 @@ def run_stages(
         back = (inputs[last] if mixing else source_grad) if backward else None
         sides = (inputs[last], target, back, target_grad)
         if alone:
-            totals[last], forms[last] = launch_project(final, dims, call, sides, weights[last], tokens, totals[last])
+            partials[last], forms[last] = launch_project(
+                final, dims, call, sides, weights[last], tokens, partials[last]
+            )
         else:
-            totals[last], forms[last] = launch(
-                final, dims, call, sides, weights[last], last_wanted, tokens, totals[last]
+            partials[last], forms[last] = launch(
+                final, dims, call, sides, weights[last], last_wanted, tokens, partials[last]
             )
         for k in reversed(range(last if backward else 0)):
             sides = (inputs[k], outputs[k], inputs[k] if k else source_grad, None)
             given = replace(call, mode="given")
-            totals[k], forms[k] = launch(
-                mixing[k], (dims[0],) * 2, given, sides, weights[k], only_mix, tokens, totals[k]
+            partials[k], forms[k] = launch(
+                mixing[k], (dims[0],) * 2, given, sides, weights[k], only_mix, tokens, partials[k]
             )
-    sums = [StageSums() if form is None else _unpack(total, form) for total, form in zip(totals, forms, strict=True)]
+    sums = [_unpack(partial, form) for partial, form in zip(partials, forms, strict=True)]
     loss = sums[-1].loss
     return _gradients(stages, sums, problem), None if loss is None else loss.reshape(call.layers_y, -1).sum(1)

@@ -75,6 +75,12 @@ class Stage:
         return self.layers_y * self.heads_y
 
     @property
+    def in_columns(self) -> bool:
+        """Whether it only mixes, and so many rows that a tile's tokens had better stand side by side than below each
+        other."""
+        return not self.projects and (self.kind != "layers" or max(self.rows_x, self.rows_y) >= 16)
+
+    @property
     def mixes(self) -> bool:
         """Whether rows are mixed at all."""
         return self.kind != "rows"
@@ -144,27 +150,29 @@ def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients
     ``gradients``: whether the launch sums any weight's gradient or writes a state's. ``hopper``: compute capability 9.0
     or later, whose products read shared memory and leave registers free.
     """
-    if not stage.projects:
+    if stage.in_columns:
         return _mixing_tile(stage, dims[0], itemsize, gradients=gradients)
     tokens = max(1, TILE_ROWS // max(stage.rows_x, stage.rows_y))
     block_x, block_y = _power_of_two(tokens * stage.rows_x), _power_of_two(tokens * stage.rows_y)
     block_dx, block_dy = _power_of_two(dims[0]), _power_of_two(dims[1])
-    accumulators = block_y * block_x * stage.mixes + (block_dx + block_y) * block_dy
+    accumulators = block_y * block_x * stage.mixes + (block_dx + block_y) * block_dy * stage.projects
     # Measured on an H100. Eight warps hold the three weight gradients of a wide target without spills if they share
     # every product's columns, which they do where no product of a turn feeds another: hence delayed. The narrower sides
     # of the other direction, and launches without gradients, fit four warps, two programs side by side.
-    delayed = hopper and gradients and itemsize == 2 and stage.mixes and not stage.dims_first and accumulators > 16384
+    both = stage.mixes and stage.projects
+    delayed = hopper and gradients and itemsize == 2 and both and not stage.dims_first and accumulators > 16384
     # Before Hopper a product's operands stand in registers, too: four warps spill twenty times what eight do there, but
     # for a source narrower than its target, on its own.
-    wide = stage.mixes or dims[0] > dims[1]
+    wide = stage.projects and (stage.mixes or dims[0] > dims[1])
     crowded = accumulators > 8192 and (itemsize > 2 or (gradients and wide and not hopper))
     num_warps = 8 if delayed or crowded else 4
     programs = 2 if num_warps == 4 else 1
     num_stages = 1
     if itemsize == 2 and not gradients:
-        num_stages = 3  # nothing but the projection's accumulator stands in registers: loads run ahead instead
+        # Nothing but the projection's accumulator stands in registers: loads run ahead instead, or more programs do.
+        programs, num_stages = (programs, 3) if stage.projects else (4, 1)
     elif itemsize == 2 and hopper and stage.mixes:
-        num_stages = 2 if stage.dims_first or (delayed and tokens > 1) else 1
+        num_stages = 2 if stage.dims_first or not stage.projects or (delayed and tokens > 1) else 1
     return Tile(tokens, block_x, block_y, block_dx, block_dy, num_warps, num_stages, programs, delayed)
 
 
