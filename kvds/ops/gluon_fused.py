@@ -140,15 +140,12 @@ def _mix_first_chain(ring, w, bias, maps, tokens, programs, out, F: gl.constexpr
     inverse = inverse_scale(maps, F)
     losses = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, Y))
     d_bias = gl.full([ROWS, F.dim_y], 0.0, gl.float32, layout=Y)
-    keep = is_kept(tokens, gl.program_id(0))
     turn = 0
     for token in range(gl.program_id(0), tokens.slots, programs):
         stage = turn % STAGES
-        unit = gl.where(keep, inverse, 0.0)
+        unit = gl.where(is_kept(tokens, token), inverse, 0.0)
         _wait_loaded(ring, turn)
         mixed = mma(c, ring.x.index(stage), none_x, use_acc=False, is_async=True)
-        # A token ahead, and right after a fence: the next one would wait for it.
-        keep = is_kept(tokens, gl.minimum(token + programs, tokens.slots - 1))
         mixed = mma_wait(0, deps=[mixed])
         low = mixed.to(F.element)
         ring.first.index(stage).store(low)
@@ -215,13 +212,11 @@ def _project_first_chain(ring, w, scratch, maps, tokens, programs, out, FIRST: g
     losses = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, Y))
     turn = 0
     start = gl.program_id(0) + FIRST * programs
-    keep = is_kept(tokens, gl.minimum(start, tokens.slots - 1))
     for token in range(start, tokens.slots, 2 * programs):
         stage = (turn + FIRST) % STAGES
-        unit = gl.where(keep, inverse, 0.0)
+        unit = gl.where(is_kept(tokens, token), inverse, 0.0)
         _wait_loaded(ring, turn + FIRST)
         moved = mma(ring.x.index(stage), w, none, use_acc=False, is_async=True)
-        keep = is_kept(tokens, gl.minimum(token + 2 * programs, tokens.slots - 1))
         t = ring.t.index(stage).load(Y)
         moved = mma_wait(0, deps=[moved])
         ring.first.index(stage).store(moved.to(F.element))
