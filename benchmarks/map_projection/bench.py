@@ -16,6 +16,7 @@ gradients that it returns.
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import itertools
 import statistics
@@ -318,6 +319,14 @@ def compare(rows: list[dict[str, Any]]) -> None:
             row["percent_of_eager_memory"] = 100 * row["extra_mib"] / base["extra_mib"]
 
 
+def earlier_rows(path: Path) -> list[dict[str, Any]]:
+    """The Triton rows of a CSV file, as provider ``before``."""
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["provider"] == "triton" and row["ms"]]
+    numbers = {"tokens": int, "ms": float, "gb_per_s": float, "tflop_per_s": float, "one_pass_bytes": float}
+    return [row | {name: kind(row[name]) for name, kind in numbers.items()} | {"provider": "before"} for row in rows]
+
+
 def parse_arguments() -> argparse.Namespace:
     """Flags; ``--quick`` changes their defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,6 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=1.0, help="share of the positions that is selected")
     parser.add_argument("--seconds", type=float, default=0.15, help="time spent on repetitions of one cell")
     parser.add_argument("--minutes", type=float, default=8.0, help="no new cell is started after this")
+    parser.add_argument("--before", type=Path, help="CSV file of an earlier kernel, drawn beside this one's")
     parser.add_argument("--output", type=Path, help="CSV file (default: benchmarks/results/map_projection_DEVICE.csv)")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -374,7 +384,13 @@ def main() -> None:
     heading = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {facts['git_revision']}; "
     heading += f"copy {bandwidth:.0f} GB/s, matrix product {rate:.1f} TFLOP/s; `{facts['command']}`"
     args.output.with_suffix(".md").write_text(f"# map_projection_loss\n\n{heading}\n\n{table}\n")
-    draw_roofline(rows, bandwidth, rate, str(facts["device"]), args.output.with_suffix(".png"))
+    draw_roofline(
+        rows + (earlier_rows(args.before) if args.before else []),
+        bandwidth,
+        rate,
+        str(facts["device"]),
+        args.output.with_suffix(".png"),
+    )
     print(table)
     print(f"{left_out} cells not started within {args.minutes} minutes; {args.output}")
 
