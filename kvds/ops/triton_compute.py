@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from kvds.ops.gradients import PARAMETERS, LossProblem, Result, Wanted
 from kvds.ops.triton_launch import Call, count_kept, make_sides, rescale, run_stages, stages_of
-from kvds.ops.triton_plan import fits_fused
+from kvds.ops.triton_plan import fits_fused, for_hopper
 
 
 def _gradient_place(states: Sequence[Tensor], index: Tensor | None, buffers: list[Tensor]) -> tuple[Tensor, ...]:
@@ -57,16 +57,21 @@ def compute_triton(problem: LossProblem, wanted: Wanted) -> Result:
         d_source = _gradient_place(problem.source, source_index, buffers) if wanted.source else None
         d_target = _gradient_place(problem.target, target_index, buffers) if wanted.target else None
         states = (problem.source, problem.target, d_source, d_target)
-        if fits_fused(problem, wanted, stages_of(problem)):
-            sides = make_sides(states, (source_index, target_index) * 2)
-            if all(side is None or side.aligned for side in sides):
-                from kvds.ops.gluon_launch import run_fused  # Gluon is experimental: elsewhere nobody needs it
+        project_rows = None
+        if for_hopper(problem, wanted):
+            from kvds.ops import gluon_launch  # Gluon is experimental: elsewhere nobody needs it
 
-                parameters, flat, losses = run_fused(problem, call, wanted, sides)
-                per_layer, loss, lacking = losses.split([len(problem.target), 1, 1])
-                missing = None if call.normalize else lacking[0]
-                return Result(loss[0], per_layer, d_source, d_target, parameters, [*buffers, flat], missing, rescale)
-        parameters, per_layer = run_stages(problem, call, wanted, states)
+            project_rows = gluon_launch.launch_project
+            if fits_fused(wanted, stages_of(problem)):
+                sides = make_sides(states, (source_index, target_index) * 2)
+                if all(side is None or side.aligned for side in sides):
+                    parameters, flat, losses = gluon_launch.run_fused(problem, call, wanted, sides)
+                    per_layer, loss, lacking = losses.split([len(problem.target), 1, 1])
+                    missing = None if call.normalize else lacking[0]
+                    return Result(
+                        loss[0], per_layer, d_source, d_target, parameters, [*buffers, flat], missing, rescale
+                    )
+        parameters, per_layer = run_stages(problem, call, wanted, states, project_rows)
         assert per_layer is not None
         missing = None
         if not call.normalize and wanted.any:

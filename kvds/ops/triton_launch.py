@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,6 @@ from kvds.ops.triton_plan import (
     choose_tile,
     chunk_tokens,
     count_splits,
-    for_hopper,
     interpreting,
     plan_stages,
 )
@@ -318,15 +317,19 @@ def _gradients(stages: list[Stage], sums: list[StageSums], problem: LossProblem)
 
 
 def run_stages(
-    problem: LossProblem, call: Call, wanted: Wanted, states: Sequence[Sequence[Tensor] | None]
+    problem: LossProblem,
+    call: Call,
+    wanted: Wanted,
+    states: Sequence[Sequence[Tensor] | None],
+    project_rows: Callable[..., tuple[Tensor, ProjectForm]] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """All stages over all tokens: gradients of the parameters, and losses per layer in mode ``loss``.
 
-    ``states``: source, target (or the output, or its gradient), and the places of their gradients.
+    ``states``: source, target (or the output, or its gradient), and the places of their gradients. ``project_rows``:
+    launches the last stage where each row has a projection of its own; None: the plain kernel does.
     """
     dims, heads = problem.dims, problem.heads
-    hopper = call.mode == "loss" and for_hopper(problem, wanted)
-    *mixing, final = stages = stages_of(problem, rows_alone=hopper)
+    *mixing, final = stages = stages_of(problem, rows_alone=project_rows is not None)
     weights = _stage_weights(stages, problem, call.wide)
     like = problem.source[0]
     chunk = chunk_tokens(stages, call.layers_y, heads, dims, like.element_size(), call.tokens)
@@ -342,9 +345,8 @@ def run_stages(
     last_wanted = replace(wanted, source=False, target=False)
     if not final.mixes:
         last_wanted = replace(last_wanted, layer_mix=False, head_mix=False)
-    alone = hopper and final.kind == "rows" and all(s is None or s.aligned for s in (target, target_grad))
-    if alone:
-        from kvds.ops.gluon_launch import launch_project  # Gluon is experimental: elsewhere nobody needs it
+    if final.kind != "rows" or not all(side is None or side.aligned for side in (target, target_grad)):
+        project_rows = None
     sides: SidesOfStage
     partials: list[Tensor | None] = [None] * len(stages)
     forms: list[StageForm | ProjectForm | None] = [None] * len(stages)
@@ -356,10 +358,8 @@ def run_stages(
             launch(stage, (dims[0],) * 2, replace(call, mode="store"), sides, weights[k], Wanted(), tokens, None)
         back = (inputs[last] if mixing else source_grad) if backward else None
         sides = (inputs[last], target, back, target_grad)
-        if alone:
-            partials[last], forms[last] = launch_project(
-                final, dims, call, sides, weights[last], tokens, partials[last]
-            )
+        if project_rows is not None:
+            partials[last], forms[last] = project_rows(final, dims, call, sides, weights[last], tokens, partials[last])
         else:
             partials[last], forms[last] = launch(
                 final, dims, call, sides, weights[last], last_wanted, tokens, partials[last]

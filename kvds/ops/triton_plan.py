@@ -220,11 +220,11 @@ def for_hopper(problem: LossProblem, wanted: Wanted) -> bool:
     )
 
 
-def fits_fused(problem: LossProblem, wanted: Wanted, stages: list[Stage]) -> bool:
-    """Whether the fused kernel for compute capability 9.0 can take a problem. With a gradient for a source wider than
-    its target the registers would not do."""
+def fits_fused(wanted: Wanted, stages: list[Stage]) -> bool:
+    """Whether the fused kernel for compute capability 9.0 can take a problem of fitting states. With a gradient for a
+    source wider than its target the registers would not do."""
     dense = len(stages) == 1 and stages[0].kind == "dense"
-    return dense and not (stages[0].dims_first and wanted.source) and for_hopper(problem, wanted)
+    return dense and not (stages[0].dims_first and wanted.source)
 
 
 def interpreting() -> bool:

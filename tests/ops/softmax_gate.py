@@ -26,7 +26,6 @@ def main() -> None:
     """Compile what the launcher launches for Qwen2's vocabulary."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from kvds.ops import softmax_kernel
 
@@ -41,8 +40,7 @@ def main() -> None:
         teacher = torch.empty(16, VOCAB + 128, dtype=dtype) if distilled else None
         softmax_kernel.softmax_losses_triton(logits, target, teacher, 151_646, 2.0, 0.1, 0.2, gradient)
         [(kernel, args, kwargs)] = launches
-        signature, constants, attributes, options = specialised(kernel, args, kwargs)
-        source = ASTSource(kernel, signature, constants, attributes)
+        source, options = specialised(kernel, args, kwargs, arch)
         with contextlib.redirect_stdout(io.StringIO()) as log:
             made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         [spills] = re.findall(r"(\d+) bytes spill stores", log.getvalue())
