@@ -9,14 +9,24 @@ oracle is the einsum in fp64 on the same inputs: states of 16 bits, maps in fp32
 
 from __future__ import annotations
 
-import faulthandler
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from kvds.ops import map_projection, map_projection_loss
+from tests.harness.gpu_problems import (
+    FROBENIUS,
+    MAPS,
+    PAIRS,
+    SCALED,
+    assert_rounds_like_eager,
+    errors,
+    make,
+    run,
+    watchdog,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,122 +37,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _watchdog() -> Iterator[None]:
-    """Roles of a kernel that wait for one another for ever keep the interpreter in a call from which no signal and no
-    other thread of Python gets it: faulthandler's own thread ends the process."""
-    faulthandler.dump_traceback_later(120, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-
-
-MAPS = ("layer_mix", "head_mix", "dim_proj", "bias")
-FROBENIUS = 5e-3
-"""The largest error of any output in bf16 and fp16."""
-
-# (layers, KV heads, head_dim) of the student, then of the teacher.
-PAIRS = {
-    "qwen2": ((24, 2, 64), (28, 2, 128)),
-    "mha": ((16, 16, 64), (32, 32, 128)),
-    "gqa": ((32, 8, 64), (80, 8, 128)),
-}
-
-
-def make(
-    source: tuple[int, int, int],
-    target: tuple[int, int, int],
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    batch: int = 2,
-    tokens: int = 150,
-    slots: int | None = 131,
-    masked: float = 0.3,
-    sparse: bool = False,
-    head_form: int = 3,
-    dim_form: int = 4,
-    token_major: bool = True,
-    bias: bool = True,
-    scale: bool = True,
-    seed: int = 0,
-) -> dict:
-    """A random problem on the GPU; by default as the structured aligner asks it, with the strides of captured keys."""
-    g = torch.Generator("cuda").manual_seed(seed)
-
-    def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g, device="cuda")
-
-    def states(layers: int, heads: int, dim: int) -> list[torch.Tensor]:
-        if token_major:
-            return [rand(batch, tokens, heads, dim).to(dtype).transpose(1, 2) for _ in range(layers)]
-        return [rand(batch, heads, tokens, dim).to(dtype) for _ in range(layers)]
-
-    (lx, hx, dx), (ly, hy, dy) = source, target
-    problem = {"source": states(lx, hx, dx), "target": states(ly, hy, dy)}
-    if sparse:  # an endpoint map: one source layer for each target layer
-        problem["source"] = [problem["source"][(i * (lx - 1) * 2 + ly - 1) // (2 * max(ly - 1, 1))] for i in range(ly)]
-        problem["layer_mix"] = 1 + 0.1 * rand(ly)
-    else:
-        problem["layer_mix"] = torch.softmax(rand(ly, lx), 1)
-    problem["head_mix"] = rand(*(ly,)[: head_form - 2], hy, hx) / hx**0.5
-    problem["dim_proj"] = rand(*(ly, hy)[: dim_form - 2], dx, dy) / dx**0.5
-    if bias:
-        problem["bias"] = rand(ly, hy, dy)
-    if scale:
-        problem["scale"] = rand(ly).abs() + 0.5
-    if slots is not None:
-        order = torch.rand(batch, tokens, generator=g, device="cuda").argsort(1)
-        problem["source_index"] = problem["target_index"] = order[:, :slots].sort(1).values
-    if masked:
-        problem["mask"] = torch.rand(batch, slots or tokens, generator=g, device="cuda") >= masked
-    return problem
-
-
-def run(
-    problem: dict, impl: str, *, wide: bool = False, moves: str = "source", loss: str = "mse", upstream: float = 1.0
-) -> dict[str, torch.Tensor]:
-    """Losses, and the gradients of the side that ``moves`` and of all maps. ``wide`` casts everything to fp64."""
-
-    def leaf(value: torch.Tensor) -> torch.Tensor:
-        return (value.detach().double() if wide else value.detach()).requires_grad_()
-
-    p = dict(problem)
-    if wide:
-        p |= {side: [t.double() for t in problem[side]] for side in ("source", "target")}
-        p |= {"scale": problem["scale"].double()} if "scale" in problem else {}
-    sides = [side for side in ("source", "target") if moves in (side, "both")]
-    p |= {side: [leaf(t) for t in problem[side]] for side in sides}
-    moving = [t for side in sides for t in p[side]]
-    maps = {name: leaf(problem[name]) for name in MAPS if name in problem}
-    total, per_layer = map_projection_loss(**(p | maps), loss=loss, impl=impl)
-    gradients = torch.autograd.grad(total * upstream, [*moving, *maps.values()])
-    # One output: a scalar's error can be zero by luck, in one implementation and not in the other.
-    out = {"losses": torch.cat([total.detach()[None], per_layer])}
-    states = iter(gradients)
-    out |= {side: torch.stack([next(states) for _ in p[side]]) for side in sides}
-    return out | dict(zip(maps, gradients[len(moving) :], strict=True))
-
-
-def errors(got: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor]) -> dict[str, float]:
-    assert got.keys() == oracle.keys()
-    return {
-        name: float((got[name].double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
-        for name, want in oracle.items()
-    }
-
-
-def assert_rounds_like_eager(problem: dict, frobenius: float | None = FROBENIUS, **how: object) -> None:
-    """Every output: at most twice eager's error in the same dtype, plus 1e-5; and within ``frobenius``."""
-    oracle = run(problem, "reference", wide=True, **how)  # type: ignore[arg-type]
-    eager = errors(run(problem, "reference", **how), oracle)  # type: ignore[arg-type]
-    found = errors(run(problem, "triton", **how), oracle)  # type: ignore[arg-type]
-    table = "\n".join(f"{name}: triton {found[name]:.2e}, eager {eager[name]:.2e}" for name in found)
-    print(table)
-    assert all(found[name] <= 2 * eager[name] + 1e-5 for name in found), table
-    assert frobenius is None or all(error <= frobenius for error in found.values()), table
-
-
-# fp16 keeps 6e-8 at least: gradients of a mean over millions of elements need the loss scale that training has.
-SCALED = {torch.bfloat16: 1.0, torch.float16: 2.0**20, torch.float32: 1.0}
+__all__ = ["watchdog"]  # a fixture of every test here
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
@@ -352,132 +247,6 @@ def test_extra_memory_is_two_or_three_percent_of_eager(moves: str, form: dict, s
     found = extra_memory(p, "triton", moves)
     print(f"extra memory: triton {found / 2**20:.1f} MiB, eager {eager / 2**20:.1f} MiB, {found / eager:.2%}")
     assert found <= share * eager
-
-
-@pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A name for each call that the fused kernel of compute capability 9.0 takes."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    from kvds.ops import gluon_launch
-
-    calls: list[str] = []
-    original = gluon_launch.run_fused
-    monkeypatch.setattr(gluon_launch, "run_fused", lambda *a: (calls.append("fused"), original(*a))[1])
-    return calls
-
-
-SHARED = {"dim_form": 2, "head_form": 2}
-FUSED = {
-    "student to teacher": (*PAIRS["qwen2"], "source", {}),
-    "teacher to student": (*PAIRS["qwen2"][::-1], "target", {}),
-    "both sides": (*PAIRS["qwen2"], "both", {}),
-    "target of a wide teacher": (*PAIRS["qwen2"], "target", {}),
-    "nothing left out": (*PAIRS["qwen2"], "source", {"slots": None, "masked": 0.0, "bias": False, "scale": False}),
-    "heads of each layer": (*PAIRS["qwen2"][::-1], "target", {"head_form": 3}),
-    "heads before tokens": (*PAIRS["qwen2"], "both", {"token_major": False, "slots": None}),
-    "one row": ((1, 1, 64), (1, 1, 128), "source", {}),
-    "all rows": ((1, 64, 128), (64, 1, 64), "target", {"slots": None}),
-    "64 to 64": ((5, 3, 64), (7, 4, 64), "both", {"head_form": 3}),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("loss", ["mse", "smooth_l1", "l1"])
-@pytest.mark.parametrize("case", FUSED)
-def test_fused_kernel(case: str, loss: str, dtype: torch.dtype, fused_calls: list[str]) -> None:
-    source, target, moves, form = FUSED[case]
-    p = make(source, target, dtype, **(SHARED | form))
-    # l1: as above, a residual smaller than its rounding error takes either sign.
-    assert_rounds_like_eager(p, FROBENIUS if loss != "l1" else None, moves=moves, loss=loss, upstream=SCALED[dtype])
-    assert fused_calls == ["fused"]
-
-
-@pytest.mark.parametrize("direction", ["source", "target"])
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 131), (7, 19), (2, 1000), (3, 1777)])
-def test_fused_kernel_with_fewer_or_more_tokens_than_programs(
-    batch: int, tokens: int, direction: str, fused_calls: list[str]
-) -> None:
-    sides = PAIRS["qwen2"] if direction == "source" else PAIRS["qwen2"][::-1]
-    p = make(*sides, batch=batch, tokens=tokens, slots=None, masked=0.3 if tokens > 1 else 0.0, **SHARED)
-    assert_rounds_like_eager(p, moves=direction)
-    # Poisoned memory: what a run left unwritten would show in the next.
-    first = run(p, "triton", moves=direction)
-    del (blocks := [torch.full((2**22,), float("nan"), device="cuda") for _ in range(4)])[:]
-    second = run(p, "triton", moves=direction)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert fused_calls == ["fused"] * 3 and not blocks
-
-
-@pytest.mark.parametrize("moves", ["source", "target"])
-def test_fused_kernel_with_maps_that_are_frozen(moves: str, fused_calls: list[str]) -> None:
-    sides = PAIRS["qwen2"] if moves == "source" else PAIRS["qwen2"][::-1]
-    p = make(*sides, **SHARED)
-    whole = run(p, "triton", moves=moves)
-    leaves = [t.detach().requires_grad_() for t in p[moves]]
-    total, _ = map_projection_loss(**(p | {moves: leaves}), impl="triton")
-    assert torch.equal(torch.stack(torch.autograd.grad(total, leaves)), whole[moves])
-    maps = {name: p[name].detach().requires_grad_() for name in MAPS}
-    total, _ = map_projection_loss(**(p | maps), impl="triton")
-    gradients = torch.autograd.grad(total, list(maps.values()))
-    assert all(torch.equal(g, whole[name]) for g, name in zip(gradients, maps, strict=True))
-    assert fused_calls == ["fused"] * 3
-
-
-@pytest.fixture
-def project_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A name for each launch of the kernel of compute capability 9.0 for a ``dim_proj`` per row."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    from kvds.ops import gluon_launch
-
-    calls: list[str] = []
-    original = gluon_launch.launch_project
-    monkeypatch.setattr(gluon_launch, "launch_project", lambda *a: (calls.append("project"), original(*a))[1])
-    return calls
-
-
-PER_ROW = {
-    "student to teacher": (*PAIRS["qwen2"], "source", {}),
-    "teacher to student": (*PAIRS["qwen2"][::-1], "target", {}),
-    "both sides": (*PAIRS["qwen2"], "both", {"token_major": False}),
-    "both sides back": (*PAIRS["qwen2"][::-1], "both", {}),
-    "a projection per layer": (*PAIRS["qwen2"], "source", {"dim_form": 3, "slots": None}),
-    "sparse": (*PAIRS["qwen2"], "source", {"sparse": True, "head_form": 2}),
-    "nothing left out": (*PAIRS["qwen2"], "source", {"slots": None, "masked": 0.0, "bias": False, "scale": False}),
-    "more rows than a tile": ((16, 16, 64), (9, 16, 128), "source", {}),
-    "64 to 64": ((5, 3, 64), (7, 4, 64), "both", {"head_form": 2, "slots": None}),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("loss", ["mse", "smooth_l1", "l1"])
-@pytest.mark.parametrize("case", PER_ROW)
-def test_projections_per_row(
-    case: str, loss: str, dtype: torch.dtype, project_calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, target, moves, form = PER_ROW[case]
-    p = make(source, target, dtype, **form)
-    assert_rounds_like_eager(p, FROBENIUS if loss != "l1" else None, moves=moves, loss=loss, upstream=SCALED[dtype])
-    assert project_calls == ["project"]
-    whole = run(p, "triton", moves=moves, loss=loss, upstream=SCALED[dtype])
-    monkeypatch.setattr("kvds.ops.triton_plan.MAX_WORKSPACE_BYTES", 1)
-    monkeypatch.setattr("kvds.ops.triton_plan.WORKSPACE_BYTES", 1)  # chunks of 64 tokens
-    parts = run(p, "triton", moves=moves, loss=loss, upstream=SCALED[dtype])
-    assert len(project_calls) > 3
-    assert all(torch.equal(parts[side], whole[side]) for side in ("source", "target") if side in whole)
-    assert max(errors(parts, whole).values()) < 1e-5
-
-
-def test_what_the_fused_kernel_cannot_take_goes_to_the_plain_one(fused_calls: list[str]) -> None:
-    student, teacher = PAIRS["qwen2"]
-    run(make(teacher, student, **SHARED), "triton", moves="source")  # a gradient of a source wider than its target
-    run(make((3, 2, 64), (2, 2, 96), **SHARED), "triton")
-    p = make((3, 2, 64), (2, 2, 128), **SHARED)
-    p["source"] = [torch.nn.functional.pad(t, (1, 7))[..., 1:65] for t in p["source"]]  # rows off 16 bytes
-    assert_rounds_like_eager(p)
-    run(make((3, 2, 64), (2, 2, 128), torch.float32, **SHARED), "triton")
-    assert fused_calls == []
 
 
 @pytest.mark.parametrize("dim", [128, 64], ids=["plain", "fused"])
