@@ -75,7 +75,8 @@ def _lone_aligner(path: Path) -> KVAligner:
 
 
 def _model(cfg: RunConfig, side: str) -> nn.Module:
-    name, overrides = getattr(cfg, side), getattr(cfg, f"{side}_config_overrides")
+    name = cfg.student if side == "student" else cfg.first_teacher or ""
+    overrides = getattr(cfg, f"{side}_config_overrides")
     model: Any = load_model(
         name, load_config(name, overrides, flag=side), init=getattr(cfg, f"{side}_init"), dtype=torch.float32,
         attn_implementation=cfg.attn_implementation, flag=side,
