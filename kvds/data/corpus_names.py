@@ -40,6 +40,14 @@ def held_out_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.eval{path.suffix}")
 
 
+def _real_path(path: Path) -> Path:
+    """Without links, where the path can be followed; who reads the file tells of one that cannot."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a NUL in the name
+        return path.absolute()
+
+
 def corpus_names(names: Iterable[str], data_dir: str | None) -> dict[str, str]:
     """Name as given, without weight → what the corpus is called, different for each.
 
@@ -48,7 +56,7 @@ def corpus_names(names: Iterable[str], data_dir: str | None) -> dict[str, str]:
     """
     files: dict[str, Path] = {}
     for name in filter(is_own_file, names := list(names)):
-        path = own_file(name, data_dir).resolve()
+        path = _real_path(own_file(name, data_dir))
         for other, known in files.items():
             if known == path:
                 raise InputError(
