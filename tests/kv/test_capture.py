@@ -252,6 +252,6 @@ def test_unknown_family_and_rope_are_input_errors() -> None:
     model = make_model("qwen2")
     with pytest.raises(InputError, match="kv_rope=both"):
         KVCapture(model, rope="both")
-    model.config = type("Config", (), {"model_type": "bert"})()
+    model.config = model.model.config = type("Config", (), {"model_type": "bert"})()
     with pytest.raises(InputError, match="model_type=bert"):
         KVCapture(model)
