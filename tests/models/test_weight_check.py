@@ -296,4 +296,4 @@ def test_evaluation_refuses_the_same(kind, tmp_path):
     message = refused(folder).removeprefix(f"--student_name={folder}").replace(" (or --student_init random)", "")
     with pytest.raises(InputError) as caught:
         _load(folder, tmp_path / "tokenizer")
-    assert str(caught.value) == f"--model {folder}{message}"
+    assert str(caught.value) == f"--model={folder}{message}"
