@@ -139,6 +139,7 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
     values: dict[str, object] = {
         "teacher_names": f"{models / 'first'} {models / 'second'}", "teacher_weights": "0.3 0.7",
         "student_name": models / "student", "tokenizer_name": models / "tokenizer", "synthetic_problems": 16,
+        "map_start": "random",  # so that a few steps bring the maps closer
         "max_length": 64, "eval_subset_size": 4, "max_new_tokens": 2, "report_to": "none", "kv_weight": 0.8,
         "calibration_batches": 1, "batch_size": 2, "max_steps": 4, "save_steps": 2, "lr": 0.01, "logging_steps": 1,
         "kv_method": "rkv", "kv_budget": 0.5, "teacher_placement": "zero3", "kv_parts": "kv",
@@ -161,6 +162,7 @@ def test_two_ranks_train_two_aligners_and_resume_both(models: Path, tmp_path: Pa
     run = tmp_path / "run"
     launch(flags(models, run))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [record for record in records if record["step"] > 0]  # before step 1: how well the maps start
     for record in records[:4]:
         kv = 0.3 * record["loss/kv_teacher_0"] + 0.7 * record["loss/kv_teacher_1"]
         assert record["loss/kv"] == pytest.approx(kv, rel=1e-5)
