@@ -118,7 +118,7 @@ def calibrate_kv_weight(
         for name, weights in (("task", LossWeights(task=1.0)), ("kv", LossWeights(task=0.0, kv=1.0))):
             for position, make_input in enumerate(inputs):
                 engine.set_gradient_accumulation_boundary(position == len(inputs) - 1)
-                loss, _ = engine(step=replace(make_input(), weights=weights, watch=False))
+                loss = engine(step=replace(make_input(), weights=weights, watch=False))[0]
                 engine.backward(loss)
                 del loss
             norms[name] = gradient_norm(engine, parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -103,13 +104,16 @@ def test_it_takes_no_more_than_a_training_step(family: str, checkpointing: bool)
     engine, inputs = run_of(family, checkpointing=checkpointing)
     engine.train()
 
-    def step() -> None:
+    def step(weights: LossWeights) -> None:
         for make in inputs:
-            engine.backward(engine(make())[0])
+            engine.backward(engine(replace(make(), weights=weights))[0])
 
-    training = peak_of(engine, step)
+    # With and without the KV loss, as a schedule has it: layers are recomputed in another order without it.
+    training = max(peak_of(engine, partial(step, LossWeights(1.0, kv))) for kv in (1.0, 0.0))
     calibrating = peak_of(engine, lambda: calibrate_kv_weight(engine, inputs, 1.0, 1.0))  # type: ignore[arg-type]
-    assert calibrating <= training
+    # A hundredth: attention without dropout is another kernel, with a workspace of its own. What is not recomputed, or
+    # a micro-batch too many at once, is a multiple.
+    assert calibrating <= 1.01 * training
     assert all(module.training for module in engine.module.modules())  # as it was
 
 
