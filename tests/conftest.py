@@ -72,6 +72,9 @@ def rank_server():
 def _logging_as_it_was() -> Iterator[None]:
     """Commands that a test runs in this process set levels and handlers; the next test starts without them."""
     loggers = [logging.getLogger(), logging.getLogger("kvds")]
+    if loggers[1].level > logging.WARNING:  # by a fixture of a whole file, which this one does not see
+        loggers[1].setLevel(logging.NOTSET)
+    logging.disable(logging.NOTSET)
     before = [(logger.level, logger.handlers[:]) for logger in loggers]
     yield
     for logger, (level, handlers) in zip(loggers, before, strict=True):
