@@ -17,12 +17,13 @@ class TwoRanks:
 
     def __init__(self) -> None:
         self._barrier = threading.Barrier(2, timeout=30)
-        self._given: dict[int, object] = {}
+        self._thread = threading.local()
+        self._given: list[object] = [None, None]
 
     def exchange(self, value: object) -> list[object]:
-        self._given[threading.get_ident()] = value
+        self._given[self._thread.rank] = value
         self._barrier.wait()
-        values = list(self._given.values())
+        values = list(self._given)
         self._barrier.wait()
         return values
 
@@ -39,6 +40,7 @@ class TwoRanks:
         results: list = [None, None]
 
         def work(number: int) -> None:
+            self._thread.rank = number  # a thread's identifier may come again, or not, in the next two threads
             results[number] = ranks[number]()
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
