@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that lie elsewhere in the repository, and the list of flags, which is made from the settings."""
+"""Hooks of mkdocs: pages that lie elsewhere in the repository, and the list of flags, made from the settings."""
 
 import dataclasses
 from pathlib import Path
