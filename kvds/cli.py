@@ -1,4 +1,4 @@
-"""Command line ``kvds COMMAND …``: all but training, which ``launch/distill.py`` starts, is done from here."""
+"""Command line ``kvds COMMAND …``: training, and all that is done before and after it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kvds.errors import InputError, RunError
 COMMANDS = {
     "ab": ("ab", "an experiment: arms × seeds of a plan, paired statistics, report"),
     "cache": ("cache", "write a teacher's keys and values of a corpus to disk, to train without the teacher"),
+    "distill": ("distill", "train a student: alone, or each rank that deepspeed, torchrun, accelerate or srun starts"),
     "doctor": ("doctor", "look over this machine: versions, devices, compiler, space, network, kernel, sqlite"),
     "eval": ("evaluate", "cross entropy and exact match of a model on held-out rows"),
     "export": ("export", "turn a checkpoint of a run into a plain student and its map_aligner.pt"),
@@ -45,17 +46,15 @@ def _usage() -> str:
 
 def _run(module_name: str, name: str, flags: Sequence[str]) -> int:
     """Import, parse and run one command."""
+    from kvds.config.flag_parser import as_declared, unknown_flag
+
     module = importlib.import_module(f"kvds.commands.{module_name}")
     parser = _Parser(prog=f"kvds {name}", description=module.__doc__, allow_abbrev=False)
     module.add_arguments(parser)
-    arguments, unknown = parser.parse_known_args(list(flags))
+    arguments, unknown = parser.parse_known_args(as_declared(flags, parser))
     if unknown:
-        flag = next((token for token in unknown if token.startswith("-")), unknown[0])
         known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        near = difflib.get_close_matches(flag.split("=")[0], known, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        kind = "unknown flag" if flag.startswith("-") else "unexpected argument"
-        parser.error(f"{kind} {flag}{hint}")
+        raise unknown_flag(unknown, known, f"kvds {name} --help lists all flags")
     return module.run(arguments)
 
 
@@ -87,6 +86,8 @@ def _reader_is_gone(stream: TextIO) -> bool:
 
 
 def _main(flags: list[str]) -> int:
+    if flags and flags[0].startswith(("--local_rank=", "--local-rank=")):  # from `deepspeed --module kvds COMMAND …`
+        flags = flags[1:]
     if not flags or flags[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if flags else 2
@@ -95,6 +96,8 @@ def _main(flags: list[str]) -> int:
 
         print(f"kvds {__version__}")
         return 0
+    if flags[0] == "distill":  # whose flags are the settings, and which sets up its own log
+        return importlib.import_module("kvds.commands.distill").run_flags(flags[1:])
     logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
     logging.getLogger("kvds").setLevel(logging.INFO)
     try:

@@ -45,7 +45,9 @@ trap 'rm -rf "$scratch"' EXIT
 # kvds, and DeepSpeed in the version that pip chooses: wheels for any Python. From a copy, since a build folder that an earlier
 # build left in the checkout would bring modules that are gone.
 mkdir "$scratch/source"
-cp -r pyproject.toml README.md LICENSE kvds "$scratch/source"
+mkdir "$scratch/source/launch"
+cp -r pyproject.toml setup.py README.md LICENSE kvds ds_configs "$scratch/source"
+cp -r launch/recipes launch/quickstart_teacher "$scratch/source/launch"
 pip wheel --quiet --no-deps --wheel-dir "$to" "$scratch/source"
 DS_BUILD_OPS=0 pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$to" \
   "$(python -c 'import tomllib; print(next(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("deepspeed")))')"

@@ -13,7 +13,7 @@ IMPORTS_DEEPSPEED = {"checkpoint", "distributed", "doctor", "teacher", "training
 def rooms() -> set[str]:
     """Packages and modules directly below ``kvds/``."""
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    return packages | {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    return packages | {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
 
 
 def contracts() -> dict[str, dict]:
@@ -22,9 +22,8 @@ def contracts() -> dict[str, dict]:
 
 
 def test_at_most_three_modules_stand_at_the_root():
-    assert sorted(path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py") == [
-        "cli.py", "durable_files.py", "errors.py",
-    ]  # fmt: skip
+    doors = {"__init__.py", "__main__.py"}  # where Python itself looks
+    assert sorted({path.name for path in PACKAGE.glob("*.py")} - doors) == ["cli.py", "durable_files.py", "errors.py"]
 
 
 def test_no_file_is_over_400_lines():

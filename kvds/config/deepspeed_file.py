@@ -14,13 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kvds.config.deepspeed_keys import MONITOR_PACKAGES, NESTED, REFUSED, TOP_LEVEL, ZERO, check_keys
+from kvds.config.shipped_files import DEEPSPEED_CONFIGS, find_shipped, shipped_hint
 from kvds.errors import InputError
-
-
-def find_deepspeed_config(path: str | Path) -> Path:
-    """``path`` as it stands or, where nothing is there, below the repository: the default works from any folder."""
-    below = Path(__file__).resolve().parents[2] / path
-    return below if not os.path.exists(path) and os.path.isfile(below) else Path(path)
 
 
 def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
@@ -41,10 +36,10 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        raw = json.loads(find_deepspeed_config(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        raw = json.loads(find_shipped(path, DEEPSPEED_CONFIGS).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise InputError(
-            f"deepspeed_config={path}: {error.strerror}; expected a file such as ds_configs/zero3.json"
+            f"deepspeed_config={path}: {error.strerror}; expected a file{shipped_hint(path, DEEPSPEED_CONFIGS)}"
         ) from error
     except InputError:
         raise

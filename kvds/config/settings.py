@@ -23,6 +23,7 @@ def setting(
     expected: str = "",
     may_change: bool = False,
     identity: bool = True,
+    common: bool = False,
 ) -> Any:
     """A dataclass field that carries all that is true of one setting by itself.
 
@@ -38,10 +39,11 @@ def setting(
             fixed: another value would make it another run.
         identity: Whether it says what an experiment's run computes, so that a stored result with another value is not
             the one asked for. A setting that does not deny it is: where a run lives and what it records are no part.
+        common: Whether most runs need it, so that the short ``--help`` shows it.
     """
     metadata = {
         "help": doc, "choices": choices, "form": form, "least": least, "above": above, "most": most, "below": below,
-        "expected": expected, "may_change": may_change, "identity": identity,
+        "expected": expected, "may_change": may_change, "identity": identity, "common": common,
     }  # fmt: skip
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
@@ -51,16 +53,20 @@ class ModelSettings:
     """Teacher and student."""
 
     model_name: str | None = setting(
-        "folder or hub name of teacher and student both", None, form="model", may_change=True
+        "folder or hub name of teacher and student both", None, form="model", may_change=True, common=True
     )
-    teacher_name: str | None = setting("folder or hub name of the teacher", None, form="model", may_change=True)
+    teacher_name: str | None = setting(
+        "folder or hub name of the teacher", None, form="model", may_change=True, common=True
+    )
     teacher_names: tuple[str, ...] = setting(
         "several teachers of one tokenizer, in place of teacher_name", (), form="model"
     )
     teacher_weights: tuple[float, ...] = setting("factor of each one's KV loss; unset: the same, 1 in sum", ())
-    student_name: str | None = setting("folder or hub name of the student", None, form="model", may_change=True)
+    student_name: str | None = setting(
+        "folder or hub name of the student", None, form="model", may_change=True, common=True
+    )
     teacher_init: str = setting("weights of the teacher", "pretrained", choices=("pretrained", "random"))
-    student_init: str = setting("weights of the student", "pretrained", choices=("pretrained", "random"))
+    student_init: str = setting("weights of the student", "pretrained", choices=("pretrained", "random"), common=True)
     teacher_config_overrides: str = setting(
         "changes of the teacher's config.json: key=value,key=value", "", form="overrides"
     )
@@ -101,10 +107,16 @@ class DataSettings:
     """Rows to learn from and to judge by."""
 
     datasets: tuple[str, ...] = setting(
-        "gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT", ("synthetic",)
+        "gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT",
+        ("synthetic",),
+        common=True,
     )
     data_dir: str | None = setting(
-        "folder with the publishers' files; unset: hub names through `datasets`", None, may_change=True, identity=False
+        "folder with the publishers' files; unset: hub names through `datasets`",
+        None,
+        may_change=True,
+        identity=False,
+        common=True,
     )
     data_cache: str | None = setting(
         "folder for rows as tokens, which later runs read; never: keep none; unset: kvds below HF_DATASETS_CACHE",
@@ -117,6 +129,7 @@ class DataSettings:
         512,
         least=2,
         expected="at least 2 tokens, one to read and one to predict",
+        common=True,
     )
     packing: bool = setting("samples of a micro-batch share rows of max_length tokens; off: a padded row each", False)
     group_by_length: bool = setting("samples of a step are of like length, so that less is padding", False)
@@ -144,6 +157,7 @@ class AlignmentSettings:
         + "; ".join(f"{name}: {mode.doc}" for name, mode in ALIGNMENT_MODES.items()),
         "structured",
         choices=ALIGNMENT_MODES.keys(),
+        common=True,
     )
     map_proj_share_dim: bool = setting(
         "structured: one dimension map for all layers and heads; hidden: for all layers", False
@@ -174,7 +188,7 @@ class AlignmentSettings:
     kv_method: str = setting(
         "positions that count; " + "; ".join(f"{name}: {method.doc}" for name, method in SELECTION_METHODS.items()),
         "full",
-        choices=SELECTION_METHODS.keys(),
+        choices=SELECTION_METHODS.keys(), common=True
     )  # fmt: skip
     kv_budget: int | float | None = setting("positions per row: a count, or a fraction in (0, 1]", None)
     rkv_lambda: float = setting(
@@ -215,7 +229,7 @@ class AlignmentSettings:
     )
     kv_weight: str | float = setting(
         "weight of the KV loss: a number; or auto:SHARE of the task's gradient at the start; or hold:SHARE, moved so "
-        "that its gradient at keys and values stays SHARE times all else that arrives there", "auto:2.0",
+        "that its gradient at keys and values stays SHARE times all else that arrives there", "auto:2.0", common=True
     )  # fmt: skip
     kv_weight_schedule: str = setting(
         "weight over the run: kept, or falling to 0", "constant", choices=("constant", "linear")
@@ -249,7 +263,7 @@ class OptimizationSettings:
     """Batches, steps, learning rate."""
 
     # Their product with the number of ranks may not change: the checkpoint knows it.
-    batch_size: int = setting("rows per device and micro-batch", 8, least=1, may_change=True)
+    batch_size: int = setting("rows per device and micro-batch", 8, least=1, may_change=True, common=True)
     tokens_per_batch: int | None = setting(
         "the rows of a step in as few micro-batches as fit: all samples of one in a row of at most so many tokens, "
         "without padding between them; 0: batch_size padded rows each; unset: what `kvds plan` finds room for on a "
@@ -257,9 +271,9 @@ class OptimizationSettings:
         may_change=True,
     )  # fmt: skip
     gradient_accumulation_steps: int = setting("micro-batches per optimizer step", 1, least=1, may_change=True)
-    epochs: int = setting("passes over the training rows", 3, least=1)
-    max_steps: int | None = setting("optimizer steps; overrides epochs", None, least=1)
-    lr: float = setting("peak learning rate", 5e-5, above=0, expected="a number above 0, such as 5e-5")
+    epochs: int = setting("passes over the training rows", 3, least=1, common=True)
+    max_steps: int | None = setting("optimizer steps; overrides epochs", None, least=1, common=True)
+    lr: float = setting("peak learning rate", 5e-5, above=0, expected="a number above 0, such as 5e-5", common=True)
     aligner_lr: float | None = setting(
         "peak learning rate of the map; unset: lr", None, above=0, expected="a number above 0, such as 5e-5"
     )
@@ -280,15 +294,20 @@ class OptimizationSettings:
         expected="at least 0 (0: never clip)",
     )
     # Random states are numbers of 64 bits made of seed, step and rank.
-    seed: int = setting("of data order, random weights and dropout", 0, least=0, most=2**31 - 1)
+    seed: int = setting("of data order, random weights and dropout", 0, least=0, most=2**31 - 1, common=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Where the run lives and what it records."""
 
-    output_dir: str = setting("folder of the run (required)", may_change=True, identity=False)
-    deepspeed_config: str = setting("DeepSpeed configuration file", "ds_configs/zero3.json", may_change=True)
+    output_dir: str = setting("folder of the run (required)", may_change=True, identity=False, common=True)
+    deepspeed_config: str = setting(
+        "DeepSpeed configuration: a file, or the name of one of ds_configs/",
+        "ds_configs/zero3.json",
+        may_change=True,
+        common=True,
+    )
     logging_steps: int = setting("steps between logged metrics", 10, least=1, may_change=True)
     save_steps: int = setting(
         "steps between checkpoints; 0: only at the end", 500, least=0, may_change=True, identity=False
@@ -299,6 +318,7 @@ class RunSettings:
         "auto",
         may_change=True,
         identity=False,
+        common=True,
     )
     change_global_batch: bool = setting(
         "resume with another number of rows per optimizer step; otherwise --gradient_accumulation_steps makes up for "
@@ -322,7 +342,12 @@ class RunSettings:
         may_change=True,
     )
     report_to: str = setting(
-        "tracker beside metrics.jsonl", "mlflow", choices=("mlflow", "none"), may_change=True, identity=False
+        "tracker beside metrics.jsonl",
+        "mlflow",
+        choices=("mlflow", "none"),
+        may_change=True,
+        identity=False,
+        common=True,
     )
     tracking_uri: str | None = setting(
         "MLflow tracking URI; unset: sqlite in the output folder", None, may_change=True, identity=False
@@ -333,4 +358,5 @@ class RunSettings:
         "do everything but train: read the data, build the models without weights, check files, space and memory",
         False,
         may_change=True,
+        common=True,
     )

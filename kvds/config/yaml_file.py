@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from kvds.config.shipped_files import PLANS, RECIPES, shipped_hint
 from kvds.errors import InputError, one_line
 
 _ODD_NUMBERS = (
@@ -52,7 +53,7 @@ def load_mapping(path: str | Path) -> dict[Any, Any]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise InputError(
-            f"--config {path}: {error.strerror}; expected a recipe file such as launch/recipes/quickstart.yaml"
+            f"--config {path}: {error.strerror}; expected a recipe file{shipped_hint(path, RECIPES, PLANS)}"
         ) from error
     except Exception as error:  # YAML's own, and whatever Python raises where a tag and its value do not go together
         raise InputError(f"--config {path}: not YAML ({one_line(error)}); expected lines of `key: value`") from error

@@ -18,6 +18,7 @@ import yaml
 
 from kvds.config import RunConfig
 from kvds.config.recipe import checked_settings, load_recipe
+from kvds.config.shipped_files import PLANS, find_shipped
 from kvds.config.yaml_file import load_mapping
 from kvds.durable_files import json_text
 from kvds.errors import InputError, near_miss, one_line
@@ -186,13 +187,13 @@ def load_plan(path: str | Path, overrides: dict[str, Any] | None = None) -> Expe
 
     Args:
         path: A YAML file with ``base``, ``arms``, ``seeds``, ``primary``, ``baseline`` and what else
-            :class:`ExperimentPlan` has.
+            :class:`ExperimentPlan` has, or the name of one that kvds brings.
         overrides: Settings on top of every arm's, such as another ``data_dir``.
 
     Raises:
         InputError: the file or one of its settings is not as expected.
     """
-    path = Path(path)
+    path = find_shipped(path, PLANS)
     content = load_mapping(path)
     for key in content:
         if key not in (*_KEYS, "arms"):

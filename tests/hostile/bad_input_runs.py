@@ -206,7 +206,7 @@ COMMANDS = {
     "plan launch/recipes/quickstart.yaml --gpu-memory 80XB": ("--gpu-memory 80XB", "such as 80GiB"),
     "plan launch/recipes/quickstart.yaml --gpus -1": ("--gpus", "at least 0"),
     "plan launch/recipes/quickstart.yaml --set batch_size": ("--set batch_size", "KEY=VALUE"),
-    "plan launch/recipes/quickstart.yaml --set batch_sise=3": ("unknown flag --batch_sise", "did you mean batch_size"),
+    "plan quickstart --set batch_sise=3": ("unknown flag --batch_sise", "did you mean --batch_size"),
     "prefetch @/nowhere.yaml --to @/hub": ("@/nowhere.yaml: No such file", "expected a recipe file"),
     "prefetch launch/recipes/quickstart.yaml --to @/single.jsonl": ("--to @/single.jsonl: is a file", "a folder"),
     "profile --run @/data": ("@/data", "expected"),

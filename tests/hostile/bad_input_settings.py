@@ -9,7 +9,7 @@ value first, then expectation or remedy.
 FLAGS = {
     "--batch_sizes 4": ("unknown flag --batch_sizes", "batch_size", "--help"),
     "--batch 4": ("unknown flag --batch", "--help"),
-    "--kv_budgett=3": ("unknown flag --kv_budgett", "did you mean kv_budget"),
+    "--kv_budgett=3": ("unknown flag --kv_budgett", "did you mean --kv_budget?"),
     "stray": ("unexpected argument stray", "--flag value"),
     "--lr": ("--lr", "expected one argument", "--help"),
     "--batch_size 0": ("batch_size=0", "at least 1", "--batch_size 8"),
@@ -187,8 +187,8 @@ FLAGS = {
     "--rank_timeout 0.5": ("rank_timeout=0.5", "a whole number", "--rank_timeout 120"),
     "--save_steps -1": ("save_steps=-1", "at least 0", "--save_steps 500"),
     "--impl cuda": ("impl=cuda", "auto, reference, lean, compile, triton", "--impl auto"),
-    "--deepspeed_config ds_configs/zero4.json": ("ds_configs/zero4.json", "No such file", "ds_configs/zero3.json"),
-    "--config nowhere.yaml": ("--config nowhere.yaml", "No such file", "launch/recipes"),
+    "--deepspeed_config ds_configs/zero4.json": ("ds_configs/zero4.json", "No such file", "did you mean zero3?"),
+    "--config nowhere.yaml": ("--config nowhere.yaml", "No such file", "kvds brings", "qwen2_reasoning"),
     "--output_dir pyproject.toml": ("output_dir=pyproject.toml", "is a file", "expected a folder"),
     "--seed 9999999999": ("seed=9999999999", "at most 2147483647", "--seed 0"),
     "--synthetic_problems 1000000000":
