@@ -23,6 +23,10 @@ COMMANDS = {
     "doctor": ("doctor", "look over this machine: versions, devices, compiler, space, network, kernel, sqlite"),
     "eval": ("evaluate", "cross entropy and exact match of a model on held-out rows"),
     "export": ("export", "turn a checkpoint of a run into a plain student and its map_aligner.pt"),
+    "handoff": (
+        "handoff",
+        "fit|eval|export the map by which a student writes on from its teacher's keys and values",
+    ),
     "plan": ("plan", "memory, time and disk of a recipe before it is queued, and what to change where it does not fit"),
     "prefetch": ("prefetch", "models, tokenizers and data sets of a recipe into a folder, for nodes without internet"),
     "profile": ("profile", "what an aligner is made of and what it has learned"),

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvds.commands.output_folder import check_output, owned_output
 from kvds.config.settings import DataSettings
 from kvds.durable_files import json_text
 from kvds.errors import InputError
-
-if TYPE_CHECKING:
-    from kvds.data.example import Example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from kvds.data.mixture import load_mixture
+    from kvds.data.mixture import first_per_corpus, load_mixture
     from kvds.data.text_fidelity import check_texts
     from kvds.data.token_files import TokenFiles, encode_once
     from kvds.evaluation.model import evaluate_model
@@ -81,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     mixture = load_mixture(
         arguments.datasets, "eval", data_dir=arguments.data_dir, synthetic_problems=arguments.synthetic_problems
     )
-    examples = _first_per_corpus(mixture.examples, arguments.subset_size)
+    examples = first_per_corpus(mixture.examples, arguments.subset_size)
     model, tokenizer = _load(arguments.model, arguments.tokenizer or arguments.model)
     max_length = row_length(model.config, arguments.max_length, DataSettings().max_length)
     rows = encode_once(examples, tokenizer, max_length, files=TokenFiles())
@@ -122,16 +117,6 @@ def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:
     )  # fmt: skip
     check_vocabulary(config, tokenizer, flag="model", option="--model")
     return model, tokenizer
-
-
-def _first_per_corpus(examples: Sequence[Example], count: int) -> list[Example]:
-    taken: Counter[str] = Counter()
-    chosen = []
-    for example in examples:
-        taken[example.corpus] += 1
-        if not count or taken[example.corpus] <= count:
-            chosen.append(example)
-    return chosen
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:

@@ -167,6 +167,17 @@ def _is_small(name: str, data_dir: str | None) -> bool:
     return data_dir is not None or name == "synthetic"
 
 
+def first_per_corpus(examples: Sequence[Example], count: int) -> list[Example]:
+    """The first ``count`` rows of each corpus, in order; 0: all."""
+    taken: dict[str, int] = {}
+    chosen = []
+    for example in examples:
+        taken[example.corpus] = taken.get(example.corpus, 0) + 1
+        if not count or taken[example.corpus] <= count:
+            chosen.append(example)
+    return chosen
+
+
 def _weights(datasets: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for spec in datasets:

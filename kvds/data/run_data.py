@@ -16,7 +16,7 @@ from kvds.data.batches import RowWidth
 from kvds.data.encoding import EncodedCorpus, EncodedSample
 from kvds.data.example import Example
 from kvds.data.loader import BatchLoader
-from kvds.data.mixture import Mixture, load_mixture
+from kvds.data.mixture import Mixture, first_per_corpus, load_mixture
 from kvds.data.text_fidelity import check_texts
 from kvds.data.token_files import TokenFiles, encode_once
 from kvds.errors import InputError
@@ -101,7 +101,7 @@ def load_run_data(
     files = TokenFiles(_folder(cfg), first, wait)
     corpus = encode_once(mixture.examples, tokenizer, cfg.max_length, reasoning_steps=reasoning_steps, files=files)
     _report(cfg, mixture, corpus)
-    examples = _first_per_corpus(held_out_rows, cfg.eval_subset_size)
+    examples = first_per_corpus(held_out_rows, cfg.eval_subset_size)
     texts = partial(check_texts, most=cfg.max_lossy_rows, tokenizer=tokenizer)
     texts(corpus.fidelity, mixture.examples, what="training")
     held_out: Sequence[EncodedSample] = []
@@ -178,13 +178,3 @@ def _report(cfg: RunConfig, mixture: Mixture, corpus: EncodedCorpus) -> None:
             f"--datasets {' '.join(cfg.datasets)}: no usable row is left ({corpus.too_long} longer than --max_length "
             f"{cfg.max_length}); expected at least one (raise --max_length or check the data)"
         )
-
-
-def _first_per_corpus(examples: list[Example], count: int) -> list[Example]:
-    taken: dict[str, int] = {}
-    chosen = []
-    for example in examples:
-        taken[example.corpus] = taken.get(example.corpus, 0) + 1
-        if taken[example.corpus] <= count:
-            chosen.append(example)
-    return chosen

@@ -108,10 +108,46 @@ def evaluate_model(
                 completions |= {row.example: completion for row, completion in zip(rows, found, strict=True)}
                 bar.update(len(rows))
 
-    verdicts = _verdicts(tokenizer, share, examples, completions)
+    verdicts = verdicts_of(tokenizer, share, examples, completions)
     if predictions_path is not None:
         _write_predictions(_of_rank(Path(predictions_path), rank, world_size), examples, losses, completions, verdicts)
     corpora = sorted({examples[sample.example].corpus for sample in samples})
+    device = next(model.parameters()).device
+
+    def reduce(sums: Tensor) -> Tensor:
+        if all_reduce is None or not corpora:
+            return sums
+        sums = sums.to(device)
+        all_reduce(sums)
+        return sums
+
+    results = results_by_corpus(corpora, examples, losses, completions, verdicts, reduce)
+    if results["all"]["judged"] < results["all"]["samples"] and rank == 0:
+        log.warning(
+            "evaluation: the answers of %d of %d rows cannot be written with the tokenizer, and are not judged",
+            results["all"]["samples"] - results["all"]["judged"], results["all"]["samples"],
+        )  # fmt: skip
+    return results
+
+
+def results_by_corpus(
+    corpora: Sequence[str],
+    examples: Sequence[Example],
+    losses: dict[int, tuple[float, int]],
+    completions: dict[int, Completion],
+    verdicts: dict[int, Verdict],
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> dict[str, dict[str, float]]:
+    """What :func:`evaluate_model` returns.
+
+    Args:
+        corpora: Names of those that have rows, the same on every rank.
+        examples: All rows.
+        losses: Row → its cross entropy and how many tokens that is of.
+        completions: Row → what was written.
+        verdicts: Row → its answers.
+        reduce: Sums over ranks.
+    """
     # Per corpus: Σ loss, tokens, right answers, judged ones, cut completions, rows; fp64, so that the sum over ranks is
     # the mean of one process.
     sums = torch.zeros(len(corpora), 6, dtype=torch.float64)
@@ -119,18 +155,9 @@ def evaluate_model(
         verdict = verdicts[i]
         numbers = [loss, tokens, verdict.correct, verdict.expected != "", completions[i].cut, 1]
         sums[corpora.index(examples[i].corpus)] += torch.tensor(numbers, dtype=torch.float64)
-    if all_reduce is not None and corpora:
-        sums = sums.to(next(model.parameters()).device)
-        all_reduce(sums)
-    rows_of = dict(zip(corpora, sums.tolist(), strict=True))
-    rows_of["all"] = sums.sum(0).tolist()
-    results = {corpus: _summary(*values) for corpus, values in rows_of.items()}
-    if results["all"]["judged"] < results["all"]["samples"] and rank == 0:
-        log.warning(
-            "evaluation: the answers of %d of %d rows cannot be written with the tokenizer, and are not judged",
-            results["all"]["samples"] - results["all"]["judged"], results["all"]["samples"],
-        )  # fmt: skip
-    return results
+    sums = reduce(sums)
+    rows_of = dict(zip(corpora, sums.tolist(), strict=True)) | {"all": sums.sum(0).tolist()}
+    return {corpus: _summary(*values) for corpus, values in rows_of.items()}
 
 
 def in_words(results: dict[str, dict[str, float]]) -> str:
@@ -144,7 +171,7 @@ def in_words(results: dict[str, dict[str, float]]) -> str:
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class Verdict:
     """Answers of one row, normalised; the expected one is empty where no text of the tokenizer holds it."""
 
     expected: str
@@ -152,22 +179,23 @@ class _Verdict:
 
     @property
     def correct(self) -> bool:
+        """Whether both are the same answer, and there is one."""
         return self.expected == self.predicted != ""
 
 
-def _verdicts(
+def verdicts_of(
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[EncodedSample],
     examples: Sequence[Example],
     completions: dict[int, Completion],
-) -> dict[int, _Verdict]:
+) -> dict[int, Verdict]:
     """Both answers as their tokens say them: the expected one is what a completion of just these tokens would have."""
     labels = [sample.input_ids[prompt_length(sample) : -1] for sample in samples]
     verdicts = {}
     for sample, text in zip(samples, decode_texts(tokenizer, labels), strict=True):
         whole = LINE_END.search(examples[sample.example].answer.strip()) is not None
         both = (extract_answer(text, whole=whole) for text in (text, completions[sample.example].text))
-        verdicts[sample.example] = _Verdict(*both)
+        verdicts[sample.example] = Verdict(*both)
     return verdicts
 
 
@@ -211,6 +239,11 @@ def completion_losses(model: nn.Module, rows: Sequence[EncodedSample], pad: int)
     labelled = LabelledPositions.from_labels(batch.labels).to(device)
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state  # [B, T, hidden]
+    return row_losses(model, hidden, labelled)
+
+
+def row_losses(model: nn.Module, hidden: Tensor, labelled: LabelledPositions) -> list[float]:
+    """Σ −log p(token) over the labelled positions of each row of ``hidden [B, T, hidden]``."""
     head = head_of(model, plain=is_plain_head(model))
     chunk = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)  # type: ignore[union-attr, operator]
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -220,7 +253,7 @@ def completion_losses(model: nn.Module, rows: Sequence[EncodedSample], pad: int)
             for index, target in zip(labelled.index.split(chunk), labelled.target.split(chunk), strict=True)
         ]
     )
-    sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
     return sums.index_add_(0, labelled.index // hidden.shape[1], losses.double()).tolist()
 
 
@@ -233,7 +266,7 @@ def _write_predictions(
     examples: Sequence[Example],
     losses: dict[int, tuple[float, int]],
     completions: dict[int, Completion],
-    verdicts: dict[int, _Verdict],
+    verdicts: dict[int, Verdict],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:

@@ -2,7 +2,8 @@
 
 kvds reads ``model.safetensors``, or the parts that ``model.safetensors.index.json`` names, which must lie in the folder
 and hold what the index says. Pickles (``pytorch_model.bin``) are never read: alone they are refused, beside safetensors
-they are left alone, as is ``consolidated*.safetensors``, a publisher's second copy of the same weights.
+they are left alone, as are ``consolidated*.safetensors``, a publisher's second copy of the same weights, and the map
+``handoff.safetensors`` that may lie beside a student.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kvds.errors import one_line
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
+HANDOFF_FILE = "handoff.safetensors"
 # What a model of the hub is loaded from; nothing else is downloaded for its weights.
 WEIGHT_PATTERNS = (WEIGHTS_FILE, INDEX_FILE, "*-of-*.safetensors")
 
@@ -91,7 +93,7 @@ def _parts(folder: Path) -> dict[Path, set[str]]:
     surplus = [
         file.name
         for file in sorted(folder.glob("*.safetensors"))
-        if file not in parts and not file.name.startswith("consolidated")
+        if file not in parts and file.name != HANDOFF_FILE and not file.name.startswith("consolidated")
     ]
     if surplus:
         raise UnusableWeights(

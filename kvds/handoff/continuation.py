@@ -1,0 +1,96 @@
+"""A batch as handoff reads it: prompts of which all but the last token lie in a cache, and what comes after.
+
+Prompts of different lengths end at the same place: padding stands before them in the cache, and behind what follows.
+
+    cache   ┄ ┄ p p p p        continuation   p r r r a a ┄
+            p p p p p p                       p r r a ┄ ┄ ┄
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvds.data.batches import TokenBatch
+from kvds.data.encoding import Segment
+from kvds.data.labels import IGNORED_LABEL, LabelledPositions
+from kvds.handoff.reading import cache_argument, fill_cache, positions_of, without_padding
+from kvds.kv import KVStates, gather_positions
+from kvds.kv.families import backbone
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where the tokens of a padded batch ``[B, T]`` go. P and C may be known to the host alone: nothing waits for it.
+
+    Attributes:
+        prompt_index: ``[B, P]`` int64 position in the row of each slot of the cache; any where there is none.
+        prompt_mask: ``[B, P]`` bool, slots that hold a token.
+        index: ``[B, C]`` int64 position in the row of each token that follows.
+        mask: ``[B, C]`` bool, those that are there.
+        labelled: Of the ``[B, C]`` tokens, where the next one counts.
+    """
+
+    prompt_index: Tensor
+    prompt_mask: Tensor
+    index: Tensor
+    mask: Tensor
+    labelled: LabelledPositions
+
+    @classmethod
+    def from_batch(cls, batch: TokenBatch) -> Continuation:
+        """Of a batch on the CPU, a row a sample, padded on the right.
+
+        The cache has a slot even where no prompt has two tokens: it is masked.
+        """
+        rows, tokens = batch.input_ids.shape
+        lengths = (batch.segment_ids != Segment.PAD).sum(1, keepdim=True)
+        before = ((batch.segment_ids == Segment.PROMPT).sum(1, keepdim=True) - 1).clamp_min(0)  # [B, 1]
+        slots = max(1, int(before.max()))
+        follow = max(1, int((lengths - before).max()))
+        prompt_index = torch.arange(slots) - (slots - before)
+        index = before + torch.arange(follow)
+        mask = index < lengths
+        clamped = index.clamp_max(tokens - 1)
+        labels = batch.labels.gather(1, clamped).masked_fill(~mask, IGNORED_LABEL)
+        # A row of padding keeps one token, which sees itself: an attention row without a key is not finite.
+        mask[:, 0] = True
+        return cls(prompt_index.clamp_min(0), prompt_index >= 0, clamped, mask, LabelledPositions.from_labels(labels))
+
+    def to(self, device: torch.device) -> Continuation:
+        """The same with its tensors on ``device``."""
+        names = ("prompt_index", "prompt_mask", "index", "mask")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, labelled=self.labelled.to(device), **moved)
+
+    def prompt_states(self, states: KVStates) -> KVStates:
+        """Of states of all tokens ``[B, H, T, D]`` those of the cache's slots, ``[B, H, P, D]``, zero where none is."""
+        picked = KVStates(*(tuple(gather_positions(layer, self.prompt_index) for layer in part) for part in states))
+        return without_padding(picked, self.prompt_mask)
+
+
+def continue_from(
+    student: nn.Module, states: KVStates, row: Continuation, input_ids: Tensor, *, seen: Tensor | None = None
+) -> Tensor:
+    """The backbone's output ``[B, C, hidden]`` on the tokens that follow, over a cache of ``states``.
+
+    Args:
+        student: A causal language model; gradients reach its weights, and ``states``.
+        states: Keys before the rotary embedding and values of the cache's slots.
+        row: Of the batch.
+        input_ids: ``[B, T]`` of the batch.
+        seen: ``[B, P]`` bool, slots that attention may see; None: those that hold a token.
+    """
+    body = backbone(student)
+    before = row.prompt_mask if seen is None else seen
+    mask = torch.cat([before, row.mask], 1)
+    inputs: dict[str, Any] = {cache_argument(student): fill_cache(student, states, before)}
+    output = body(
+        input_ids=input_ids.gather(1, row.index), attention_mask=mask.long(),
+        position_ids=positions_of(mask)[:, before.shape[1] :], use_cache=True, **inputs,
+    )  # fmt: skip
+    hidden: Tensor = output.last_hidden_state
+    return hidden
