@@ -50,15 +50,14 @@ def _usage() -> str:
 
 def _run(module_name: str, name: str, flags: Sequence[str]) -> int:
     """Import, parse and run one command."""
-    from kvds.config.flag_parser import as_declared, unknown_flag
+    from kvds.config.flag_parser import as_declared, declared_flags, unknown_flag
 
     module = importlib.import_module(f"kvds.commands.{module_name}")
     parser = _Parser(prog=f"kvds {name}", description=module.__doc__, allow_abbrev=False)
     module.add_arguments(parser)
     arguments, unknown = parser.parse_known_args(as_declared(flags, parser))
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        raise unknown_flag(unknown, known, f"kvds {name} --help lists all flags")
+        raise unknown_flag(unknown, sorted(declared_flags(parser)), f"kvds {name} --help lists all flags")
     return module.run(arguments)
 
 

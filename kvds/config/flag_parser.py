@@ -82,8 +82,8 @@ def flag_parser(short: bool = False) -> argparse.ArgumentParser:
 
 def as_declared(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """``argv`` with flags spelled as ``parser`` declares them: ``--alignment-mode`` is ``--alignment_mode``."""
-    known = parser._option_string_actions.keys()
-    by_letters = {_letters(flag): flag for flag in known if flag.startswith("--")}
+    known = declared_flags(parser)
+    by_letters = {_letters(flag): flag for flag in known}
     spelled: list[str] = []
     for position, token in enumerate(argv):
         if token == "--":  # what follows is not for this parser
@@ -92,6 +92,15 @@ def as_declared(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[st
         declared = name if name in known else by_letters.get(_letters(name), name)
         spelled.append(f"{declared}{equals}{value}" if name.startswith("--") else token)
     return spelled
+
+
+def declared_flags(parser: argparse.ArgumentParser) -> set[str]:
+    """All ``--flag`` of a parser, those of its subcommands among them."""
+    flags = {flag for flag in parser._option_string_actions if flag.startswith("--")}
+    for action in parser._actions:
+        for below in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            flags |= declared_flags(below)
+    return flags
 
 
 def _letters(flag: str) -> str:
