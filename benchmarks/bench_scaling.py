@@ -5,7 +5,8 @@
 Two questions. *Equality*: a Qwen2 pair of few layers in fp32 on one and the same global batch; how far the first losses
 on N GPUs lie from those on one. *Weak scaling*: Qwen2-1.5B into Qwen2-0.5B (random weights, bf16, real GSM8K text), the
 same rows per GPU whatever their number, for each placement of the teacher: real tokens/s, peak memory per GPU, share of
-N times the speed of one GPU with a whole teacher. Both models are made once and read by every run, as real ones would
+N times the speed of one GPU with a whole teacher; and, for a whole teacher, for each further ZeRO configuration
+(``--stages``), beside one GPU under the same one. Both models are made once and read by every run, as real ones would
 be. Speeds are medians of the run's second half; ``from_start`` is the mean over all of it, shapes that are met for the
 first time included: further values of ``--pad_to_multiple_of`` are measured on one GPU to say what those cost. Runs are
 one after the other. Writes ``scaling_DEVICE.csv`` and ``.md`` below ``--output_dir``; on a machine without a GPU
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,18 @@ QUESTIONS = ("equality", "weak")
 NEEDS_SEVERAL = ("zero3", "tensor_parallel")
 SPENT = ("teacher", "forward", "backward", "optimizer")
 INTERVAL = 4
+ROWS = 7000  # that GSM8K has to train on
 PACKAGES = ("torch", "deepspeed", "transformers", "triton")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the weak scaling."""
+
+    gpus: int
+    placement: str
+    pad_to_multiple_of: int
+    deepspeed_config: str
 
 
 def parse() -> argparse.Namespace:
@@ -52,6 +65,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="rows per GPU of the weak scaling (32)")
     parser.add_argument("--steps", type=int, default=32, help=f"of the weak scaling, a multiple of {INTERVAL} (32)")
     parser.add_argument("--deepspeed_config", help="of the weak scaling (ds_configs/zero3.json or zero3_cpu.json)")
+    parser.add_argument(
+        "--stages", nargs="*", default=[], help="further files of ds_configs, with a whole teacher (none)"
+    )
     parser.add_argument("--placements", nargs="+", default=["replicated", "zero3", "tensor_parallel", "zero3_offload"])
     parser.add_argument("--pad_to_multiple_of", nargs="+", type=int, default=[64, 1], help="of the weak scaling (64 1)")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
@@ -133,12 +149,12 @@ def make_models(data_dir: Path, folder: Path) -> dict[str, Any]:
     return flags
 
 
-def weak(gpus: int, placement: str, multiple: int, flags: dict[str, Any], how: argparse.Namespace, log: Path) -> Any:
+def weak(case: Case, flags: dict[str, Any], how: argparse.Namespace, log: Path) -> Any:
     """A row of the table: the real pair, the same rows per GPU."""
-    steps, cuda = how.steps, torch.cuda.is_available()
+    steps, gpus, placement, multiple = how.steps, case.gpus, case.placement, case.pad_to_multiple_of
     flags = models(how.data_dir) | flags | {
-        "deepspeed_config": how.deepspeed_config or f"ds_configs/{'zero3' if cuda else 'zero3_cpu'}.json",
-        "batch_size": how.batch_size, "max_steps": steps, "subset_size": how.batch_size * gpus * steps,
+        "deepspeed_config": case.deepspeed_config,
+        "batch_size": how.batch_size, "max_steps": steps, "subset_size": min(ROWS, how.batch_size * gpus * steps),
         "max_length": 512, "kv_weight": 1.0, "teacher_placement": placement, "calibration_batches": 1,
         "pad_to_multiple_of": multiple, "logging_steps": INTERVAL,
     }  # fmt: skip
@@ -158,23 +174,34 @@ def weak(gpus: int, placement: str, multiple: int, flags: dict[str, Any], how: a
     return row
 
 
+def weak_cases(arguments: argparse.Namespace) -> list[Case]:
+    """Every placement on every number of GPUs, further ZeRO configurations with a whole teacher, and after the first
+    case one GPU with other paddings.
+    """
+    default = f"ds_configs/{'zero3' if torch.cuda.is_available() else 'zero3_cpu'}.json"
+    config, (first, *others) = arguments.deepspeed_config or default, arguments.pad_to_multiple_of
+    cases = [Case(gpus, placement, first, config) for placement in arguments.placements for gpus in arguments.gpus]
+    cases = [case for case in cases if case.gpus > 1 or case.placement not in NEEDS_SEVERAL]
+    cases[1:1] = [Case(min(arguments.gpus), "replicated", multiple, config) for multiple in others]
+    further = [f"ds_configs/{name}.json" for name in arguments.stages]
+    return cases + [Case(gpus, "replicated", first, name) for name in further for gpus in arguments.gpus]
+
+
 def weak_scaling(arguments: argparse.Namespace, attempt: Any, log: Path) -> Iterator[dict[str, Any]]:
-    """The table's rows: every placement on every number of GPUs, then one GPU with other paddings."""
-    first, *others = arguments.pad_to_multiple_of
-    cases = [(placement, gpus, first) for placement in arguments.placements for gpus in arguments.gpus]
-    cases = [(p, gpus, multiple) for p, gpus, multiple in cases if gpus > 1 or p not in NEEDS_SEVERAL]
-    cases[1:1] = [("replicated", min(arguments.gpus), multiple) for multiple in others]
-    single = None
+    """The table's rows."""
+    alone: dict[str, float] = {}  # by configuration: the speed of one GPU with a whole teacher
     with tempfile.TemporaryDirectory() as folder:
         flags = make_models(arguments.data_dir, Path(folder))
-        for placement, gpus, multiple in cases:
-            row = {"question": "weak scaling", "gpus": gpus, "placement": placement, "pad_to_multiple_of": multiple}
-            row = attempt(row, lambda g=gpus, p=placement, m=multiple: weak(g, p, m, flags, arguments, log))
-            if "tokens_per_second" in row and multiple == first:
-                if gpus == 1 and placement == "replicated":
-                    single = row["tokens_per_second"]
-                if single is not None:
-                    row["percent_of_linear"] = 100 * row["tokens_per_second"] / (gpus * single)
+        for case in weak_cases(arguments):
+            row = {"question": "weak scaling", **vars(case)}
+            row = attempt(row, lambda case=case: weak(case, flags, arguments, log))
+            if "tokens_per_second" in row and case.pad_to_multiple_of == arguments.pad_to_multiple_of[0]:
+                if case.gpus == 1 and case.placement == "replicated":
+                    alone[case.deepspeed_config] = row["tokens_per_second"]
+                if case.deepspeed_config in alone:
+                    row["percent_of_linear"] = (
+                        100 * row["tokens_per_second"] / (case.gpus * alone[case.deepspeed_config])
+                    )
             yield row
 
 

@@ -10,8 +10,11 @@
 #   step       benchmarks.train_step.bench --pair qwen2, beside the earlier way; TRL at  9 min
 #              16 rows, as many as leave room for its whole logits
 #   forms      benchmarks.train_step.forms: padded, in one row, compiled, under ZeRO  8 min
+#   losses     the best form with other losses: task, logits, both, a teacher on disk        4 min
+#   trl        TRL's GKDTrainer at 8 to 64 rows: which is its best                5 min
 #   layers     bench_layer_gathering.py: what ZeRO's stages cost the host        5 min
-#   scaling    bench_scaling.py on 1, 2, … GPUs                                  9 min
+#   scaling    bench_scaling.py on 1, 2, … GPUs, every placement                 9 min
+#   stages     bench_scaling.py, 256 rows per GPU, ZeRO-3, 0, 1 and 2            9 min
 #   gsm8k_large  A/B at 72 M → 15 M parameters on GSM8K, spread over all GPUs    9 min
 # --data: the folder with gsm8k/, tokenizers/ and models/ (default ../shared/data); --to: where results go (default
 # benchmarks/results); --wheels: a folder of wheels to use beside the machine's own torch (made by launch/wheelhouse.sh).
@@ -25,11 +28,11 @@ while [ $# -gt 0 ]; do
     --data) data=$2 && shift 2 ;;
     --to) to=$2 && shift 2 ;;
     --wheels) wheels=$2 && shift 2 ;;
-    tests | sanitizer | ops | head | ncu | step | forms | layers | scaling | gsm8k_large) stages+=("$1") && shift ;;
-    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -23 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
+    tests | sanitizer | ops | head | ncu | step | forms | losses | trl | layers | scaling | stages | gsm8k_large) stages+=("$1") && shift ;;
+    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -26 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -23 ${BASH_SOURCE[0]})" >&2; exit 2; }
+[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -26 ${BASH_SOURCE[0]})" >&2; exit 2; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "run_gpu: torch sees no GPU" >&2; exit 2; }
 mkdir -p "$to"
 
@@ -67,10 +70,24 @@ run_stage() {
           --data_dir "$data" --output_dir "$to" --name "train_step_qwen2_$(name)_batch16" \
           --arms task_only teacher_forward kvds_structured kvds_structured_values kvds_logit_kd trl_gkd ;;
     forms) timeout 480 python -m benchmarks.train_step.forms --data_dir "$data" --output "$to/step_forms_qwen2_$(name).csv" ;;
+    losses)
+      timeout 240 python -m benchmarks.train_step.forms --rows 128 --zero_forms --minutes 3.5 --data_dir "$data" \
+        --forms "one row, compiled" "one row, compiled; task" "one row, compiled; kv from disk" \
+        "one row, compiled; logits" "one row, compiled; kv and logits" --output "$to/step_losses_qwen2_$(name).csv" ;;
+    trl)
+      for rows in 8 16 32 64; do
+        timeout 75 python -m benchmarks.train_step.bench --pair qwen2 --batch_size $rows --rounds 8 --minutes 0.6 \
+          --data_dir "$data" --output_dir "$to" --name "train_step_trl_$(name)_$rows" --arms kvds_logit_kd trl_gkd
+      done ;;
     layers) timeout 300 python -m benchmarks.bench_layer_gathering --turns 1 --output "$to/layer_gathering_$(name).csv" ;;
     scaling)
       # shellcheck disable=SC2086
       timeout 540 python -m benchmarks.bench_scaling --data_dir "$data" --gpus $counts --minutes 7 --output_dir "$to" ;;
+    stages)
+      # shellcheck disable=SC2086
+      timeout 560 python -m benchmarks.bench_scaling --data_dir "$data" --gpus $counts --questions weak --batch_size 256 \
+        --steps 8 --placements replicated --pad_to_multiple_of 64 --stages zero2 zero0 zero1 --minutes 8 \
+        --name "scaling_stages_$(name)" --output_dir "$to" ;;
     gsm8k_large)
       timeout 540 python -m kvds.cli ab launch/recipes/experiments/gsm8k_large.yaml --set data_dir="$data" \
         --devices "$(seq -s, 0 $((gpus - 1)))" --workers $((2 * gpus)) --in_process --max_minutes 8 --output "$to/ab" ;;

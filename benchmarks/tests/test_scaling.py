@@ -14,11 +14,12 @@ SPEED = {1: 100.0, 2: 150.0}  # of a whole teacher, on so many GPUs
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """Runs the script's ``main`` with runs that take no time; the rows of its CSV, and what was asked for."""
-    asked = []
+    asked, configs = [], []
 
     def train(gpus, flags, log):
         placement = flags["teacher_placement"]
         asked.append((placement, gpus, flags["pad_to_multiple_of"]))
+        configs.append(flags["deepspeed_config"])
         if placement == "zero3":
             raise subprocess.CalledProcessError(7, ["deepspeed", "a", "long", "command"])
         speed = SPEED[gpus] / (1 if placement == "replicated" else 2)
@@ -41,6 +42,7 @@ def bench(monkeypatch, tmp_path):
         with (tmp_path / "x.csv").open(newline="") as file:
             return code, list(csv.DictReader(file)), asked
 
+    run.configs = configs
     return run
 
 
@@ -56,6 +58,18 @@ def test_every_placement_on_every_number_of_gpus_beside_one_gpu(bench):
     assert float(rows[0]["tokens_per_second"]) == 100  # the second half
     assert float(rows[0]["from_start"]) == pytest.approx(4 / (2 / 50 + 2 / 100))
     assert float(rows[0]["teacher_ms"]) == pytest.approx(100) and float(rows[0]["peak_gib"]) == 2
+
+
+def test_each_zero_stage_scales_against_itself(bench):
+    placements = ("--placements", "replicated", "--pad_to_multiple_of", "64")
+    _, rows, asked = bench(
+        "--gpus", "1", "2", *placements, "--deepspeed_config", "a.json", "--stages", "zero0", "zero2"
+    )
+    assert asked == [("replicated", gpus, 64) for _ in range(3) for gpus in (1, 2)]
+    assert bench.configs == [
+        name for name in ("a.json", "ds_configs/zero0.json", "ds_configs/zero2.json") for _ in "12"
+    ]
+    assert [float(row["percent_of_linear"]) for row in rows] == [100, 75] * 3
 
 
 def test_a_run_that_fails_is_told_and_does_not_stop_the_rest(bench):

@@ -113,7 +113,8 @@ def _finish(bench: Workbench, loss: Tensor, *optimizers: torch.optim.Optimizer) 
     return loss.detach()
 
 
-def _time_forward(module: nn.Module, clock: Clock) -> None:
+def time_forward(module: nn.Module, clock: Clock) -> None:
+    """Have a module's forward counted as the phase ``align``."""
     open_phases: list[Any] = []
 
     def begin(*_: Any) -> None:
@@ -159,7 +160,7 @@ def kvds_step(
     if uses_kv:
         shapes = [KVShape.from_config(config) for config in (bench.pair.student, bench.pair.teacher)]
         aligner = build_aligner(*shapes, cfg).to(bench.device)
-        _time_forward(aligner, bench.clock)
+        time_forward(aligner, bench.clock)
     module = DistillationModule(bench.student, aligner, offload_checkpoints=offload)
     teacher: Teacher | CachedTeacher | None = None
     if uses_teacher:

@@ -1,4 +1,5 @@
-"""Training step in the forms that a batch can have: padded under a mask, without one, one row, compiled, under ZeRO.
+"""Training step in the forms that a batch can have: padded under a mask, without one, one row, compiled, under ZeRO;
+and, in the last of the forms without ZeRO, with other losses.
 
     python -m benchmarks.train_step.forms --rows 32 128 256        # on a GPU: Qwen2-1.5B into Qwen2-0.5B, minutes
     python -m benchmarks.train_step.forms --pair tiny --rows 8 --zero_forms zero3_cpu   # anywhere
@@ -29,6 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
+from benchmarks.train_step.arms import time_forward
+from benchmarks.train_step.fixed_sides import LOSSES, FixedSides
 from benchmarks.train_step.workbench import (
     Clock,
     Pair,
@@ -41,21 +44,19 @@ from benchmarks.train_step.workbench import (
     real_tokens,
 )
 from kvds.align import build_aligner
-from kvds.align.loss import state_names
 from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import RowWidth, TokenBatch
 from kvds.data.encoding import EncodedSample
 from kvds.data.labels import LabelledPositions
 from kvds.data.model_inputs import repacked, unpacked
 from kvds.distillation.module import DistillationModule
-from kvds.distillation.step import LossWeights, StepInput
+from kvds.distillation.step import StepInput
 from kvds.kv import KVShape, select_tokens
 from kvds.models.compiled_layers import compile_layers
-from kvds.teacher.teacher import Teacher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_LENGTH = 512
-PHASES = ("teacher", "forward", "backward", "optimizer")
+PHASES = ("teacher", "forward", "align", "backward", "optimizer")  # the map and its loss are part of forward
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ class Form:
         masked: Padded rows under a mask, as if nobody knew where their padding is.
         one_row: All samples in one row (``--tokens_per_batch``).
         compiled: ``--compile on``.
+        loss: Of :data:`LOSSES`.
     """
 
     masked: bool = False
     one_row: bool = False
     compiled: bool = False
+    loss: str = "kv"
 
 
 FORMS = {
@@ -78,6 +81,7 @@ FORMS = {
     "padded": Form(),
     "one row": Form(one_row=True),
     "one row, compiled": Form(one_row=True, compiled=True),
+    **{f"one row, compiled; {loss}": Form(one_row=True, compiled=True, loss=loss) for loss in LOSSES if loss != "kv"},
 }
 PADDED, BEST = FORMS["padded"], FORMS["one row, compiled"]
 
@@ -88,7 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pair", default="qwen2", choices=("tiny", "small", "qwen2"))
     parser.add_argument("--data_dir", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 128, 256], help="of a step (32 128 256)")
-    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS, help="without ZeRO (all)")
+    parser.add_argument("--forms", nargs="*", choices=FORMS, help="without ZeRO (all that match keys and values)")
     parser.add_argument("--tokens_per_batch", type=int, default=40960, help="of one row (40960)")
     parser.add_argument("--zero_forms", nargs="*", default=["zero3"], help="files in ds_configs to measure (zero3)")
     parser.add_argument("--batches", type=int, default=4, help="steps of a pass (4)")
@@ -96,7 +100,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no further form after so many (8)")
     parser.add_argument("--output", type=Path, help="CSV file (benchmarks/results/step_forms_PAIR_DEVICE.csv)")
     parser.add_argument("--child", help="what a process of its own measures, as JSON")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.forms is None:
+        arguments.forms = [name for name, form in FORMS.items() if form.loss == "kv"]
+    return arguments
 
 
 class Stage:
@@ -113,13 +120,16 @@ class Stage:
         self.teacher_model = build_model(self.pair.teacher, self.pair.dtype, self.device, 1)
         self.clock = Clock(self.device)
         self.settings = AlignmentSettings(alignment_mode="structured")
-        self.teacher = Teacher(self.teacher_model, device=self.device, parts=state_names(self.settings))
+        self.fixed = FixedSides(self.teacher_model, self.settings, self.samples, self.device)
 
-    def module(self) -> DistillationModule:
-        """Student and aligner."""
+    def module(self, loss: str) -> DistillationModule:
+        """Student and aligner, where the loss reads one."""
+        if not LOSSES[loss][0].kv:
+            return DistillationModule(self.student, None)
         torch.manual_seed(0)
         shapes = [KVShape.from_config(config) for config in (self.pair.student, self.pair.teacher)]
         aligner = build_aligner(*shapes, self.settings).to(self.device)
+        time_forward(aligner, self.clock)
         return DistillationModule(self.student, aligner)
 
     def steps(self, form: Form, rows: int) -> list[list[TokenBatch]]:
@@ -134,13 +144,18 @@ class Stage:
             steps = [[replace(batch, pads_right=False) for batch in step] for step in steps]
         return steps if self.device.type == "cpu" else [[batch.pin_memory() for batch in step] for step in steps]
 
-    def input(self, batch: TokenBatch) -> StepInput:
+    def input(self, batch: TokenBatch, loss: str) -> StepInput:
         """What the student is given, the teacher run."""
+        weights, teacher = LOSSES[loss][0], self.fixed.of(loss)
         labelled = LabelledPositions.from_labels(batch.labels).to(self.device)
         batch = batch.to(self.device)
         rows = unpacked(batch)
-        selection = repacked(select_tokens("full", None, rows.segment_ids, rows.attention_mask), batch)
-        return StepInput(batch, labelled, selection, self.teacher(batch, selection), None, LossWeights(1.0, 1.0))
+        selection = None
+        if weights.kv:
+            selection = repacked(select_tokens("full", None, rows.segment_ids, rows.attention_mask), batch)
+        output = teacher(batch, selection) if teacher is not None else None
+        head = teacher.head if teacher is not None and weights.logit_kd else None
+        return StepInput(batch, labelled, selection, output, head, weights)
 
     def wait(self) -> None:
         """Until the device is done."""
@@ -174,9 +189,11 @@ class Stage:
             seconds.append(time.perf_counter() - begun)
         phases = self.clock.read()
         spent, count = statistics.median(seconds), len(steps)
+        weights, from_disk = LOSSES[form.loss]
+        runs_teacher = (weights.kv or weights.logit_kd) and not from_disk
         need = sum(
             needed_flops(self.pair.student, batch, train=True, head=True)
-            + needed_flops(self.pair.teacher, batch, train=False, head=False)
+            + runs_teacher * needed_flops(self.pair.teacher, batch, train=False, head=weights.logit_kd > 0)
             for batch in padded
         )
         peak = peak_flops(self.device, self.pair.dtype)
@@ -189,13 +206,13 @@ class Stage:
             **{f"{phase}_ms": 1000 * phases.get(phase, 0.0) / done for phase in PHASES},
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else "",
             "data": self.data, "first_step_s": first, "task": float(metrics["loss/task"]),
-            "kv": float(metrics["loss/kv"]), "note": "",
+            "kv": float(metrics["loss/kv"]) if "loss/kv" in metrics else "", "note": "",
         }  # fmt: skip
 
 
-def plain(stage: Stage) -> Callable[[list[TokenBatch]], dict[str, torch.Tensor]]:
+def plain(stage: Stage, loss: str) -> Callable[[list[TokenBatch]], dict[str, torch.Tensor]]:
     """A step without an engine: fused AdamW on the parameters as they are."""
-    module = stage.module()
+    module = stage.module(loss)
     fused = stage.device.type == "cuda"
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=fused)
 
@@ -203,11 +220,11 @@ def plain(stage: Stage) -> Callable[[list[TokenBatch]], dict[str, torch.Tensor]]
         first: dict[str, torch.Tensor] = {}
         for batch in step:
             with stage.clock.phase("teacher"):
-                inputs = stage.input(batch)
+                inputs = stage.input(batch, loss)
             with stage.clock.phase("forward"):
-                loss, metrics = module(inputs)
+                total, metrics = module(inputs)
             with stage.clock.phase("backward"):
-                (loss / len(step)).backward()
+                (total / len(step)).backward()
             first = first or metrics
         with stage.clock.phase("optimizer"):
             optimizer.step()
@@ -231,14 +248,14 @@ def under_zero(stage: Stage, rows: int, name: str, form: Form) -> Callable[[list
             str(rows), "--lr", "1e-9", "--deepspeed_config", str(path), "--compile", "on" if form.compiled else "off",
         ])  # fmt: skip
         config = student_engine_config(load_deepspeed_config(cfg.deepspeed_config), cfg, 1)
-        engine = build_engine(stage.module(), cfg, config, 10**6)
+        engine = build_engine(stage.module(form.loss), cfg, config, 10**6)
 
     def take(step: list[TokenBatch]) -> dict[str, torch.Tensor]:
         first: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(step):
             engine.set_gradient_accumulation_boundary(number + 1 == len(step))
             with stage.clock.phase("teacher"):
-                inputs = stage.input(batch)
+                inputs = stage.input(batch, form.loss)
             with stage.clock.phase("forward"):
                 loss, metrics = engine(step=inputs)
             with stage.clock.phase("backward"):
@@ -300,7 +317,7 @@ def plain_forms(
         for rows in arguments.rows:
             if on_time():
                 try:
-                    tell([stage.measure(name, form, rows, plain(stage))])
+                    tell([stage.measure(name, form, rows, plain(stage, form.loss))])
                 except torch.cuda.OutOfMemoryError as error:
                     tell([{"form": name, "rows": rows, "note": str(error).splitlines()[0][:160]}])
                 stage.student.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ def run(**changes: object) -> RunConfig:
 
 def test_the_files_that_are_promised_are_there():
     promised = {
+        "zero1.json",
         "zero2.json",
         "zero3.json",
         "zero3_offload.json",
