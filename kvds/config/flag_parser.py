@@ -128,7 +128,9 @@ def unknown_flag(unknown: Sequence[str], known: Iterable[str], help_flag: str = 
     flag = next((token for token in unknown if token.startswith("-")), unknown[0])
     if not flag.startswith("-"):
         return InputError(f"unexpected argument {one_line(flag)} (expected --flag value; {help_flag})")
-    near = near_miss(_letters(flag.split("=")[0]), sorted(known))
+    name = flag.split("=")[0]
+    dashes = len(name) - len(name.lstrip("-"))
+    near = near_miss(name[:dashes] + _letters(name[dashes:]), sorted(known))
     return InputError(f"unknown flag {one_line(flag)}{near} (expected --flag value; {help_flag})")
 
 
