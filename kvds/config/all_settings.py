@@ -48,8 +48,18 @@ class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSe
         return isinstance(self.kv_weight, str) and self.kv_weight.startswith("hold:")
 
     @property
+    def kv_weight_balanced(self) -> bool:
+        """Whether the weight is set anew at each step, so that the KV loss keeps its share of all losses."""
+        return isinstance(self.kv_weight, str) and self.kv_weight.startswith("balance:")
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether the run may give up the KV loss by itself: a number is taken at its word."""
+        return self.kv_let_go and self.uses_kv and isinstance(self.kv_weight, str)
+
+    @property
     def kv_weight_share(self) -> float | None:
-        """The share of ``auto:SHARE`` or ``hold:SHARE``, or None where a number was given."""
+        """The share of ``auto:SHARE``, ``hold:SHARE`` or ``balance:SHARE``, or None where a number was given."""
         return float(self.kv_weight.split(":")[1]) if isinstance(self.kv_weight, str) else None
 
     @property

@@ -33,17 +33,22 @@ def selection_rules(cfg: AllSettings) -> Iterator[Rule]:
 
 def weight_rules(cfg: AllSettings) -> Iterator[Rule]:
     """What each loss weighs, and whether there is something to learn from it."""
-    expected = "a number of at least 0, or auto:SHARE such as auto:2.0, or hold:SHARE"
+    expected = "a number of at least 0, or auto:SHARE such as auto:2.0, or hold:SHARE, or balance:SHARE"
     yield _is_weight(cfg.kv_weight), "kv_weight", cfg.kv_weight, expected
     if cfg.kv_weight_held:
         expected = "constant with --kv_weight hold:SHARE, which moves the weight itself"
         yield cfg.kv_weight_schedule == "constant", "kv_weight_schedule", cfg.kv_weight_schedule, expected
+        yield cfg.kv_weight_until == 1, "kv_weight_until", cfg.kv_weight_until, expected.replace("constant", "1")
     if ALIGNMENT_MODES[cfg.alignment_mode].aligned and cfg.aligner_update == "frozen":
         expected = "--map_start pca, procrustes or ridge: a frozen random map has no meaning"
         yield cfg.chosen_map_start != "random", "aligner_update", "frozen", expected
     if cfg.uses_kv and cfg.teacher_kv == "shuffled":
         expected = "a --batch_size above 1: a row alone has no other to borrow from"
         yield cfg.batch_size > 1, "teacher_kv", "shuffled", expected
+    if cfg.kv_weight_until < 1:
+        expected = "1 where the KV loss is all there is to train on (or --task_weight 1)"
+        others = cfg.task_weight > 0 or cfg.logit_kd_weight > 0
+        yield others, "kv_weight_until", cfg.kv_weight_until, expected
     if cfg.task_weight == 0:
         expected = "some loss to train on (--task_weight 1, or an alignment with --kv_weight above 0)"
         yield cfg.uses_teacher, "task_weight", 0, expected
@@ -57,4 +62,4 @@ def _is_weight(value: str | float) -> bool:
         return math.isfinite(value) and value >= 0
     head, _, text = value.partition(":")
     share = number(text)
-    return head in ("auto", "hold") and not isinstance(share, str) and 0 < share < math.inf
+    return head in ("auto", "hold", "balance") and not isinstance(share, str) and 0 < share < math.inf

@@ -228,12 +228,22 @@ class AlignmentSettings:
         "structural_kv: weight of the attention's KL divergence beside the cosines; 0: without", 1.0, least=0
     )
     kv_weight: str | float = setting(
-        "weight of the KV loss: a number; or auto:SHARE of the task's gradient at the start; or hold:SHARE, moved so "
-        "that its gradient at keys and values stays SHARE times all else that arrives there", "auto:2.0", common=True
+        "weight of the KV loss: a number; or auto:SHARE of the task's gradient at the start, for a fitted map of the "
+        "task's loss at most; or hold:SHARE, moved so that its gradient at keys and values stays SHARE times all else "
+        "that arrives there; or balance:SHARE, at each step so that it counts SHARE times all other losses", "auto:2.0",
+        common=True,
     )  # fmt: skip
     kv_weight_schedule: str = setting(
-        "weight over the run: kept, or falling to 0", "constant", choices=("constant", "linear")
+        "weight until kv_weight_until: kept, or falling to 0", "constant", choices=("constant", "linear")
     )
+    kv_weight_until: float = setting(
+        "share of the steps after which the weight is 0; 1: to the end", 1.0, above=0, most=1,
+        expected="a share above 0, at most 1",
+    )  # fmt: skip
+    kv_let_go: bool = setting(
+        "give up a KV loss whose weight is no number where its gradient turns against the task's, or vanishes at the "
+        "start", True,
+    )  # fmt: skip
     kv_rope: str = setting("keys before or after rotary embedding", "pre", choices=("pre", "post"))
     mask_first_token: bool = setting("leave out the first token, an attention sink", True)
     layer_groups: int = setting("structured: groups of layers that draw only from each other", 1, least=1)

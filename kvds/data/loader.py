@@ -133,6 +133,10 @@ class BatchLoader:
         """The micro-batches of 0-based optimizer step ``step``, on the CPU: those built ahead where they are."""
         return self._build(step) if self._ahead is None else self._ahead.take(step)
 
+    def out_of_turn(self, step: int) -> list[TokenBatch]:
+        """As :meth:`step`, of any step at any time, and never one built ahead."""
+        return self._build(step)
+
     def _build(self, step: int) -> list[TokenBatch]:
         ids = self.sample_ids(step)
         dealt: list[list[int]] = []

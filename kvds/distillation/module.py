@@ -81,7 +81,9 @@ class DistillationModule(nn.Module):
         metrics: dict[str, Tensor] = {}
         kv = None
         self.gradient_watch = None
-        if self.aligner is None:
+        # A KV loss that was given up is not computed: no teacher has run for it.
+        given_up = step.selection is None and not step.sources and _is_zero(weights.kv)
+        if self.aligner is None or given_up:
             with self._storage(batch.input_ids):
                 hidden = model(**inputs).last_hidden_state
         else:
@@ -114,7 +116,8 @@ class DistillationModule(nn.Module):
         # At a weight of 0, too: ZeRO-3 gathers the last layer for its backward pass once its output has a gradient.
         loss = head.loss
         metrics["loss/task"] = head.task
-        if kv is not None and weights.kv:
+        if kv is not None:
+            # At a weight of 0, too: ZeRO keeps the aligner's last gradient until another one comes.
             loss = loss + weights.kv * kv
         if teacher_hidden is not None:
             metrics["loss/logit_kd"] = head.kd
@@ -168,6 +171,10 @@ class DistillationModule(nn.Module):
                 if step.watch and layers is not None:
                     metrics |= {f"loss/kv_{part}_layer_{i:02d}": layer * share for i, layer in enumerate(layers)}
         return aligned.loss * share
+
+
+def _is_zero(weight: float | Tensor) -> bool:
+    return not isinstance(weight, Tensor) and weight == 0
 
 
 @torch.no_grad()

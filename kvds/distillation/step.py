@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import LabelledPositions
 from kvds.kv import Selection, States
@@ -15,10 +17,10 @@ from kvds.teacher.teacher import TeacherOutput
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Factors of the loss parts; a part of weight 0 is not computed into the loss."""
+    """Factors of the loss parts; ``kv`` may be a scalar on the device."""
 
     task: float = 1.0
-    kv: float = 0.0
+    kv: float | Tensor = 0.0
     logit_kd: float = 0.0
 
 
@@ -36,7 +38,7 @@ class StepInput:
     Attributes:
         batch: Token ids, masks and the normalizers that make a sum over this rank's share of the global mean.
         labelled: Positions of ``batch`` whose next token counts.
-        selection: Positions (or steps) whose keys and values count; None without alignment.
+        selection: Positions (or steps) whose keys and values count; None where none are matched.
         teacher: The teacher's output for this batch; None where nothing reads it.
         teacher_head: Its language-model head, for logit distillation.
         weights: Factors of the loss parts.

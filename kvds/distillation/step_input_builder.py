@@ -24,16 +24,21 @@ class StepInputBuilder:
         teachers: None, one or several.
         choice: Which positions are matched.
         device: Of the student.
+
+    Attributes:
+        matching: Whether training still matches keys and values; False once it has given them up.
     """
 
     def __init__(
         self, cfg: RunConfig, teachers: Sequence[Teacher | CachedTeacher], choice: TokenChoice, device: torch.device
     ) -> None:
         self._cfg, self._teachers, self._choice, self._device = cfg, teachers, choice, device
+        self.matching = cfg.uses_kv
 
     def __call__(
-        self, batch: TokenBatch, weights: LossWeights | None = None, *, watch: bool = False, step: int = 0
-    ) -> StepInput:
+        self, batch: TokenBatch, weights: LossWeights | None = None, *, watch: bool = False, step: int = 0,
+        match: bool | None = None,
+    ) -> StepInput:  # fmt: skip
         """The input for one micro-batch; a function of the batch and ``step`` alone.
 
         Args:
@@ -41,19 +46,23 @@ class StepInputBuilder:
             weights: Factors of the loss parts; None: the task's alone.
             watch: As of :class:`kvds.distillation.step.StepInput`.
             step: Optimizer step, which random selections depend on.
+            match: Whether keys and values are matched; None: as :attr:`matching` says.
         """
+        match = self.matching if match is None else match
         weights = LossWeights() if weights is None else weights
         labelled = LabelledPositions.from_labels(batch.labels).to(self._device)
         batch = batch.to(self._device)
         if self._cfg.teacher_names:
+            if not match:
+                return StepInput(batch, labelled, None, None, None, weights, watch)
             sources = tuple(partial(self._source, teacher, batch, step) for teacher in self._teachers)
             return StepInput(batch, labelled, None, None, None, weights, watch, sources)
         output, selection, head = None, None, None
         if self._teachers:
             [teacher] = self._teachers
-            if self._cfg.uses_kv:
+            if match:
                 output, selection = self._choice.with_teacher(teacher, batch, step)
-            else:
+            elif self._cfg.logit_kd_weight:
                 output = teacher(batch)
             head = teacher.head if self._cfg.logit_kd_weight else None
         return StepInput(batch, labelled, selection, output, head, weights, watch)

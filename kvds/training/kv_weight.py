@@ -1,4 +1,4 @@
-"""KV weight: the factor of the KV loss over a run, where it starts, how it falls and how it is held."""
+"""KV weight: the factor of the KV loss over a run, where it starts, how it falls, how it is held, and its end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kvds.config import RunConfig
+from kvds.distributed.process_group import all_reduce_sum
 
 log = logging.getLogger("kvds")
 
@@ -40,28 +44,35 @@ def held_weight(weight: float, ratio: float, share: float, start: float) -> floa
 
 
 class KVWeight:
-    """The factor of the KV loss over a run: a plain number, the same on all ranks; 0 before it has begun, and where no
-    keys and values are matched.
+    """The factor of the KV loss over a run, the same on all ranks; 0 before it has begun, where no keys and values are
+    matched, and once it is let go.
 
     Args:
-        cfg: ``--kv_weight`` and ``--kv_weight_schedule`` are read.
+        cfg: The settings ``kv_weight…`` are read.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
         self._cfg = cfg
-        self._value = self._start = 0.0
+        self._value: float | Tensor = 0.0  # a scalar on the device where it is balanced
+        self._start = 0.0
+        self._until: int | None = None
+        self._sums: Tensor | None = None
 
     @property
     def value(self) -> float:
-        """The weight as it is now, without the schedule."""
-        return self._value
+        """The weight as it is now, without the schedule; waits for the device where it is balanced."""
+        return float(self._value)
+
+    @property
+    def ended(self) -> int | None:
+        """The step, counted from 0, from which on it is 0, whatever the schedule says; None: it is not let go."""
+        return self._until
 
     def begin(self, calibrate: Callable[[float], float]) -> None:
         """Take the weight of a new run's first step; all ranks call it.
 
         Args:
-            calibrate: From the share of the gradient to the weight that gives it; called under ``auto:SHARE`` and
-                ``hold:SHARE`` only.
+            calibrate: From the share to the weight that gives it, 0 where none does; called unless a number was given.
         """
         cfg = self._cfg
         if not cfg.uses_kv:
@@ -71,15 +82,28 @@ class KVWeight:
         else:
             self._value = calibrate(cfg.kv_weight_share)
             log.info("kv_weight %s: calibrated to %.4g", cfg.kv_weight, self._value)
-        self._start = self._value
+        self._start = self.value
+        self._take(self._start)
 
-    def at(self, step: int, total_steps: int) -> float:
+    def _take(self, value: float) -> None:
+        # In the form of later steps: a product of plain numbers is rounded otherwise.
+        self._value = torch.tensor(value, dtype=torch.float32) if self._cfg.kv_weight_balanced else value
+
+    def let_go(self, step: int) -> None:
+        """Be 0 from ``step`` on."""
+        self._until = step
+
+    def part(self, step: int, total_steps: int) -> float:
+        """What part of the weight the schedule leaves after ``step`` of ``total_steps`` optimizer steps."""
+        last = self._cfg.kv_weight_until * total_steps
+        if step >= last or (self._until is not None and step >= self._until):
+            return 0.0
+        return 1 - step / last if self._cfg.kv_weight_schedule == "linear" else 1.0
+
+    def at(self, step: int, total_steps: int) -> float | Tensor:
         """The weight as the schedule leaves it after ``step`` of ``total_steps`` optimizer steps."""
-        return self._value * (1 - step / total_steps) if self._cfg.kv_weight_schedule == "linear" else self._value
-
-    def part_of(self, scheduled: float) -> float:
-        """What part of the weight ``scheduled`` is, a result of :meth:`at`; 1 where the weight is 0."""
-        return scheduled / self._value if self._value else 1.0
+        part = self.part(step, total_steps)
+        return self._value * part if part else 0.0
 
     def hold(self, metrics: Mapping[str, float]) -> None:
         """Move the weight towards the share of the gradient under ``hold:SHARE``; otherwise leave it.
@@ -88,15 +112,46 @@ class KVWeight:
             metrics: Means over ranks at a logging step; ``kv/gradient_ratio`` is read if it is there.
         """
         cfg = self._cfg
-        if cfg.kv_weight_held and "kv/gradient_ratio" in metrics:
+        if cfg.kv_weight_held and "kv/gradient_ratio" in metrics and self._until is None:
             share = cfg.kv_weight_share or 0.0
-            self._value = held_weight(self._value, metrics["kv/gradient_ratio"], share, self._start)
+            self._value = held_weight(self.value, metrics["kv/gradient_ratio"], share, self._start)
+
+    def note(self, metrics: Mapping[str, Tensor], share: float) -> None:
+        """Under ``balance:SHARE`` add the losses of a micro-batch that is ``share`` of the step; reads no device.
+
+        Args:
+            metrics: Its own, as the module returns them.
+            share: Of the step over all ranks.
+        """
+        if self._cfg.kv_weight_balanced and "loss/kv" in metrics:
+            losses = share * torch.stack([other_losses(self._cfg, metrics), metrics["loss/kv"].float()])
+            self._sums = losses if self._sums is None else self._sums + losses
+
+    def end_step(self) -> None:
+        """Under ``balance:SHARE`` take the next step's weight from the losses noted; all ranks call it."""
+        if self._sums is not None:
+            sums, self._sums = self._sums, None
+            all_reduce_sum(sums)
+            balanced = (self._cfg.kv_weight_share or 0.0) * sums[0] / sums[1]
+            # A step that says nothing moves nothing: no position was selected, or a loss was not finite.
+            told = torch.isfinite(balanced) & (balanced > 0)
+            self._value = torch.where(told, balanced, torch.as_tensor(self._value).to(balanced.device))
 
     @property
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"kv_weight": self._value, "start_kv_weight": self._start}
+        return {"kv_weight": self.value, "start_kv_weight": self._start, "kv_let_go": self._until}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from :attr:`state` of an earlier attempt, among other entries of its checkpoint."""
-        self._value, self._start = state["kv_weight"], state["start_kv_weight"]
+        self._start = state["start_kv_weight"]
+        self._take(state["kv_weight"])
+        self._until = state.get("kv_let_go")
+
+
+def other_losses(cfg: RunConfig, metrics: Mapping[str, Tensor]) -> Tensor:
+    """All that is trained on beside the KV loss, with its weights."""
+    total = cfg.task_weight * metrics["loss/task"].float()
+    if "loss/logit_kd" in metrics:
+        total = total + cfg.logit_kd_weight * metrics["loss/logit_kd"].float()
+    return total

@@ -60,7 +60,7 @@ class RunResults:
         )  # fmt: skip
         # A cache holds the training rows alone.
         if cfg.uses_kv and self._data.eval_loader is not None and cfg.teacher_cache is None:
-            inputs = partial(self._inputs, weights=LossWeights(kv=1.0))
+            inputs = partial(self._inputs, weights=LossWeights(kv=1.0), match=True)
             results["all"] |= held_out_kv_loss(
                 self._engine, self._data.eval_loader, inputs, between_batches=self._between_batches
             )

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,11 @@ from kvds.plan.token_budget import with_token_budget
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.token_selection import TokenChoice
 from kvds.training.build import RunModels, build_run_models
-from kvds.training.calibration import calibrate_kv_weight
 from kvds.training.dry_run import this_machine
 from kvds.training.engine import build_engine, check_engine_config
 from kvds.training.guard import guarded
 from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
-from kvds.training.kv_health import KVHealth
-from kvds.training.kv_weight import KVWeight
+from kvds.training.kv_course import KVCourse
 from kvds.training.meters import IntervalMeter, PhaseTimer
 from kvds.training.nonfinite_steps import NonfiniteSteps
 from kvds.training.results import RunResults
@@ -136,14 +133,18 @@ class TrainingRun:
         self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
         self.evaluation_pending = False
         self.meter = IntervalMeter(device)
-        self.kv_weight, self.kv_health = KVWeight(cfg), KVHealth(cfg)
+        self.kv = KVCourse(cfg, self.engine, self.loader, self.inputs, self.total_steps)
         mlflow_run_id = self._restore(resume_step)
+        if resume_step is None:
+            self.kv.begin(models.start_r2)
         self.run_log = RunLog(
             cfg, self.engine.module, self.nonfinite_steps, rank=self.rank, world_size=self.world_size,
-            kv_weight=self.kv_weight.value, total_steps=self.total_steps, resume_step=resume_step,
+            kv_weight=self.kv.weight.value, total_steps=self.total_steps, resume_step=resume_step,
             mlflow_run_id=mlflow_run_id,
         )  # fmt: skip
         self.run_log.record_starts(models.start_r2)
+        if resume_step is None:
+            self.run_log.warn(0, self.kv.ended_at_start)
 
     # -- construction ---------------------------------------------------------------------------------------------
 
@@ -204,28 +205,22 @@ class TrainingRun:
         return models
 
     def _restore(self, resume_step: int | None) -> str | None:
-        """Go on from a checkpoint, whose MLflow run is returned, or begin."""
+        """Go on from a checkpoint, if there is one, whose MLflow run is returned."""
         if resume_step is None:
-            self.kv_weight.begin(self._calibrated_kv_weight)
             return None
         state = load_checkpoint(self.engine, self.output_dir, resume_step)
         self.step = self.saved_step = state["step"]
         self.evaluation_pending = state["evaluation_pending"]
         self.meter.restore(state["meters"])
-        self.kv_weight.restore(state)
-        self.kv_health = KVHealth(self.cfg, state["kv_health"])
+        self.kv.restore(state)
         log.info("resumed from step %d of %d", self.step, self.total_steps)
         return state["mlflow_run_id"]
-
-    def _calibrated_kv_weight(self, share: float) -> float:
-        inputs = [partial(self.inputs, batch) for batch in self.loader.step(0)]
-        return calibrate_kv_weight(self.engine, inputs, share, self.cfg.task_weight or 1.0)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def _weights(self) -> LossWeights:
-        cfg, kv = self.cfg, self.kv_weight.at(self.step, self.total_steps)
-        return LossWeights(task=cfg.task_weight, kv=kv, logit_kd=cfg.logit_kd_weight)
+        cfg = self.cfg
+        return LossWeights(task=cfg.task_weight, kv=self.kv.weight_at(self.step), logit_kd=cfg.logit_kd_weight)
 
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""
@@ -283,15 +278,23 @@ class TrainingRun:
                     gradient_watch = self.engine.module.gradient_watch
                     squares = gradient_watch.squares() if gradient_watch is not None else {}
                     # All ranks together count one step, so that steps on other numbers of ranks weigh the same.
-                    meter.update(metrics | squares, micro.tokens, share=1 / (micro.count * self.world_size))
+                    share = 1 / (micro.count * self.world_size)
+                    meter.update(metrics | squares, micro.tokens, share=share)
+                    self.kv.weight.note(metrics, share)
                     self.nonfinite_steps.note(inputs.batch, metrics)
                 self.step += 1
                 bar.update()
                 self._tell_first_step(begun)
                 self.nonfinite_steps.end_step(self.step)
+                self.kv.weight.end_step()
                 self.run_log.record_nonfinite_steps(wait=watch)
                 if watch:
                     self._record(meter.read(timer.read()), weights, bar)
+                if self.kv.due(self.step):
+                    agreement, told = self.kv.ask_the_task(self.step)
+                    self.run_log.record(self.step, {"kv/agreement": agreement})
+                    self.run_log.warn(self.step, told)
+                    meter.restart_clock()
                 if self._due(cfg.eval_steps):
                     self._evaluate_on_the_way()
                 if self._due(cfg.save_steps) or self.step == self.total_steps:
@@ -316,11 +319,7 @@ class TrainingRun:
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             metrics["grad_norm"] = float(norm)
-        if self.cfg.uses_kv:
-            metrics["kv/weight"] = weights.kv
-            fallen = self.kv_health.update(metrics, schedule=self.kv_weight.part_of(weights.kv))
-            self.run_log.warn(self.step, fallen)
-            self.kv_weight.hold(metrics)
+        self.run_log.warn(self.step, self.kv.look(self.step, metrics, weights.kv))
         self.run_log.record(self.step, metrics)
         shown = {
             name: f"{metrics[key]:.4f}" for name, key in (("task", "loss/task"), ("kv", "loss/kv")) if key in metrics
@@ -344,8 +343,7 @@ class TrainingRun:
         state = {
             "evaluation_pending": self.evaluation_pending,
             "meters": self.meter.states(),
-            **self.kv_weight.state,
-            "kv_health": self.kv_health.state,
+            **self.kv.state,
             "mlflow_run_id": self.run_log.mlflow_run_id,
         }
         # Rank 0 alone tracks; the other ranks' states must not disagree with its file.

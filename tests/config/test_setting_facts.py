@@ -35,6 +35,7 @@ BOUNDS = {
     "logit_kd_weight": [(0.0, -1e-9, "a finite number, at least 0")],
     "weight_decay": [(0.0, -1e-9, "a finite number, at least 0")],
     "attention_loss_weight": [(0.0, -1e-9, "a finite number, at least 0")],
+    "kv_weight_until": [(1e-9, 0.0, "a share above 0, at most 1"), (1.0, 1 + 1e-9, "a share above 0, at most 1")],
     "keep_checkpoints": [(0, -1, "a finite number, at least 0")],
     "subset_size": [(1, 0, "at least 1 (or leave --subset_size away)")],
     "max_steps": [(1, 0, "at least 1 (or leave --max_steps away)")],

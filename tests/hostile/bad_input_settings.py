@@ -63,6 +63,12 @@ FLAGS = {
     "--kv_weight hold:0.5 --kv_weight_schedule linear":
         ("kv_weight_schedule=linear", "constant with --kv_weight hold:SHARE"),
     "--kv_weight hold:0.5 --task_weight 0": ("kv_weight=hold:0.5", "a number", "--task_weight is 0"),
+    "--kv_weight balance:0": ("kv_weight=balance:0", "balance:SHARE", "auto:2.0"),
+    "--kv_weight_until 0": ("kv_weight_until=0", "a share above 0, at most 1", "--kv_weight_until 1.0"),
+    "--kv_weight_until 1.5": ("kv_weight_until=1.5", "a share above 0, at most 1", "--kv_weight_until 1.0"),
+    "--kv_weight hold:0.5 --kv_weight_until 0.5": ("kv_weight_until=0.5", "1 with --kv_weight hold:SHARE"),
+    "--kv_weight 1 --task_weight 0 --kv_weight_until 0.5": ("kv_weight_until=0.5", "--task_weight 1"),
+    "--kv_let_go maybe": ("--kv_let_go maybe", "true or false", "--no_kv_let_go"),
     "--kv_weight -1": ("kv_weight=-1", "at least 0", "auto:2.0"),
     "--kv_weight heavy": ("kv_weight=heavy", "at least 0", "auto:2.0"),
     "--teacher_kv random": ("teacher_kv=random", "matched, shuffled", "--teacher_kv matched"),

@@ -23,8 +23,8 @@ from kvds.kv import KVShape, select_tokens
 from kvds.kv.families import FAMILIES
 from kvds.plan.live_memory import LiveMemory
 from kvds.teacher.teacher import Teacher
-from kvds.training import calibration
-from kvds.training.calibration import calibrate_kv_weight
+from kvds.training import loss_gradients
+from kvds.training.loss_gradients import calibrate_kv_weight
 from tests.harness.kv_settings import both_parts
 from tests.kv.test_row_attention import VOCAB, config_of
 
@@ -53,8 +53,8 @@ def plain_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def norm(engine: Engine, parameters: list[nn.Parameter]) -> float:
         return float(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm())
 
-    monkeypatch.setattr(calibration, "gradient_norm", norm)
-    monkeypatch.setattr(calibration, "discard_gradients", lambda engine: engine.zero_grad())
+    monkeypatch.setattr(loss_gradients, "gradient_norm", norm)
+    monkeypatch.setattr(loss_gradients, "discard_gradients", lambda engine: engine.zero_grad())
 
 
 def with_dropout(family: str, layers: int, seed: int) -> Any:

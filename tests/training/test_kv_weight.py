@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,22 +27,22 @@ def test_a_number_is_taken_as_it_is() -> None:
     weight = weight_of(kv_weight=2.5)
     assert weight.value == 0.0
     weight.begin(never)
-    assert weight.state == {"kv_weight": 2.5, "start_kv_weight": 2.5}
+    assert weight.state == {"kv_weight": 2.5, "start_kv_weight": 2.5, "kv_let_go": None}
 
 
 @pytest.mark.parametrize("flags", [{"alignment_mode": "none", "kv_weight": 3}, {"kv_weight": 0}])
 def test_without_keys_and_values_it_stays_zero(flags: dict[str, Any]) -> None:
     weight = weight_of(**flags)
     weight.begin(never)
-    assert weight.state == {"kv_weight": 0.0, "start_kv_weight": 0.0}
-    assert weight.at(3, 4) == 0.0 and weight.part_of(0.0) == 1.0
+    assert weight.state == {"kv_weight": 0.0, "start_kv_weight": 0.0, "kv_let_go": None}
+    assert weight.at(3, 4) == 0.0 and weight.part(3, 4) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["auto", "hold"])
 def test_a_share_is_calibrated(kind: str) -> None:
     weight = weight_of(kv_weight=f"{kind}:0.25")
     weight.begin(lambda share: 8 * share)
-    assert weight.state == {"kv_weight": 2.0, "start_kv_weight": 2.0}
+    assert weight.state == {"kv_weight": 2.0, "start_kv_weight": 2.0, "kv_let_go": None}
 
 
 def test_a_constant_weight_is_the_same_at_each_step() -> None:
@@ -54,8 +55,49 @@ def test_a_linear_weight_falls_to_its_last_part() -> None:
     weight = weight_of(kv_weight=2.0, kv_weight_schedule="linear")
     weight.begin(never)
     assert [weight.at(step, 4) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
-    assert [weight.part_of(weight.at(step, 4)) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [weight.part(step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert weight.value == 2.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", [2.0, 2.0, 2.0, 0.0, 0.0]), ("linear", [2.0, 1.2, 0.4, 0.0, 0.0])]
+)
+def test_keys_and_values_first_and_then_the_task_alone(schedule: str, expected: list[float]) -> None:
+    weight = weight_of(kv_weight=2.0, kv_weight_schedule=schedule, kv_weight_until=0.5)
+    weight.begin(never)
+    assert [weight.at(step, 5) for step in range(5)] == pytest.approx(expected)
+    assert weight.part(3, 5) == 0.0
+
+
+def test_what_is_let_go_is_zero_from_then_on_and_after_a_resume() -> None:
+    weight, again = weight_of(kv_weight="hold:0.5"), weight_of(kv_weight="hold:0.5")
+    weight.begin(lambda share: 2.0)
+    assert weight.ended is None
+    weight.let_go(3)
+    weight.hold({"kv/gradient_ratio": 0.4})
+    again.restore(weight.state)
+    for each in (weight, again):
+        assert [each.at(step, 9) for step in range(5)] == [2.0, 2.0, 2.0, 0.0, 0.0] and each.ended == 3
+
+
+def test_a_balanced_weight_follows_the_losses_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches on each of two ranks: the other rank's sums are those of this one once more, doubled."""
+    monkeypatch.setattr("kvds.training.kv_weight.all_reduce_sum", lambda sums: sums.mul_(3.0))
+    flags = {"kv_weight": "balance:0.5", "task_weight": 2.0, "logit_kd_weight": 3.0}
+    weight, again = weight_of(**flags), weight_of(**flags)
+    weight.begin(lambda share: 7.0)
+    assert float(weight.at(0, 8)) == 7.0
+    for task, kd, kv in ((1.0, 0.5, 0.2), (3.0, 1.5, 0.6)):
+        metrics = {"loss/task": task, "loss/logit_kd": kd, "loss/kv": kv}
+        weight.note({name: torch.tensor(value) for name, value in metrics.items()}, 0.25)
+    weight.end_step()
+    assert float(weight.at(1, 8)) == pytest.approx(0.5 * (2 * 4.0 + 3 * 2.0) / 0.8)
+    weight.end_step()  # a step that noted nothing
+    weight.note({"loss/task": torch.tensor(1.0), "loss/kv": torch.tensor(math.nan)}, 1.0)
+    weight.end_step()
+    assert float(weight.at(2, 8)) == pytest.approx(0.5 * 14.0 / 0.8)
+    again.restore(weight.state)
+    assert torch.equal(torch.as_tensor(again.at(3, 8)), torch.as_tensor(weight.at(3, 8)))
 
 
 def test_only_a_held_weight_moves() -> None:
@@ -78,7 +120,7 @@ def test_a_restored_weight_goes_on_where_it_was() -> None:
     for _ in range(30):  # far enough for the bound that the start sets
         first.hold({"kv/gradient_ratio": 1e-3})
     again.restore({"step": 30, **first.state})
-    assert again.state == first.state == {"kv_weight": 200.0, "start_kv_weight": 2.0}
+    assert again.state == first.state == {"kv_weight": 200.0, "start_kv_weight": 2.0, "kv_let_go": None}
     for weight in (first, again):
         weight.hold({"kv/gradient_ratio": 1e-3})
     assert again.value == first.value == 200.0

@@ -1,0 +1,100 @@
+"""A KV loss that does not help is let go of: at the start, on the way, the same on all ranks and after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.harness.forked_ranks import REPOSITORY, RankServer
+from tests.harness.survival_runs import Start, check_equal, cut, make_models, records, starter
+
+FP32 = {"deepspeed_config": REPOSITORY / "ds_configs/zero0_fp32.json", "logging_steps": 1, "save_steps": 0}
+OFTEN = "from kvds.training.kv_let_go import KVLetGo; KVLetGo.LEAST_STEPS = 2\n"
+NO_MAP = "from kvds.align import ridge; ridge._LEAST_R2 = 2.0\n"  # whatever is fitted is not told from chance
+AT_ONCE = OFTEN + "KVLetGo.note = lambda self, agreement: True\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("course")
+    make_models(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path) -> Iterator[Start]:
+    with RankServer() as server:
+        yield starter(server, folder)
+
+
+def students(*runs: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(run / "student/model.safetensors") for run in runs]
+
+
+def test_maps_that_explain_nothing_leave_the_task_alone(folder: Path, start: Start) -> None:
+    name, settings = "nothing", {**FP32, "map_start": "auto"}
+    codes, text = start(name, setup=NO_MAP, **settings)
+    assert codes == [0] and "the KV loss is let go of: no map explains held-out states" in text, text[-3000:]
+    found = records(folder / name)
+    assert all(found[0][f"kv/start_r2/{part}"] == 0 for part in ("keys", "values"))
+    assert {line["kv/weight"] for line in found[1:]} == {0.0}
+    assert ["loss/kv" in line for line in found[1:]] == [True] + [False] * 7
+    codes, text = start("task", **settings, alignment_mode="none", kv_parts="auto")
+    assert codes == [0], text[-3000:]
+    ours, task, before = (*students(folder / name, folder / "task"), load_file(folder / "student/model.safetensors"))
+    for weight, value in ours.items():
+        torch.testing.assert_close(value, task[weight], rtol=0, atol=1e-5)
+        assert (value - before[weight]).abs().max() > 1e-3
+
+
+def test_an_empty_map_is_refused_only_by_who_wants_to_keep_it(start: Start) -> None:
+    codes, text = start("kept", setup=NO_MAP, **FP32, map_start="auto", kv_let_go="false")
+    assert codes != [0] and "the KV loss sends the student no gradient" in text
+
+
+@pytest.mark.parametrize(("config", "ranks"), [("zero0_fp32", 1), ("zero3_cpu", 2)])
+def test_asking_the_task_changes_nothing(folder: Path, start: Start, config: str, ranks: int) -> None:
+    settings = {**FP32, "deepspeed_config": REPOSITORY / f"ds_configs/{config}.json", "gradient_accumulation_steps": 1}
+    never = OFTEN + "KVLetGo.IN_A_ROW = 99\n"
+    for name, setup, wanted in (("asked", never, "true"), ("unasked", "", "false")):
+        codes, text = start(f"{config}-{name}", ranks=ranks, setup=setup, kv_let_go=wanted, **settings)
+        assert codes == [0] * ranks, text[-3000:]
+    found = records(folder / f"{config}-asked")
+    asked = [line for line in found if "kv/agreement" in line]
+    assert [line["step"] for line in asked] == [2, 4, 6] and all(-1 < line["kv/agreement"] < 1 for line in asked)
+    assert [line for line in found if "kv/agreement" not in line] == records(folder / f"{config}-unasked")
+    one, other = students(folder / f"{config}-asked", folder / f"{config}-unasked")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_all_ranks_let_go_together_and_a_resumed_run_goes_on_without(folder: Path, start: Start) -> None:
+    settings = {"ranks": 2, "logging_steps": 1}
+    codes, text = start("let-go", setup=AT_ONCE, **settings)
+    assert codes == [0, 0] and "step 2: the KV loss is let go of: its gradient turned against the task's" in text
+    found = records(folder / "let-go")
+    weights = {line["step"]: line["kv/weight"] for line in found if "kv/weight" in line}
+    assert [step for step, weight in weights.items() if weight > 0] == [1, 2]
+    # Once more at a weight of 0, so that no gradient of the aligner is left over; then it is not computed.
+    assert [line["step"] for line in found if "loss/kv" in line] == [1, 2, 3]
+    cut(folder / "let-go", folder / "let-go-resumed", 3)
+    codes, text = start("let-go-resumed", **settings)
+    assert codes == [0, 0] and "resumed from step 3" in text
+    check_equal(folder / "let-go", folder / "let-go-resumed")
+
+
+def test_a_balanced_run_resumes_to_the_same_bits(folder: Path, start: Start) -> None:
+    settings = {"ranks": 2, "kv_weight": "balance:0.5", "logging_steps": 1, "map_start": "ridge"}
+    codes, text = start("balanced", **settings)
+    assert codes == [0, 0], text[-3000:]
+    found = [line for line in records(folder / "balanced") if "kv/weight" in line]
+    for before, line in zip(found, found[1:], strict=False):
+        part = 1 - (line["step"] - 1) / 8
+        assert line["kv/weight"] == pytest.approx(part * 0.5 * before["loss/task"] / before["loss/kv"], rel=1e-4)
+    cut(folder / "balanced", folder / "balanced-resumed", 3)
+    codes, text = start("balanced-resumed", **settings)
+    assert codes == [0, 0] and "resumed from step 3" in text
+    check_equal(folder / "balanced", folder / "balanced-resumed")
