@@ -19,6 +19,7 @@ from kvds.errors import InputError, RunError
 COMMANDS = {
     "ab": ("ab", "an experiment: arms × seeds of a plan, paired statistics, report"),
     "cache": ("cache", "write a teacher's keys and values of a corpus to disk, to train without the teacher"),
+    "completion": ("completion", "a shell's script for tab completion"),
     "distill": ("distill", "train a student: alone, or each rank that deepspeed, torchrun, accelerate or srun starts"),
     "doctor": ("doctor", "look over this machine: versions, devices, compiler, space, network, kernel, sqlite"),
     "eval": ("evaluate", "cross entropy and exact match of a model on held-out rows"),
@@ -31,9 +32,14 @@ COMMANDS = {
     "prefetch": ("prefetch", "models, tokenizers and data sets of a recipe into a folder, for nodes without internet"),
     "profile": ("profile", "what an aligner is made of and what it has learned"),
     "prune": ("prune", "a smaller student of some of a model's own layers, chosen by hand or by what each is worth"),
+    "quickstart": ("quickstart", "three students of a shipped teacher in a few minutes, compared"),
     "report": ("report", "table and loss curves of one or more runs"),
     "track": ("track", "hand the records of a run to MLflow, where it lacks them"),
 }
+# Command → packages of an extra without which it can do nothing.
+NEEDS = {
+    "ab": ("scipy", "matplotlib"), "completion": ("shtab",), "profile": ("matplotlib",), "track": ("mlflow",),
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,8 +56,10 @@ def _usage() -> str:
 
 def _run(module_name: str, name: str, flags: Sequence[str]) -> int:
     """Import, parse and run one command."""
+    from kvds.config.extras import need
     from kvds.config.flag_parser import as_declared, declared_flags, unknown_flag
 
+    need(f"kvds {name}", *NEEDS.get(name, ()))
     module = importlib.import_module(f"kvds.commands.{module_name}")
     parser = _Parser(prog=f"kvds {name}", description=module.__doc__, allow_abbrev=False)
     module.add_arguments(parser)

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from kvds.commands.output_folder import check_output
+from kvds.config.extras import need
 from kvds.config.values import number
 from kvds.errors import InputError
 from kvds.experiment.plan import Job, load_plan, parse_seeds
@@ -56,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{name} {getattr(arguments, name)}: expected at least 1")
     if arguments.in_process and arguments.ranks > 1:
         raise InputError(f"--in_process --ranks {arguments.ranks}: expected one rank (or no --in_process)")
+    if arguments.track:
+        need("--track", "mlflow")
     minutes = arguments.max_minutes
     if minutes is not None and not minutes > 0:
         raise InputError(f"--max_minutes {minutes}: expected above 0 (or no --max_minutes)")

@@ -48,6 +48,12 @@ def flag_parser(short: bool = False) -> argparse.ArgumentParser:
         usage="kvds distill [--config RECIPE] [--flag value …]", add_help=False,
         epilog=f"--help all lists all {count} flags." if short else None,
     )  # fmt: skip
+    add_flags(parser, short)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, short: bool = False) -> None:
+    """Declare all flags; with ``short``, those that most runs do not need are told by no help."""
     parser.add_argument(
         "-h", "--help", action=_Help, nargs="?", metavar="all", help="show the flags that most runs need, or all"
     )
@@ -77,7 +83,6 @@ def flag_parser(short: bool = False) -> argparse.ArgumentParser:
             else:
                 options["metavar"] = "|".join(choices) if choices else field.name.upper()
             group.add_argument(f"--{field.name}", **options)
-    return parser
 
 
 def as_declared(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:

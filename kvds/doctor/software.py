@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvds.config.extras import EXTRAS
 from kvds.doctor.finding import Finding, run_bounded
 
 # As in pyproject.toml (a test compares them): a checkout that is not installed has no metadata to ask.
@@ -31,6 +32,11 @@ def check_versions(minimum: Mapping[str, str] = MINIMUM) -> list[Finding]:
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
+            if package in EXTRAS:
+                found.append(
+                    f"no {package}, which records and pictures may want (pip install 'kvds[{EXTRAS[package]}]')"
+                )
+                continue
             wrong.append(f"{package} is missing, expected {least} or newer")
             continue
         found.append(f"{package} {version}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from typing import Any
 import yaml
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES
+from kvds.config.extras import installed, missing
 from kvds.errors import InputError
 from kvds.tracking.metrics_file import METRICS_FILE, read_metrics
 from kvds.tracking.provenance import PROVENANCE_FILE
+
+log = logging.getLogger("kvds")
 
 MISSING = "–"
 # Okabe and Ito's palette without black and its pale yellow: told apart under the common kinds of colour blindness.
@@ -196,21 +200,25 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> list[Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         figure, report, rows = folder / "loss_curves.png", folder / "report.md", folder / "report.csv"
-        save_curves(runs, figure)
+        drawn = installed("matplotlib")
+        if drawn:
+            save_curves(runs, figure)
+        else:
+            log.warning("no %s: %s", figure.name, missing("matplotlib"))
         title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
         report.write_text(
             f"# {title}\n\n{format_table(runs)}\n\n"
             f"Task loss: nats per token of rationale and answer. KV loss: mean standardised residual of the "
             f"keys and values matched, by default the values alone. Real tokens: without padding, over all ranks, "
             f"median after the first interval. "
-            f"{MISSING}: not recorded.\n\n![Loss curves]({figure.name})\n{_made_by(runs)}",
+            f"{MISSING}: not recorded.\n\n{f'![Loss curves]({figure.name})' if drawn else ''}\n{_made_by(runs)}",
             encoding="utf-8",
         )
         _write_csv(runs, rows)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"--output {folder}: {reason}; expected a folder that can be written") from error
-    return [report, figure, rows]
+    return [report, figure, rows] if drawn else [report, rows]
 
 
 def save_curves(runs: Sequence[RunRecord], path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvds.config.extras import installed, missing
 from kvds.errors import InputError
 from kvds.tracking.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from kvds.tracking.mlflow_writer import RUN_ID_FILE, MlflowWriter
@@ -94,6 +95,9 @@ class Tracker:
         self._run_id = run_id
         backlog = self._records_so_far() if resume_step is not None else []
         if not enabled:
+            return
+        if not installed("mlflow"):
+            log.warning("records: %s; metrics.jsonl alone is written (or --report_to none)", missing("mlflow"))
             return
         # A dead server is told of in seconds, not minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")

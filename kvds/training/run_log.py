@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kvds.config import RunConfig
+from kvds.config.extras import installed
 from kvds.distillation.module import DistillationModule
 from kvds.tracking.provenance import collect_versions, git_revision, write_provenance
 from kvds.tracking.tracker import Tracker, ui_command
@@ -141,7 +142,9 @@ class RunLog:
             self._log_artifacts(self._tracker)
         log.info("student, aligner and records are in %s", self._output_dir)
         cfg = self._cfg
-        if cfg.report_to == "mlflow" and (cfg.tracking_uri or "sqlite:").startswith("sqlite:"):  # no server yet
+        if (
+            cfg.report_to == "mlflow" and installed("mlflow") and (cfg.tracking_uri or "sqlite:").startswith("sqlite:")
+        ):  # no server yet
             log.info("look through them: %s", ui_command(self._output_dir, cfg.tracking_uri))
 
     def _log_artifacts(self, tracker: Tracker) -> None:

@@ -59,11 +59,16 @@ record=$(ls -i "$site"/torch-*.dist-info/RECORD)
 unset PYTHONPATH # this checkout's own kvds is not to be found
 unshare -n python -m pip --python "$scratch/venv/bin/python" install --quiet --disable-pip-version-check --no-compile --no-index \
   --find-links "$wheels" kvds || fail 'pip install --no-index'
+unshare -n python -m pip --python "$scratch/venv/bin/python" install --quiet --disable-pip-version-check --dry-run --no-index \
+  --find-links "$wheels" 'kvds[all]' || fail 'the extras of kvds'
 [ "$(ls -i "$site"/torch-*.dist-info/RECORD)" = "$record" ] || fail 'torch was replaced'
 cd "$scratch"
 unshare -n "$scratch/venv/bin/python" -c '
-import sys, deepspeed, kvds.training.run, torch, transformers
+import sys, deepspeed, importlib.util, kvds.training.run, torch, transformers
+assert not importlib.util.find_spec("mlflow"), "an extra came along"
 assert kvds.__file__.startswith(sys.prefix), kvds.__file__
 print("torch", torch.__version__, "deepspeed", deepspeed.__version__, "transformers", transformers.__version__)' | tail -n 1
 unshare -n "$scratch/venv/bin/kvds" --help >"$scratch/help.txt" || fail 'kvds --help'
+unshare -n "$scratch/venv/bin/kvds" ab problems_300 2>"$scratch/ab.txt" && fail 'kvds ab without its extra'
+grep -q "pip install 'kvds\[statistics\]'" "$scratch/ab.txt" || fail 'no word on the extra'
 echo "PASSED wheelhouse: installed and imported without a network, the own torch kept ($((SECONDS - begun)) s)"
