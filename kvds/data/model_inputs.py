@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvds.data.batches import TokenBatch
-from kvds.kv.families import sliding_window_of
+from kvds.kv.families import layer_kinds, window_of
 from kvds.kv.packed import packed_selection
 from kvds.kv.row_attention import ROW_ATTENTION, bounds_as_mask
 from kvds.kv.select import Selection
@@ -37,8 +37,12 @@ def model_inputs(batch: TokenBatch, config: Any, dtype: torch.dtype) -> dict[str
     if by_bounds:
         mask = bounds_as_mask(packing.bounds, batch.input_ids.device)
         return inputs | {"attention_mask": mask, "max_length_q": packing.longest}
-    mask = packing.attention_mask(config._attn_implementation, dtype, sliding_window_of(config))
-    return inputs | {"attention_mask": mask}
+    masks = {
+        kind: packing.attention_mask(config._attn_implementation, dtype, window_of(config, kind))
+        for kind in layer_kinds(config)
+    }
+    # A model of several kinds of layers takes a mask for each; one of one kind might take no mapping.
+    return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
 def unpacked(batch: TokenBatch) -> TokenBatch:

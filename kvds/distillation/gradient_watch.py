@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvds.kv import Capture
+from kvds.kv import Capture, Watched
 
 
 class GradientWatch:
@@ -23,23 +23,23 @@ class GradientWatch:
 
     def attach(self, capture: Capture) -> None:
         """Hang hooks on what ``capture`` took; call between forward and backward."""
-        for heads, output, columns in capture.watched:
-            self._watch(heads, output, columns)
+        for layer in capture.watched:
+            self._watch(layer)
 
-    def _watch(self, heads: Tensor, output: Tensor, columns: slice) -> None:
+    def _watch(self, layer: Watched) -> None:
         # The view of the heads has a gradient of its own: the KV loss's alone. The projection's output sums both.
         received: list[Tensor] = []
 
         def on_kv(gradient: Tensor) -> None:
-            received.append(gradient.transpose(1, 2).flatten(2).float())
+            received.append(gradient.float())
             self._kv_squares.append(received[-1].square().sum())
 
         def on_total(gradient: Tensor) -> None:
-            rest = gradient.flatten(2)[..., columns].float()
+            rest = layer.heads(gradient).float()
             self._rest_squares.append((rest - received.pop() if received else rest).square().sum())
 
-        heads.register_hook(on_kv)
-        output.register_hook(on_total)
+        layer.states.register_hook(on_kv)
+        layer.output.register_hook(on_total)
 
     def squares(self) -> dict[str, Tensor]:
         """Both squared norms of the backward pass just run, as metrics whose sums over micro-batches and ranks give the

@@ -27,8 +27,7 @@ def gather_whole_layers(model: nn.Module, engine_config: Mapping[str, Any]) -> l
     do not: of a layer whose input has no gradient DeepSpeed reduces the gradients before they are there.
 
     Args:
-        model: A causal language model of a family in :data:`kvds.kv.families.FAMILIES`; no engine is built around it
-            yet.
+        model: A causal language model; no engine is built around it yet.
         engine_config: DeepSpeed's configuration. What it says itself about the size of what is gathered stands.
 
     Returns:

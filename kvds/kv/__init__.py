@@ -2,7 +2,7 @@
 
 from kvds.kv.capture import KVCapture
 from kvds.kv.draws import row_draws
-from kvds.kv.forward_capture import Capture
+from kvds.kv.forward_capture import Capture, Watched
 from kvds.kv.gather import gather_positions, group_slices
 from kvds.kv.hidden import HiddenCapture, HiddenStates, hidden_shape
 from kvds.kv.observed import Observed, ObservingRows
@@ -26,6 +26,7 @@ __all__ = [
     "ObservingRows",
     "Selection",
     "States",
+    "Watched",
     "common_reasoning_steps",
     "gather_positions",
     "group_slices",

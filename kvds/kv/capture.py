@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
-from kvds.kv.families import FAMILIES, AttentionLayout, attention_modules, check_each_once
-from kvds.kv.forward_capture import Capture
+from kvds.kv.attention_layout import AttentionLayout
+from kvds.kv.families import attention_layouts, attention_modules
+from kvds.kv.forward_capture import Capture, Watched
 from kvds.kv.observed import ObservedLayer, Rotation, gather_rows
 from kvds.kv.states import KV_PARTS, KVShape, KVStates
+
+Heads = Callable[[Tensor], Tensor]
 
 
 class KVCapture(Capture[KVStates]):
@@ -24,8 +27,8 @@ class KVCapture(Capture[KVStates]):
     of checkpointed layers is none. Captures of one model nest, and one capture may be entered again.
 
     Args:
-        model: A causal language model or its backbone, of a family in :data:`kvds.kv.families.FAMILIES`; also inside
-            DDP, FSDP, DeepSpeed's engine or PEFT.
+        model: A causal language model or its backbone, of a family in :data:`kvds.kv.families.FAMILIES` or built as
+            those are; also inside DDP, FSDP, DeepSpeed's engine or PEFT.
         rope: ``"pre"``: keys as projected (and normalised, where the family does); ``"post"``: rotated as attention
             uses them.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
@@ -35,7 +38,7 @@ class KVCapture(Capture[KVStates]):
             position, without a copy; None = no queries.
 
     Attributes:
-        key_outputs: Per layer, the projection's output tensor and the columns of it that hold keys.
+        key_outputs: Per layer, the projection's output tensor and how it is read as heads of keys.
         value_outputs: The same for values.
         key_heads: Per layer, the unrotated keys as views that only a loss on ``states`` sends gradients to.
         observed: Per layer, what attention compares: the query rows ``[B, num_attention_heads, Q, head_dim]`` and all
@@ -43,8 +46,8 @@ class KVCapture(Capture[KVStates]):
             ``query_rows``.
 
     Raises:
-        InputError: unknown model family, layers that differ in heads or head_dim or share a module, or a layer that is
-            not there.
+        InputError: no keys and values are found, layers that differ in heads or head_dim or share a module, or a layer
+            that is not there.
         RuntimeError: on leaving, where a layer was not run, or where ``require_grad`` finds a tensor without a graph.
     """
 
@@ -63,15 +66,13 @@ class KVCapture(Capture[KVStates]):
         self._shape = KVShape.from_config(config)
         if rope not in ("pre", "post"):
             raise InputError(f"kv_rope={rope}: expected pre or post")
-        family = FAMILIES[config.model_type]
         attentions = attention_modules(self._backbone)
         self._layers = list(range(len(attentions)) if layers is None else layers)
         if absent := [layer for layer in self._layers if not 0 <= layer < len(attentions)]:
             raise InputError(f"layers={absent}: expected numbers from 0 to {len(attentions) - 1}")
         self._attentions: dict[int, nn.Module] = {layer: attentions[layer] for layer in self._layers}
-        self._layouts: dict[int, AttentionLayout] = {layer: family.layout(attentions[layer]) for layer in self._layers}
-        check_each_once(layout.key_module for layout in self._layouts.values())
-        check_each_once(layout.value_module for layout in self._layouts.values())
+        layouts = attention_layouts(self._backbone, self._layers)
+        self._layouts: dict[int, AttentionLayout] = dict(zip(self._layers, layouts, strict=True))
         self._rope, self._require_grad = rope, require_grad
         self._query_rows = query_rows
         self._wants_keys = "keys" in parts or query_rows is not None
@@ -88,23 +89,23 @@ class KVCapture(Capture[KVStates]):
                 hook = self._rotation_hook(layer)
                 yield self._attentions[layer].register_forward_pre_hook(hook, with_kwargs=True)
             if self._wants_keys:
-                yield layout.key_module.register_forward_hook(self._output_hook(self._keys, layer))
+                yield layout.key.module.register_forward_hook(self._output_hook(self._keys, layer))
             if self._wants_values:
-                yield layout.value_module.register_forward_hook(self._output_hook(self._values, layer))
+                yield layout.value.module.register_forward_hook(self._output_hook(self._values, layer))
             if self._query_rows is not None:
-                yield layout.query_module.register_forward_hook(self._query_hook(layer, self._query_rows))
+                yield layout.query.module.register_forward_hook(self._query_hook(layer, self._query_rows))
 
     @property
     def one_projection(self) -> bool:
         """Whether a module gives keys and values both, so that a view of either keeps the other alive."""
-        return any(layout.key_module is layout.value_module for layout in self._layouts.values())
+        return any(layout.key.module is layout.value.module for layout in self._layouts.values())
 
     @property
-    def watched(self) -> list[tuple[Tensor, Tensor, slice]]:
-        """Per layer, keys first: a view that only a loss on ``states`` sends gradients to, the output, its columns."""
+    def watched(self) -> list[Watched]:
+        """Per layer, keys first."""
         views = [*self.key_heads, *self.states.values]
         outputs = [*self.key_outputs, *self.value_outputs]
-        return [(view, *output) for view, output in zip(views, outputs, strict=True)]
+        return [Watched(view, *output) for view, output in zip(views, outputs, strict=True)]
 
     def _forget(self) -> None:
         super()._forget()
@@ -114,8 +115,8 @@ class KVCapture(Capture[KVStates]):
         self._queries.clear()
         self._rotations.clear()
         self.observed: tuple[ObservedLayer, ...] = ()
-        self.key_outputs: list[tuple[Tensor, slice]] = []
-        self.value_outputs: list[tuple[Tensor, slice]] = []
+        self.key_outputs: list[tuple[Tensor, Heads]] = []
+        self.value_outputs: list[tuple[Tensor, Heads]] = []
         self.key_heads: list[Tensor] = []
 
     @staticmethod
@@ -126,10 +127,10 @@ class KVCapture(Capture[KVStates]):
         return hook
 
     def _query_hook(self, layer: int, rows: Tensor | Literal["all"]) -> Callable[..., None]:
-        columns = self._layouts[layer].query_columns
+        heads = self._layouts[layer].query.heads
 
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            output = output.flatten(2)[..., columns]
+            output = heads(output).transpose(1, 2).flatten(2)
             # With a graph the rows are picked after the forward: gathering saves tensors, and a checkpointed layer
             # must save the same in its recomputation, when these hooks may be gone. Without one, the rest is let go.
             if isinstance(rows, Tensor) and not output.requires_grad:
@@ -159,10 +160,10 @@ class KVCapture(Capture[KVStates]):
         keys: list[Tensor] = []
         values: list[Tensor] = []
         if self._wants_keys:
-            self.key_outputs = [(self._keys[i], self._layouts[i].key_columns) for i in self._layers]
+            self.key_outputs = [(self._keys[i], self._layouts[i].key.heads) for i in self._layers]
             keys = [self._heads("keys", i, *output) for i, output in zip(self._layers, self.key_outputs, strict=True)]
         if self._wants_values:
-            self.value_outputs = [(self._values[i], self._layouts[i].value_columns) for i in self._layers]
+            self.value_outputs = [(self._values[i], self._layouts[i].value.heads) for i in self._layers]
             outputs = zip(self._layers, self.value_outputs, strict=True)
             values = [self._heads("values", i, *output) for i, output in outputs]
         self.key_heads = keys
@@ -176,23 +177,20 @@ class KVCapture(Capture[KVStates]):
         self._rotations.clear()
         return KVStates(tuple(keys), tuple(values))
 
-    def _heads(self, part: str, layer: int, output: Tensor, columns: slice) -> Tensor:
-        heads, dim = self._shape.num_key_value_heads, self._shape.head_dim
-        if output.dim() == 3:
-            output = output[..., columns]
-            if output.shape[-1] == heads * dim:
-                output = output.unflatten(-1, (heads, dim))
-        if output.shape[2:] != (heads, dim):
+    def _heads(self, part: str, layer: int, output: Tensor, heads: Heads) -> Tensor:
+        states = heads(output)  # [B, H, T, D]
+        expected = self._shape.num_key_value_heads, self._shape.head_dim
+        if states.dim() != 4 or (states.shape[1], states.shape[3]) != expected:
             raise InputError(
-                f"attention layer {layer}: its {part} are {tuple(output.shape[2:])} per token; expected {heads} KV "
-                f"heads × {dim} in every layer, as the configuration says (use a model whose layers are alike)"
+                f"attention layer {layer}: its {part} are {_per_token(states)} per token; expected {expected[0]} KV "
+                f"heads × {expected[1]} in every layer, as the configuration says (use a model whose layers are alike)"
             )
         if self._require_grad and output.grad_fn is None:
             raise RuntimeError(
                 f"captured {part} of layer {layer} carry no graph, so a KV loss would train nothing: the forward ran "
                 "under no_grad, on frozen weights, or under reentrant gradient checkpointing (use use_reentrant=False)"
             )
-        return output.transpose(1, 2)  # [B, H, T, D]
+        return states
 
     def _observed(self, layer: int, keys: Tensor, rotation: Rotation | None) -> ObservedLayer:
         layout, shape = self._layouts[layer], self._shape
@@ -200,7 +198,7 @@ class KVCapture(Capture[KVStates]):
         if rows.requires_grad and isinstance(self._query_rows, Tensor):
             rows = gather_rows(rows, self._query_rows)
         rows = rows.unflatten(-1, (shape.num_attention_heads, shape.head_dim)).transpose(1, 2)
-        return ObservedLayer(rows, keys, rotation, layout.scaling, layout.sliding_window)
+        return ObservedLayer(rows, keys, rotation, layout.scaling, layout.sliding_window, layout.softcap)
 
     def _layer_rotations(self) -> list[Rotation | None]:
         """Per layer; layers that were given the same position embeddings share one."""
@@ -219,3 +217,8 @@ class KVCapture(Capture[KVStates]):
                 shared[id(cos)] = Rotation(rotary, cos, sin, rows)
             found.append(shared[id(cos)])
         return found
+
+
+def _per_token(states: Tensor) -> tuple[int, ...]:
+    """Heads and dimensions, or the width of what is no heads of any number."""
+    return (states.shape[1], states.shape[3]) if states.dim() == 4 else tuple(states.transpose(1, 2).shape[2:])

@@ -1,127 +1,57 @@
-"""Where the supported model families compute queries, keys and values: one entry a family.
+"""The model families whose keys and values are known to be captured right, and the way to their attention layers.
 
-A family says which sub-modules' outputs hold an attention layer's queries, keys and values before the rotary embedding,
-in which columns of the output, and how attention compares them. None of these families caps its attention logits.
+What most families share is found in the module tree (:mod:`kvds.kv.attention_layout`); a line here says what one does
+otherwise, and that tests hold its keys and values against the model's own cache. Any other family that is built as most
+are is taken, too, once its first row's keys and values are those of its cache (:mod:`kvds.kv.cache_check`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from kvds.errors import InputError
-
-
-@dataclass(frozen=True)
-class AttentionLayout:
-    """The modules of one attention layer whose outputs hold queries, keys and values.
-
-    Attributes:
-        query_module: As ``key_module``, for queries; its heads are the ``num_attention_heads``.
-        query_columns: As ``key_columns``, for queries.
-        key_module: Its output ends as ``[B, T, heads · head_dim]`` or ``[B, T, heads, head_dim]``.
-        key_columns: Which part of the last dimension holds keys.
-        value_module: As ``key_module``, for values.
-        value_columns: As ``key_columns``, for values.
-        rotary: Function ``(q, k, cos, sin) -> (q, k)`` of the model, or None where positions are learned.
-        scaling: What attention multiplies ``q · k`` by.
-        sliding_window: A query sees itself and the ``sliding_window - 1`` positions before it; None = all before it.
-    """
-
-    query_module: nn.Module
-    query_columns: slice
-    key_module: nn.Module
-    key_columns: slice
-    value_module: nn.Module
-    value_columns: slice
-    rotary: Callable[..., Any] | None
-    scaling: float
-    sliding_window: int | None
-
-
-ALL = slice(None)
-
-
-def _separate(attention: Any, rotary: Callable[..., Any]) -> AttentionLayout:
-    window = getattr(attention, "sliding_window", None)
-    return AttentionLayout(
-        attention.q_proj, ALL, attention.k_proj, ALL, attention.v_proj, ALL, rotary, attention.scaling, window
-    )
-
-
-def _qwen2(attention: Any) -> AttentionLayout:
-    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
-
-    return _separate(attention, apply_rotary_pos_emb)
-
-
-def _llama(attention: Any) -> AttentionLayout:
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    return _separate(attention, apply_rotary_pos_emb)
-
-
-def _mistral(attention: Any) -> AttentionLayout:
-    from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
-
-    # The window is the configuration's, the same for all layers.
-    return replace(_separate(attention, apply_rotary_pos_emb), sliding_window=attention.config.sliding_window)
-
-
-def _gemma(attention: Any) -> AttentionLayout:
-    from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
-
-    return _separate(attention, apply_rotary_pos_emb)
-
-
-def _qwen3(attention: Any) -> AttentionLayout:
-    from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
-
-    # Queries and keys are normalised per head before they are rotated: what attention compares is the norm's output.
-    separate = _separate(attention, apply_rotary_pos_emb)
-    return replace(separate, query_module=attention.q_norm, key_module=attention.k_norm)
-
-
-def _gpt2(attention: Any) -> AttentionLayout:
-    width = attention.split_size
-    queries, keys, values = (slice(i * width, (i + 1) * width) for i in range(3))
-    fused = attention.c_attn
-    return AttentionLayout(fused, queries, fused, keys, fused, values, None, attention.scaling, None)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to walk from a backbone to its attention layers.
-
-    Attributes:
-        layers: Name of the backbone's list of layers.
-        attention: Name of a layer's attention module.
-        layout: From an attention module to its :class:`AttentionLayout`.
-    """
-
-    layers: str
-    attention: str
-    layout: Callable[[Any], AttentionLayout]
-
+from kvds.kv.attention_layout import AttentionLayout, Family, attention_layout
 
 FAMILIES: dict[str, Family] = {
-    "gemma": Family("layers", "self_attn", _gemma),
-    "gpt2": Family("h", "attn", _gpt2),
-    "llama": Family("layers", "self_attn", _llama),
-    "mistral": Family("layers", "self_attn", _mistral),
-    "qwen2": Family("layers", "self_attn", _qwen2),
-    "qwen3": Family("layers", "self_attn", _qwen3),
+    "gemma": Family(tensor_parallel=True),
+    "gemma2": Family(),
+    "gemma3_text": Family(norm_by_head=True),
+    "gpt2": Family(fused="c_attn"),
+    "gpt_neox": Family(fused="query_key_value", fused_by_head=True),
+    "granite": Family(),
+    "llama": Family(tensor_parallel=True),
+    "mistral": Family(tensor_parallel=True),
+    "mixtral": Family(),
+    "olmo2": Family(),
+    "phi3": Family(fused="qkv_proj"),
+    "qwen2": Family(tensor_parallel=True),
+    "qwen3": Family(tensor_parallel=True),
+    "qwen3_moe": Family(),
+    "smollm3": Family(),
+    "stablelm": Family(norm_by_head=True),
 }
+_LAYERS = ("layers", "h")
+_ATTENTIONS = ("self_attn", "attention", "attn")
 
 
-def sliding_window_of(config: Any) -> int | None:
-    """How many positions a query sees, itself included, where all layers are of one kind; None = all before it."""
-    kinds = getattr(config, "layer_types", None)
-    return getattr(config, "sliding_window", None) if not kinds or kinds[0] == "sliding_attention" else None
+def family_of(config: Any) -> Family:
+    """What is known of a model's family; that of most where nothing is."""
+    return FAMILIES.get(config.model_type, Family())
+
+
+def window_of(config: Any, kind: str) -> int | None:
+    """How many positions a query sees in layers of a kind of ``layer_types``, itself included; None = all before it."""
+    return getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kinds of attention that a model's layers have, each once; of one that tells none, that of its window."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    return kinds or ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -156,28 +86,62 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of a model's decoder layers.
 
     Args:
-        model: Of a family in :data:`FAMILIES`; it or its backbone.
+        model: It or its backbone.
 
     Raises:
-        InputError: another family, or a layer that stands there twice, so that what is read off it could be either's.
+        InputError: there is no such list, or a layer that stands there twice, so that what is read off it could be
+            either's.
     """
     body: Any = backbone(model)
-    kind = body.config.model_type
-    if kind not in FAMILIES:
-        raise InputError(f"layers of a {kind} model are not known; expected one of {', '.join(FAMILIES)}")
-    layers = getattr(body, FAMILIES[kind].layers)
-    assert isinstance(layers, nn.ModuleList)
-    check_each_once(layers)
-    return layers
+    for name in _LAYERS:
+        layers = getattr(body, name, None)
+        if isinstance(layers, nn.ModuleList):
+            check_each_once(layers)
+            return layers
+    raise InputError(
+        f"model_type={body.config.model_type}: {type(body).__name__} has no list of decoder layers called "
+        f"{' or '.join(_LAYERS)}; expected a model built as most are (or --alignment_mode none)"
+    )
+
+
+def layers_name(model: nn.Module) -> str:
+    """What the backbone calls the list of :func:`decoder_layers`."""
+    layers = decoder_layers(model)
+    return next(name for name, child in backbone(model).named_children() if child is layers)
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention module of each of :func:`decoder_layers`."""
-    body: Any = backbone(model)
-    name = FAMILIES[body.config.model_type].attention
-    attentions: list[nn.Module] = [getattr(layer, name) for layer in decoder_layers(body)]
+    """The attention module of each of :func:`decoder_layers`.
+
+    Raises:
+        InputError: a layer has none, or shares another's.
+    """
+    attentions: list[nn.Module] = []
+    for number, layer in enumerate(decoder_layers(model)):
+        found = [getattr(layer, name) for name in _ATTENTIONS if isinstance(getattr(layer, name, None), nn.Module)]
+        if not found:
+            raise InputError(
+                f"model_type={backbone(model).config.model_type}: layer {number} has no attention called "  # type: ignore[union-attr]
+                f"{' or '.join(_ATTENTIONS)}; expected keys and values in every layer (or --alignment_mode none)"
+            )
+        attentions.append(found[0])
     check_each_once(attentions)
     return attentions
+
+
+def attention_layouts(model: nn.Module, layers: Sequence[int] | None = None) -> list[AttentionLayout]:
+    """Where each of :func:`attention_modules`, or of ``layers`` of them, computes queries, keys and values.
+
+    Raises:
+        InputError: an attention without what they are read off, or a projection that serves two layers.
+    """
+    family = family_of(backbone(model).config)
+    attentions = attention_modules(model)
+    chosen = attentions if layers is None else [attentions[layer] for layer in layers]
+    layouts = [attention_layout(attention, family) for attention in chosen]
+    for part in ("query", "key", "value"):
+        check_each_once(getattr(layout, part).module for layout in layouts)
+    return layouts
 
 
 def check_each_once(modules: Iterable[nn.Module]) -> None:

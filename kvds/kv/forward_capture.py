@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Generic, Self, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvds.kv.families import backbone
+
+
+class Watched(NamedTuple):
+    """One layer's states, for a comparison of gradients.
+
+    Attributes:
+        states: ``[B, heads, T, dim]``, a view that only a loss on ``Capture.states`` sends gradients to.
+        output: The module's output of which ``states`` is a view.
+        heads: From ``output``, or its gradient, to the layout of ``states``.
+    """
+
+    states: Tensor
+    output: Tensor
+    heads: Callable[[Tensor], Tensor]
+
 
 States_co = TypeVar("States_co", covariant=True)
 
@@ -62,8 +77,8 @@ class Capture(ABC, Generic[States_co]):
 
     @property
     @abstractmethod
-    def watched(self) -> list[tuple[Tensor, Tensor, slice]]:
-        """Per layer: a view that only a loss on ``states`` sends gradients to, the output, and its columns."""
+    def watched(self) -> list[Watched]:
+        """What the gradient watch looks at, per layer."""
 
     @abstractmethod
     def _hook_layers(self) -> Iterator[RemovableHandle]:

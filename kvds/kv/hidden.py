@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
 from kvds.kv.families import decoder_layers
-from kvds.kv.forward_capture import Capture
+from kvds.kv.forward_capture import Capture, Watched
 from kvds.kv.states import KVShape
 
 
@@ -61,18 +61,17 @@ class HiddenCapture(Capture[HiddenStates]):
     all below, also under gradient checkpointing. Of several forwards the last one counts; a recomputed layer is none.
 
     Args:
-        model: A causal language model or its backbone, of a family in :data:`kvds.kv.families.FAMILIES`.
+        model: A causal language model or its backbone.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
 
     Raises:
-        InputError: unknown model family.
+        InputError: its layers are not found.
         RuntimeError: on reading ``states``, where a layer was not run, or where ``require_grad`` finds a tensor without
             a graph.
     """
 
     def __init__(self, model: nn.Module, *, require_grad: bool = False) -> None:
         super().__init__(model)
-        KVShape.from_config(self._backbone.config)
         self._layers: list[nn.Module] = list(decoder_layers(self._backbone))
         self._require_grad = require_grad
         self._outputs: dict[int, Tensor] = {}
@@ -93,9 +92,10 @@ class HiddenCapture(Capture[HiddenStates]):
         return HiddenStates(tuple(self._outputs[i].unsqueeze(1) for i in range(len(self._layers))))
 
     @property
-    def watched(self) -> list[tuple[Tensor, Tensor, slice]]:
-        """Per layer: the view that only a loss on ``states`` sends gradients to, the output, and its columns."""
-        return [(view, self._outputs[i], slice(None)) for i, view in enumerate(self.states.hidden_states)]
+    def watched(self) -> list[Watched]:
+        """Per layer."""
+        views = enumerate(self.states.hidden_states)
+        return [Watched(view, self._outputs[i], lambda output: output.unsqueeze(1)) for i, view in views]
 
     def _forget(self) -> None:
         super()._forget()

@@ -93,6 +93,7 @@ class ObservedLayer:
         rotation: Of both; None where the model rotates nothing.
         scaling: What attention multiplies ``q · k`` by.
         sliding_window: A query sees itself and the ``sliding_window - 1`` positions before it; None = all before it.
+        softcap: ``c`` of attention logits ``c · tanh(x / c)``; None = not capped.
     """
 
     unrotated_queries: Tensor
@@ -100,6 +101,7 @@ class ObservedLayer:
     rotation: Rotation | None
     scaling: float
     sliding_window: int | None
+    softcap: float | None = None
 
     def queries(self) -> Tensor:
         """The query rows as attention compares them, in fp32 (fp64 stays)."""
@@ -116,6 +118,10 @@ def _wide(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(torch.float32, states.dtype))
 
 
+def _alike(layer: ObservedLayer) -> tuple[int | None, float | None]:
+    return layer.sliding_window, layer.softcap
+
+
 def merged_layers(layers: Sequence[ObservedLayer], most_elements: int) -> Iterator[ObservedLayer]:
     """Runs of layers as one layer with more heads: a GPU does them at once, at most ``most_elements`` of keys each."""
     start = 0
@@ -124,14 +130,14 @@ def merged_layers(layers: Sequence[ObservedLayer], most_elements: int) -> Iterat
         stop = start + max(1, most_elements // max(1, first.unrotated_keys.numel()))
         run = []
         for layer in layers[start:stop]:
-            if layer.rotation is not first.rotation or layer.sliding_window != first.sliding_window:
+            if layer.rotation is not first.rotation or _alike(layer) != _alike(first):
                 break
             run.append(layer)
         start += len(run)
         yield first if len(run) == 1 else ObservedLayer(
             torch.cat([layer.unrotated_queries * layer.scaling for layer in run], 1),
             torch.cat([layer.unrotated_keys for layer in run], 1),
-            first.rotation, 1.0, first.sliding_window,
+            first.rotation, 1.0, first.sliding_window, first.softcap,
         )  # fmt: skip
 
 
@@ -163,6 +169,8 @@ def attention_rows(layer: ObservedLayer, keys: Tensor, rows: ObservingRows, real
     batch, heads, tokens, dim = keys.shape
     queries = layer.queries().reshape(batch, heads, -1, dim)  # the heads of a group follow each other
     logits = (queries @ keys.transpose(2, 3) * layer.scaling).unflatten(2, (-1, rows.positions.shape[1]))
+    if layer.softcap is not None:
+        logits = layer.softcap * (logits / layer.softcap).tanh()
     key_position = torch.arange(tokens, device=keys.device)
     distance = rows.positions.unsqueeze(-1) - key_position  # [B, Q, T]
     visible = real.unsqueeze(1) & (distance >= 0)

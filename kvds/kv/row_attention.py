@@ -7,6 +7,7 @@ transformers' own ``sdpa``, and so does the making of masks.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,8 +16,6 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from kvds.errors import InputError
 
 ROW_ATTENTION = "kvds_rows"
 """Name of this attention in a model's configuration."""
@@ -61,6 +60,7 @@ def row_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     max_length_q: int = 0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample, in transformers' attention interface.
@@ -78,44 +78,63 @@ def row_attention(
         sliding_window: A query sees itself and the ``sliding_window - 1`` positions before it; None = all before it.
         max_length_q: At least the tokens of the longest sample, known to the host; the same from batch to batch, so
             that nothing is compiled anew.
+        softcap: ``c`` of attention logits ``c · tanh(x / c)``, which no kernel here knows: they are made whole, sample
+            by sample.
         **kwargs: Of other attentions.
 
     Returns:
         ``[B, T, num_attention_heads, head_dim]``, and no weights.
-
-    Raises:
-        InputError: the model caps its attention logits, which no kernel here does.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
+        if softcap is not None:
+            return _whole(query, key, value, attention_mask, dropout, scaling, softcap).transpose(1, 2), None
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
         return output, None
-    if kwargs.get("softcap") is not None:
-        raise InputError(
-            f"attn_implementation=sdpa: the model caps its attention logits at {kwargs['softcap']}; expected a model "
-            "that does not (or --attn_implementation eager)"
-        )
     bounds = attention_mask.view(-1)
     if bounds.numel() == 0:
-        return _row_by_row(query, key, value, dropout, scaling, sliding_window), None
+        return _row_by_row(query, key, value, dropout, scaling, sliding_window, softcap), None
     samples = [heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value)]  # [B · T, heads, head_dim]
     attend = _attention_of(samples[0], sliding_window)
+    if softcap is not None:
+        attend = functools.partial(_sample_by_sample, softcap=softcap)
     output = attend(*samples, bounds, max_length_q, dropout, scaling, sliding_window)
     return output.unflatten(0, (query.shape[0], -1)), None
 
 
 def _row_by_row(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     mask = None
     tokens = query.shape[2]
     if window is not None and window < tokens:
         position = torch.arange(tokens, device=query.device)
         distance = position[:, None] - position
         mask = (distance >= 0) & (distance < window)  # [T, T]
+    if softcap is not None:
+        return _whole(query, key, value, mask, dropout, scaling, softcap).transpose(1, 2)
     return _sdpa(query, key, value, mask, dropout, scaling).transpose(1, 2)
+
+
+def _whole(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """Attention from all its logits, capped; without a mask causal. ``[B, heads, T, head_dim]``."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (repeat_kv(heads, groups) if groups > 1 else heads for heads in (key, value))
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    logits = softcap * (logits / softcap).tanh()
+    if mask is None:  # of several queries the last one sees all keys
+        queries, keys = logits.shape[-2:]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=logits.device).tril(keys - queries)
+    least = torch.finfo(logits.dtype).min
+    logits = logits.masked_fill(~mask, least) if mask.dtype == torch.bool else logits + mask
+    weights = logits.softmax(-1, dtype=torch.promote_types(torch.float32, logits.dtype)).to(value.dtype)
+    return F.dropout(weights, dropout) @ value
 
 
 def _sdpa(
@@ -167,14 +186,14 @@ def _memory_efficient(
 
 def _sample_by_sample(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, dropout: float, scaling: float | None,
-    window: int | None,
+    window: int | None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     lengths = bounds.diff().tolist()
     parts = [heads.split(lengths) for heads in (query, key, value)]
     outputs = []
     for sample in zip(*parts, strict=True):
         own_query, own_key, own_value = (part.transpose(0, 1).unsqueeze(0) for part in sample)
-        outputs.append(_row_by_row(own_query, own_key, own_value, dropout, scaling, window).squeeze(0))
+        outputs.append(_row_by_row(own_query, own_key, own_value, dropout, scaling, window, softcap).squeeze(0))
     return torch.cat(outputs)
 
 

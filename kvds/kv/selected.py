@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvds.kv.capture import KVCapture
-from kvds.kv.families import FAMILIES, attention_modules, check_each_once
+from kvds.kv.families import attention_layouts, attention_modules
 from kvds.kv.gather import gather_positions
 from kvds.kv.states import KV_PARTS, KVStates
 
@@ -40,10 +40,7 @@ class SelectedCapture:
         deliver: Callable[[Tensor], Tensor | None] = lambda gathered: gathered,
     ) -> None:
         self._attentions = attention_modules(backbone)
-        config: Any = backbone.config
-        layouts = [FAMILIES[config.model_type].layout(attention) for attention in self._attentions]
-        check_each_once(layout.key_module for layout in layouts)
-        check_each_once(layout.value_module for layout in layouts)
+        attention_layouts(backbone)  # refuses what one layer alone does not show: a projection that serves two
         self._backbone, self._index, self._rope, self._deliver = backbone, index, rope, deliver
         self._kept: dict[str, list[Tensor | None]] = {part: [] for part in parts}
         self._stack = ExitStack()

@@ -10,6 +10,8 @@ from torch import Tensor
 from kvds.errors import InputError
 from kvds.kv.families import FAMILIES
 
+_KINDS = {"full_attention", "sliding_attention"}
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -35,25 +37,24 @@ class KVShape:
         """Read the shape off a transformers configuration.
 
         Raises:
-            InputError: the model family is not one whose keys and values kvds can capture, its attention is not
-                causal, or its layers differ in heads, head_dim or kind of attention (some full, some with a sliding
-                window).
+            InputError: it is not that of a causal language model, or its layers differ in heads or head_dim, or some
+                have no attention to what comes before.
         """
-        if config.model_type not in FAMILIES:
-            raise InputError(
-                f"model_type={config.model_type}: kvds captures keys and values of {', '.join(sorted(FAMILIES))}; "
-                f"expected a model of one of these families"
-            )
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+            if getattr(config, name, None) is None:
+                raise InputError(
+                    f"model_type={config.model_type}: its configuration has no {name}; expected a causal language "
+                    f"model such as {', '.join(sorted(FAMILIES))}"
+                )
         for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
             if (value := getattr(config, name, None)) is not None and bool(value) is not causal:
                 raise InputError(
                     f"{name}={value}: its attention sees what comes later; expected a causal model ({name}={causal})"
                 )
-        kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-        if len(kinds) > 1:
+        if others := sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS):
             raise InputError(
-                f"layer_types={'+'.join(kinds)}: expected one kind of attention in all layers "
-                "(use_sliding_window=false makes it so)"
+                f"layer_types={'+'.join(others)}: expected {' or '.join(sorted(_KINDS))} in every layer, which alone "
+                "have the keys and values of whole samples (or --alignment_mode none)"
             )
         heads = _same_in_all_layers(config, "num_attention_heads")
         return cls(
@@ -63,6 +64,18 @@ class KVShape:
             num_attention_heads=heads,
             hidden_size=config.hidden_size,
         )
+
+    @classmethod
+    def estimated(cls, config: Any) -> KVShape:
+        """The shape of any configuration, for counts of work and memory where nothing is captured."""
+
+        def largest(name: str) -> int:
+            value = getattr(config, name, None)
+            return max(value) if isinstance(value, list | tuple) else value or 0
+
+        heads, width = max(1, largest("num_attention_heads")), largest("hidden_size")
+        groups = largest("num_key_value_heads") or heads
+        return cls(config.num_hidden_layers, groups, largest("head_dim") or width // heads, heads, width)
 
 
 def _same_in_all_layers(config: Any, name: str) -> Any:

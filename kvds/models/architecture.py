@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from kvds.config import RunConfig
+from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.values import parse_overrides
 from kvds.errors import InputError, one_line
 from kvds.kv import KVShape
-from kvds.kv.families import FAMILIES
+from kvds.kv.families import FAMILIES, decoder_layers
+from kvds.models.family_check import check_family, keeps_samples_apart
 from kvds.models.hub import folder_at_hand, from_hub
 from kvds.models.tokenizer import check_vocabulary
 from kvds.models.weight_check import check_weights
@@ -21,7 +25,7 @@ from kvds.models.weight_files import ADAPTER_FILE, adapter_fault
 
 # Overriding the left side makes the right side stale: it is dropped, so that the family's own default is computed anew.
 _DERIVED_KEYS = {
-    "num_hidden_layers": ("layer_types",),
+    "num_hidden_layers": ("layer_types", "no_rope_layers"),
     "hidden_size": ("head_dim",),
     "num_attention_heads": ("head_dim",),
 }
@@ -143,18 +147,24 @@ def row_length(config: PreTrainedConfig, asked: int | None, default: int) -> int
     return asked
 
 
-def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> None:
-    """Build the model on the meta device, which takes neither memory nor weights: what transformers makes no model of
-    is told before any weights are read.
+def check_buildable(name: str, config: PreTrainedConfig, *, flag: str) -> nn.Module:
+    """The model on the meta device, which takes neither memory nor weights: what transformers makes no model of is told
+    before any weights are read.
     """
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(
+            f"--{flag}_name={name}: model_type={config.model_type} is no causal language model of transformers; "
+            f"expected one, such as {', '.join(sorted(FAMILIES))}"
+        )
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # an activation that nobody knows is a KeyError, a bad padding id an AssertionError …
         raise InputError(
             f"--{flag}_name={name}: no model can be built from its configuration ({one_line(error)}); expected a "
             f"config.json that fits (see --{flag}_config_overrides)"
         ) from error
+    return model
 
 
 class ModelConfigs(NamedTuple):
@@ -178,16 +188,36 @@ def load_model_configs(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Mo
     """
     teachers = cfg.all_teachers if cfg.uses_teacher else ()
     student = load_model_config(cfg, tokenizer, cfg.student, flag="student")
-    return ModelConfigs(student, [load_model_config(cfg, tokenizer, name, flag="teacher") for name in teachers])
+    configs = ModelConfigs(student, [load_model_config(cfg, tokenizer, name, flag="teacher") for name in teachers])
+    for setting in ("packing", "tokens_per_batch"):
+        if (value := getattr(cfg, setting)) and (reason := forbids_shared_rows(cfg, [student, *configs.teachers])):
+            remedy = "--no_packing" if setting == "packing" else "--tokens_per_batch 0"
+            raise InputError(f"{setting}={value}: {reason}; expected {remedy}")
+    return configs
+
+
+def forbids_shared_rows(cfg: RunConfig, configs: Sequence[PreTrainedConfig]) -> str:
+    """Why samples need rows of their own in one of the models of ``configs``; empty where none needs them."""
+    for config in configs:
+        # By masks samples are told apart in the families that tests know, by bounds in those that were tried.
+        if config.model_type not in FAMILIES and cfg.attn_implementation != "sdpa":
+            return f"{config.model_type} tells samples of one row apart under --attn_implementation sdpa alone"
+        if not keeps_samples_apart(config):
+            return f"{config.model_type} does not tell samples of one row apart"
+    return ""
 
 
 def load_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, *, flag: str) -> PreTrainedConfig:
     """One of them; ``flag`` is ``"student"`` or ``"teacher"``."""
     config = load_config(name, getattr(cfg, f"{flag}_config_overrides"), flag=flag)
-    KVShape.from_config(config)  # refuses a family whose keys and values cannot be captured
+    model = check_buildable(name, config, flag=flag)
+    if cfg.uses_kv:
+        KVShape.from_config(config)  # refuses layers that differ
+        decoder_layers(model)
+    if cfg.uses_kv and ALIGNMENT_MODES[cfg.alignment_mode].teacher_reads != "hidden":
+        check_family(config, f"--{flag}_name={name}")
     check_vocabulary(config, tokenizer, flag=flag)
     check_positions(config, cfg.max_length, flag=flag)
-    check_buildable(name, config, flag=flag)
     cached = flag == "teacher" and cfg.teacher_cache is not None  # nobody reads its weights
     if getattr(cfg, f"{flag}_init") == "pretrained" and not cached and (folder := folder_at_hand(name)) is not None:
         check_weights(folder, config, f"--{flag}_name={name}", remedy=f"or --{flag}_init random")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvds.errors import InputError, one_line
-from kvds.kv.row_attention import run_attention
+from kvds.models.family_check import attention_of
 from kvds.models.generation import source_generation
 from kvds.models.hub import from_hub, model_folder
 from kvds.models.weight_check import check_weights
@@ -73,7 +73,7 @@ def load_model(
     Raises:
         InputError: its weights are not those of the configuration, see :func:`kvds.models.weight_check.check_weights`.
     """
-    attention = None if attn_implementation is None else run_attention(attn_implementation)
+    attention = None if attn_implementation is None else attention_of(config, attn_implementation)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

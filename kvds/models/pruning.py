@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvds.errors import InputError
-from kvds.kv.families import FAMILIES
+from kvds.kv.families import layers_name
 
 
 def check_kept_layers(keep: Sequence[int], num_hidden_layers: int) -> None:
@@ -30,7 +30,7 @@ def pruned_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedCo
     check_kept_layers(keep, before)
     values = config.to_dict()
     for key, value in values.items():
-        if key.startswith("layer_") and isinstance(value, list) and len(value) == before:
+        if (key.startswith("layer_") or key.endswith("_layers")) and isinstance(value, list) and len(value) == before:
             values[key] = [value[layer] for layer in keep]
     values[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
     return type(config).from_dict(values)
@@ -40,7 +40,7 @@ def prune_layers(model: Any, keep: Sequence[int]) -> nn.Module:
     """A model of the layers ``keep`` of ``model``, with the same embeddings, last norm and head.
 
     Args:
-        model: A causal language model of a family in :data:`kvds.kv.families.FAMILIES`, whole.
+        model: A causal language model, whole.
         keep: Layers, counted from 0, ascending.
 
     Returns:
@@ -48,10 +48,10 @@ def prune_layers(model: Any, keep: Sequence[int]) -> nn.Module:
         configuration of ``model``.
 
     Raises:
-        InputError: an unknown family, or layers that the model does not have.
+        InputError: no list of layers, or layers that the model does not have.
     """
     config = pruned_config(model.config, keep)
-    place = f"{model.base_model_prefix}.{FAMILIES[model.config.model_type].layers}."
+    place = f"{model.base_model_prefix}.{layers_name(model)}."
     number = re.compile(re.escape(place) + r"(\d+)\.")
     state = {}
     for name, tensor in model.state_dict().items():

@@ -34,6 +34,7 @@ from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape, op
 from kvds.kv.families import backbone
 from kvds.kv.row_attention import run_attention
 from kvds.models.compiled_layers import compile_layers, why_not_compiled
+from kvds.models.family_check import attention_of
 from kvds.ops.lean import CHUNK_ELEMENTS
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.stand_ins import COMPILED_PIECES, FusedStandIn, PlannedModule
@@ -118,10 +119,10 @@ def lean_workspace(source: KVShape, target: KVShape, cfg: RunConfig, batch: Batc
 
 def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     config = copy.deepcopy(config)
+    for name in ("layer_types", "no_rope_layers"):
+        if listed := getattr(config, name, None):
+            setattr(config, name, [*listed[:count], *listed[-1:] * (count - len(listed))])
     config.num_hidden_layers = count
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = [*kinds[:count], *kinds[-1:] * (count - len(kinds))]
     return config
 
 
@@ -149,7 +150,7 @@ def _quiet() -> Iterator[None]:
 
 def _model(config: PreTrainedConfig, cfg: RunConfig, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=run_attention(cfg.attn_implementation)
+        config, dtype=dtype, attn_implementation=attention_of(config, cfg.attn_implementation)
     )
 
 
@@ -173,8 +174,9 @@ class StepPlanner:
         device: str,
     ) -> None:
         self.cfg, self.student, self.teacher, self.dtype, self.device = cfg, student, teacher, dtype, device
-        self.student_shape = KVShape.from_config(student)
-        self.teacher_shape = None if teacher is None else KVShape.from_config(teacher)
+        shape = KVShape.from_config if cfg.uses_kv else KVShape.estimated
+        self.student_shape = shape(student)
+        self.teacher_shape = None if teacher is None else shape(teacher)
         self._element = torch.empty((), dtype=dtype).element_size()
         self._mode = ALIGNMENT_MODES[cfg.alignment_mode]
         self._hidden = self._mode.teacher_reads == "hidden"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from kvds.config import RunConfig
 from kvds.config.row_rules import forbids_one_row
 from kvds.errors import InputError
+from kvds.models.architecture import forbids_shared_rows, load_config
 from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.rows import RowPlan
 from kvds.plan.several import SeveralTeachersPlan
@@ -31,7 +32,7 @@ def with_token_budget(cfg: RunConfig, machine: Machine) -> RunConfig:
         return cfg
     if not machine.gpus:
         return replace(cfg, tokens_per_batch=0)
-    reason = forbids_one_row(cfg)
+    reason = forbids_one_row(cfg) or _models_forbid(cfg)
     tokens = 0 if reason else fitting_tokens(cfg, machine)
     if reason:
         log.info("micro-batches: %d rows, for %s", cfg.batch_size, reason)
@@ -40,6 +41,16 @@ def with_token_budget(cfg: RunConfig, machine: Machine) -> RunConfig:
     else:
         log.info("micro-batches: one row of at most %d tokens each (--tokens_per_batch)", tokens)
     return replace(cfg, tokens_per_batch=tokens)
+
+
+def _models_forbid(cfg: RunConfig) -> str:
+    teachers = cfg.all_teachers if cfg.uses_teacher else ()
+    named = [("student", cfg.student), *(("teacher", name) for name in teachers)]
+    try:
+        configs = [load_config(name, getattr(cfg, f"{flag}_config_overrides"), flag=flag) for flag, name in named]
+    except InputError:  # told where the run itself needs them
+        return ""
+    return forbids_shared_rows(cfg, configs)
 
 
 def fitting_tokens(cfg: RunConfig, machine: Machine) -> int:

@@ -167,7 +167,7 @@ class Teacher:
         with contextlib.ExitStack() as stack:
             stack.enter_context(capture)
             if self._reads == "kv" and not self._wants_hidden:
-                stack.enter_context(only_keys_and_values(self._backbone, queries=rows is not None))
+                stack.enter_context(only_keys_and_values(self._backbone))
             hidden = self._forward(ids, **inputs)
         states = self._finished(capture.states, batch, steps)
         observed = Observed(rows, capture.observed) if rows is not None and isinstance(capture, KVCapture) else None

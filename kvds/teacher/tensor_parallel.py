@@ -25,6 +25,7 @@ from kvds.data.model_inputs import model_inputs
 from kvds.data.packing import Packing
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates
+from kvds.kv.families import FAMILIES, family_of
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.selected import SelectedCapture
 from kvds.kv.states import KV_PARTS
@@ -57,10 +58,11 @@ def check_heads(config: Any, size: int, world_size: int) -> None:
                 f"{place}: the teacher has {count} {what} heads; expected a divisor of that (or --teacher_placement "
                 "zero3)"
             )
-    if config.model_type == "gpt2":
+    if not family_of(config).tensor_parallel:
+        known = [name for name, family in FAMILIES.items() if family.tensor_parallel]
         raise InputError(
-            "teacher_placement=tensor_parallel: GPT-2 keeps queries, keys and values in one matrix, whose columns are "
-            "not found again once they are dealt out; expected another family (or --teacher_placement zero3)"
+            f"teacher_placement=tensor_parallel: heads of {config.model_type} are not known to be found again once "
+            f"they are dealt out; expected one of {', '.join(known)} (or --teacher_placement zero3)"
         )
 
 

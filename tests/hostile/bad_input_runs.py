@@ -65,7 +65,8 @@ RUNS: dict[str, Case] = {
         {"student_init": "random", "student_config_overrides": "vocab_size=50"},
         ("--student_name: vocab_size 50", "vocab_size=")),
 
-    "unknown family": ({"teacher_name": "@/t5"}, ("model_type=t5", "expected a model of one of these families")),
+    "unknown family": (
+        {"teacher_name": "@/t5"}, ("model_type=t5 is no causal language model", "expected one, such as")),
     "no configuration": (
         {"teacher_name": "@/empty"}, ("--teacher_name=@/empty: the folder holds no loadable config.json",)),
     "configuration that is a list": (

@@ -100,8 +100,8 @@ def test_watched_views_receive_the_alignments_gradient_alone():
     with HiddenCapture(model) as capture:
         last = model.model(IDS, use_cache=False).last_hidden_state
     seen = {}
-    for layer, (view, output, columns) in enumerate(capture.watched):
-        assert columns == slice(None) and view.shape[1] == 1
+    for layer, (view, output, heads) in enumerate(capture.watched):
+        assert torch.equal(heads(output), view) and view.shape[1] == 1
         view.register_hook(lambda g, i=layer: seen.__setitem__(("view", i), g))
         output.register_hook(lambda g, i=layer: seen.__setitem__(("output", i), g))
     (last.sum() + 2 * capture.states.hidden_states[1].sum()).backward()

@@ -41,9 +41,13 @@ ROTATIONS: dict[str, dict[str, Any]] = {
                "original_max_position_embeddings": 16},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
 }  # fmt: skip
+MIXTURES = ("mixtral", "qwen3_moe")
 VARIANTS: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     **{family: (family, None, {}) for family in sorted(FAMILIES)},
     **{f"{family}, window {n}": (family, n, {}) for family in ("mistral", "qwen2", "qwen3") for n in (1, 4, LONGEST)},
+    **{f"{family}, window 4": (family, 4, {}) for family in ("gemma2", "gemma3_text", "phi3", "smollm3")},
+    # All experts of a token: which ones are chosen may depend on rounding.
+    **{family: (family, None, {"num_experts_per_tok": 3}) for family in MIXTURES},
     "gpt2, scaled by layer": ("gpt2", None, {"scale_attn_by_inverse_layer_idx": True}),
     "gpt2, not scaled": ("gpt2", None, {"scale_attn_weights": False}),
     "llama, biases": ("llama", None, {"attention_bias": True, "mlp_bias": True}),
@@ -66,6 +70,10 @@ def models(variant: str, attention: str, dtype: torch.dtype) -> tuple[Any, Any]:
     for own, own_dtype in ((attention, dtype), ("eager", torch.float64)):
         config = config_of(family, 2, 32, window)
         config = type(config).from_dict(config.to_dict() | changes)
+        if family == "gemma2" and own == "sdpa":
+            own = "eager"  # transformers has no other that caps
+        if family in MIXTURES:
+            config._experts_implementation = "eager"  # its other ones know no fp64
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=own).eval()
         # Rounded to the dtype first: what is compared is arithmetic.

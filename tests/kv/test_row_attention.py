@@ -17,16 +17,34 @@ from kvds.data.labels import LabelledPositions
 from kvds.data.model_inputs import model_inputs, repacked, unpacked
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
-from kvds.errors import InputError
 from kvds.kv import KVShape, select_tokens
 from kvds.kv.families import FAMILIES, backbone
-from kvds.kv.row_attention import ROW_ATTENTION, bounds_as_mask, row_attention
+from kvds.kv.row_attention import ROW_ATTENTION
 from kvds.teacher.teacher import Teacher
 from tests.harness.kv_settings import both_parts
 
 VOCAB = 50
 LENGTHS = (11, 5, 18, 6, 9, 1)
-WINDOWED = [(family, 4) for family in ("mistral", "qwen2", "qwen3")]
+WITH_WINDOW = ("gemma2", "gemma3_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "smollm3")
+WINDOWED = [(family, 4) for family in WITH_WINDOW]
+# What a family says beside sizes.
+OWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"query_pre_attn_scalar": 12, "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}},
+    "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "embedding_multiplier": 2.0},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {"qk_layernorm": True, "use_qkv_bias": True, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+}  # fmt: skip
+ALTERNATING = ("gemma2", "gemma3_text")
 CASES = [(family, None) for family in sorted(FAMILIES)] + WINDOWED
 
 
@@ -48,15 +66,32 @@ def config_of(family: str, layers: int, hidden: int, window: int | None) -> Any:
     if family == "gpt2":
         sizes = {"n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0,
                  "resid_pdrop": 0.0, "embd_pdrop": 0.0, "pad_token_id": 0}  # fmt: skip
-    if family == "mistral" or window is not None:
+    if family in ("mistral", "mixtral", "phi3") or window is not None:
         sizes["sliding_window"] = window
     if family in ("qwen2", "qwen3") and window is not None:
         sizes |= {"use_sliding_window": True, "layer_types": ["sliding_attention"] * layers}
+    if family == "smollm3" and window is not None:
+        sizes |= {"use_sliding_window": True, "layer_types": _alternating(layers)}
+    if family in ALTERNATING:
+        sizes["layer_types"] = _alternating(layers) if window is not None else ["full_attention"] * layers
+    if family in ("gpt_neox", "stablelm"):
+        sizes |= {"hidden_size": 32}  # of which a head is a part
+    if family == "gpt_neox":
+        del sizes["num_key_value_heads"]
+    if family == "smollm3":
+        sizes["no_rope_layers"] = [1, 0, 1, 1][:layers]
+    sizes = {**OWN.get(family, {}), **sizes}
     return AutoConfig.for_model(family, vocab_size=VOCAB, initializer_range=0.15, **sizes)
+
+
+def _alternating(layers: int) -> list[str]:
+    return ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
 
 
 def model_of(family: str, layers: int, hidden: int, seed: int, window: int | None, attention: str) -> Any:
     torch.manual_seed(seed)
+    if family == "gemma2" and attention == "sdpa":
+        attention = "eager"  # transformers has no other that caps
     return AutoModelForCausalLM.from_config(config_of(family, layers, hidden, window), attn_implementation=attention)
 
 
@@ -172,9 +207,3 @@ def test_bounds_hold_every_token_and_no_stretch_is_longer_than_the_longest_sampl
         for begin, end in zip(bounds, bounds[1:], strict=False):
             assert end > begin and len(numbers[begin:end].unique()) == 1
         assert set(packing.bounds.diff().tolist()) >= set(LENGTHS)
-
-
-def test_capped_logits_are_refused() -> None:
-    states = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(InputError, match="caps its attention logits at 30"):
-        row_attention(None, states, states, states, bounds_as_mask(None, states.device), softcap=30.0)  # type: ignore[arg-type]

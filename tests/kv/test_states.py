@@ -30,9 +30,14 @@ def test_equal_numbers_per_layer_are_one_number() -> None:
     assert KVShape.from_config(config) == KVShape(3, 2, 6, 4)
 
 
-def test_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="model_type=bert: .*gemma, gpt2, llama, mistral, qwen2, qwen3"):
-        KVShape.from_config(SimpleNamespace(model_type="bert"))
+def test_what_is_no_decoder_names_some() -> None:
+    with pytest.raises(InputError, match="model_type=t5: its configuration has no num_hidden_layers.*gemma, gemma2, "):
+        KVShape.from_config(SimpleNamespace(model_type="t5"))
+
+
+def test_layers_without_keys_and_values_are_an_input_error() -> None:
+    with pytest.raises(InputError, match="layer_types=linear_attention: expected full_attention or sliding_attention"):
+        KVShape.from_config(SimpleNamespace(**PLAIN, layer_types=["linear_attention", "full_attention"]))
 
 
 def layers(*heads: int, dim: int = 6) -> tuple[torch.Tensor, ...]:

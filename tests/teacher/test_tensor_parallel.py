@@ -30,7 +30,7 @@ def test_numbers_that_divide_pass(size: int, world_size: int) -> None:
     [
         (QWEN2, 4, 6, "teacher_tp_size=4: 6 ranks are no multiple"),
         (QWEN2, 8, 8, "teacher_tp_size=8: the teacher has 4 key-value heads; expected a divisor"),
-        (GPT2Config(n_head=4, n_embd=32), 2, 2, "GPT-2 keeps queries, keys and values in one matrix"),
+        (GPT2Config(n_head=4, n_embd=32), 2, 2, "heads of gpt2 are not known to be found again"),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused(config: object, size: int, world_size: int, message: str) -> None:
