@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kvds.handoff.continuation import Continuation
 from kvds.kv import KVStates
-from kvds.kv.families import attention_modules, backbone, sliding_window_of
+from kvds.kv.families import attention_layouts, backbone
 from kvds.kv.queries import AttentionCapture, AttentionStates, LayerQueries
 
 
@@ -36,15 +36,14 @@ def attention_output_error(student: nn.Module, own: AttentionStates, mapped: KVS
     Returns:
         ``[L]`` fp32.
     """
-    window = sliding_window_of(backbone(student).config)
+    layouts = attention_layouts(student)
     tokens = own.keys[0].shape[2]
     distance = row.index[:, :, None] - torch.arange(tokens, device=row.index.device)  # [B, C, T]
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    assert len(own.queries) == len(attention_modules(student))
     errors = []
-    for layer, queries in enumerate(own.queries):
+    for layer, (layout, queries) in enumerate(zip(layouts, own.queries, strict=True)):
+        visible = distance >= 0
+        if layout.sliding_window is not None:
+            visible &= distance < layout.sliding_window
         rows = row.index[:, None, :, None].expand(-1, queries.queries.shape[1], -1, queries.queries.shape[3])
         asked = queries.queries.gather(2, rows).float()
         wanted = _attended(queries, asked, own.keys[layer], own.values[layer], visible)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kvds.kv import KVCapture, KVStates
-from kvds.kv.families import FAMILIES, attention_modules, backbone
+from kvds.kv.attention_layout import arguments_of
+from kvds.kv.families import attention_layouts, backbone
 from kvds.kv.last_layer import only_keys_and_values
 from kvds.kv.observed import Rotation
 
@@ -50,14 +51,17 @@ def fill_cache(student: nn.Module, states: KVStates, mask: Tensor) -> DynamicCac
         mask: ``[B, T]`` bool; positions count real tokens.
     """
     body: Any = backbone(student)
-    layout = FAMILIES[body.config.model_type].layout(attention_modules(body)[0])
-    rotation = None
-    if layout.rotary is not None:
-        cos, sin = body.rotary_emb(states.keys[0], positions_of(mask))
-        rotation = Rotation(layout.rotary, cos, sin, None)
+    positions = positions_of(mask)
+    angles: dict[str, tuple[Tensor, Tensor]] = {}  # some families rotate each kind of layers by its own
     cache = DynamicCache(config=body.config)
-    for layer, (keys, values) in enumerate(zip(*states, strict=True)):
-        cache.update(keys if rotation is None else rotation.keys(keys), values, layer)
+    for layer, (layout, keys, values) in enumerate(zip(attention_layouts(body), *states, strict=True)):
+        if layout.rotary is not None:
+            by_kind = "layer_type" in arguments_of(body.rotary_emb)
+            kind = body.config.layer_types[layer] if by_kind else ""
+            if kind not in angles:
+                angles[kind] = body.rotary_emb(keys, positions, *([kind] if by_kind else []))
+            keys = Rotation(layout.rotary, *angles[kind], None).keys(keys)
+        cache.update(keys, values, layer)
     return cache
 
 
