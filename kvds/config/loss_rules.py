@@ -9,10 +9,11 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.all_settings import AllSettings
 from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.config.setting_rules import Rule
+from kvds.config.settings import AlignmentSettings
 from kvds.config.values import number
 
 
-def selection_rules(cfg: AllSettings) -> Iterator[Rule]:
+def selection_rules(cfg: AlignmentSettings) -> Iterator[Rule]:
     """How many positions count, under the method that chooses them."""
     budget, method = cfg.kv_budget, SELECTION_METHODS[cfg.kv_method]
     if isinstance(budget, float):
@@ -31,17 +32,22 @@ def selection_rules(cfg: AllSettings) -> Iterator[Rule]:
         yield budget > window, "kv_budget", budget, expected
 
 
-def weight_rules(cfg: AllSettings) -> Iterator[Rule]:
-    """What each loss weighs, and whether there is something to learn from it."""
+def kv_weight_rules(cfg: AlignmentSettings) -> Iterator[Rule]:
+    """What the KV loss weighs, and whether its maps have a start."""
     expected = "a number of at least 0, or auto:SHARE such as auto:2.0, or hold:SHARE, or balance:SHARE"
     yield _is_weight(cfg.kv_weight), "kv_weight", cfg.kv_weight, expected
+    if ALIGNMENT_MODES[cfg.alignment_mode].aligned and cfg.aligner_update == "frozen":
+        expected = "--map_start pca, procrustes or ridge: a frozen random map has no meaning"
+        yield cfg.chosen_map_start != "random", "aligner_update", "frozen", expected
+
+
+def weight_rules(cfg: AllSettings) -> Iterator[Rule]:
+    """What each loss weighs, and whether there is something to learn from it."""
+    yield from kv_weight_rules(cfg)
     if cfg.kv_weight_held:
         expected = "constant with --kv_weight hold:SHARE, which moves the weight itself"
         yield cfg.kv_weight_schedule == "constant", "kv_weight_schedule", cfg.kv_weight_schedule, expected
         yield cfg.kv_weight_until == 1, "kv_weight_until", cfg.kv_weight_until, expected.replace("constant", "1")
-    if ALIGNMENT_MODES[cfg.alignment_mode].aligned and cfg.aligner_update == "frozen":
-        expected = "--map_start pca, procrustes or ridge: a frozen random map has no meaning"
-        yield cfg.chosen_map_start != "random", "aligner_update", "frozen", expected
     if cfg.uses_kv and cfg.teacher_kv == "shuffled":
         expected = "a --batch_size above 1: a row alone has no other to borrow from"
         yield cfg.batch_size > 1, "teacher_kv", "shuffled", expected

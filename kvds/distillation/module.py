@@ -97,7 +97,7 @@ class DistillationModule(nn.Module):
             if step.watch and torch.is_grad_enabled():
                 self.gradient_watch = GradientWatch()
                 self.gradient_watch.attach(capture)
-            kv = self._kv_loss(states, step, metrics)
+            kv = self.kv_loss(states, step, metrics)
 
         teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
         head = head_losses(
@@ -124,8 +124,14 @@ class DistillationModule(nn.Module):
         metrics["loss/total"] = loss.detach()
         return spoil_gradient(loss), metrics
 
-    def _kv_loss(self, states: States, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
-        """The KV loss of the teacher; of several the weighted sum, one after the other."""
+    def kv_loss(self, states: States, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
+        """The KV loss of the teacher; of several the weighted sum, one after the other.
+
+        Args:
+            states: Of the student.
+            step: With the teacher's states and the selection.
+            metrics: Gets its parts.
+        """
         if self.aligner is None:
             raise RuntimeError("a KV loss needs an aligner")
         members = members_of(self.aligner)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvds.config import RunConfig
 from kvds.config.selection_methods import SELECTION_METHODS
+from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import TokenBatch
 from kvds.data.model_inputs import repacked, unpacked
 from kvds.kv import Observed, ObservingRows, Selection, common_reasoning_steps, observing_rows, row_draws, select_tokens
@@ -21,14 +21,15 @@ def matched_reasoning_steps(batch: TokenBatch) -> Selection:
 
 
 class TokenChoice:
-    """The choice that a run's configuration asks for.
+    """The choice that the settings of an alignment ask for.
 
     Args:
-        cfg: With ``kv_method`` and its settings.
+        cfg: With ``kv_method`` and its settings, or a run's, which hold them.
+        seed: Of random draws.
     """
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self._cfg = cfg
+    def __init__(self, cfg: AlignmentSettings, seed: int) -> None:
+        self._cfg, self._seed = cfg, seed
 
     def observing(self, batch: TokenBatch) -> ObservingRows | None:
         """The tokens of ``batch`` whose queries the choice reads; None where it reads none."""
@@ -57,7 +58,7 @@ class TokenChoice:
         selection = select_tokens(
             cfg.kv_method, cfg.kv_budget, rows.segment_ids, rows.attention_mask,
             mask_first_token=cfg.mask_first_token, observed=observed, rkv_lambda=cfg.rkv_lambda,
-            draws=row_draws(cfg.seed, step, batch.sample_ids),
+            draws=row_draws(self._seed, step, batch.sample_ids),
         )  # fmt: skip
         return repacked(selection, batch)
 

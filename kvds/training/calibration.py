@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import deepspeed
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvds.align import KVAligner
-from kvds.align.fitting import AlignmentMoments
 from kvds.data.batches import TokenBatch
-from kvds.data.model_inputs import model_inputs
+from kvds.distillation.calibration import moments_of_batches
 from kvds.distributed.process_group import all_reduce_sum
-from kvds.kv import Selection, open_capture, pool_reasoning_steps
-from kvds.kv.families import backbone
+from kvds.kv import Selection
 from kvds.teacher.teacher import TeacherOutput
 
 
-@torch.no_grad()
 def calibrate_aligner(
     aligner: KVAligner,
     student: nn.Module,
@@ -42,30 +38,8 @@ def calibrate_aligner(
     Returns:
         As :meth:`kvds.align.fitting.AlignmentMoments.apply`.
     """
-    moments = AlignmentMoments(aligner)
-    was_training = student.training
-    student.eval()
     sharded = [p for p in student.parameters() if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        for batch in batches:
-            with open_capture(backbone(student), aligner.reads, rope=rope) as capture:
-                inputs = model_inputs(batch, student.config, next(student.parameters()).dtype)
-                backbone(student)(**inputs, use_cache=False)
-            output, selection = match(batch)
-            if output.states is None:
-                raise RuntimeError("calibration needs a teacher whose states are captured")
-            own = capture.states
-            if batch.reasoning_step_ids is not None:
-                own = pool_reasoning_steps(own, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
-            moments.update(own, output.states, selection, _samples(batch, selection))
-    student.train(was_training)
+        moments = moments_of_batches(aligner, student, batches, match, rope=rope)
     moments.reduce(all_reduce_sum)
     return moments.apply()
-
-
-def _samples(batch: TokenBatch, selection: Selection) -> Tensor | None:
-    """``[B, M]`` the sample of each selected position in packed rows; None where a row is one sample."""
-    if batch.packing is None or batch.reasoning_step_ids is not None:
-        return None
-    of_token = batch.packing.document_ids
-    return of_token if selection.index is None else of_token.gather(1, selection.index)

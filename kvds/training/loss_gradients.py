@@ -14,9 +14,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from kvds.distillation.calibration import kv_weight_of_share
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.distributed.process_group import all_reduce_sum
-from kvds.errors import InputError
 from kvds.training.engine import discard_gradients, gradient_norm
 
 MakeInput = Callable[[], StepInput]
@@ -66,9 +66,7 @@ def calibrate_kv_weight(
     """The weight at which the KV loss's gradient on the student has ``share`` times the norm of the task's.
 
     ``weight = share · task_weight · ‖∇_student CE‖ / ‖∇_student KV‖``, over the micro-batches of one global step, on
-    any number of ranks. A map that was fitted leaves a residual with little gradient, the less the better or
-    the emptier it is: then the KV loss may not count more than ``share`` times the task's loss either,
-    ``weight ≤ share · task_weight · CE / KV``.
+    any number of ranks; see :func:`kvds.distillation.calibration.kv_weight_of_share` for maps that start fitted.
 
     Args:
         engine: What trains.
@@ -88,17 +86,9 @@ def calibrate_kv_weight(
         norms["kv"] = _norm(engine, [(make_input, _KV) for make_input in inputs], losses)
     if may_be_none and norms["kv"] == 0:
         return 0.0
-    if not norms["kv"] > 0 or not norms["task"] > 0:
-        silent = "KV" if not norms["kv"] > 0 else "task"
-        raise InputError(
-            f"kv_weight=auto:{share}: the {silent} loss sends the student no gradient on the first batch "
-            f"({norms[silent.lower()]:.3g}); expected a finite positive norm (give a number: --kv_weight 1.0)"
-        )
-    weight = share * task_weight * norms["task"] / norms["kv"]
-    if not fitted:
-        return weight
-    task, kv = _means(losses)
-    return min(weight, share * task_weight * task / kv)
+    return kv_weight_of_share(
+        share, task_weight=task_weight, norms=(norms["task"], norms["kv"]), losses=_means(losses) if fitted else None
+    )
 
 
 def balanced_kv_weight(

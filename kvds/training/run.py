@@ -117,7 +117,7 @@ class TrainingRun:
         self.loader = self.data.loader
         self.total_steps = cfg.max_steps or cfg.epochs * self.loader.steps_per_epoch
 
-        choice = TokenChoice(cfg)
+        choice = TokenChoice(cfg, cfg.seed)
         models = self._build_models(raw, engine_config, model_configs, choice, calibrate=resume_step is None)
         self.teachers = models.teachers
         self.inputs = StepInputBuilder(cfg, models.teachers, choice, device)

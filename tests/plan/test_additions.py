@@ -148,7 +148,7 @@ def test_a_plan_counts_them(added: None, recipe: Path) -> None:
 def test_a_step_trains_with_them(added: None, method: str) -> None:
     made = setup(alignment_mode="norms")
     cfg = RunConfig(model_name="x", output_dir="x", alignment_mode="norms", kv_method=method, kv_budget=4)
-    choice = TokenChoice(cfg)
+    choice = TokenChoice(cfg, cfg.seed)
     teacher = Teacher(made.teacher_model, device=CPU, observe=choice.observing)
     rows = list(samples())
     batch = batch_of(rows, (float(sum(row.label_count for row in rows)), 4.0 * len(rows)))

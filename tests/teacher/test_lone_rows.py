@@ -29,7 +29,7 @@ def test_a_row_alone_matches_nothing_where_rows_exchange(
     data = load(tokenizer, tmp_path, synthetic_problems=21, eval_subset_size=5, **options)
     flags = [f"--{key}={value}" for key, value in options.items()]
     cfg = parse_run_config(["--model_name", "gpt2", "--output_dir", "x", "--batch_size", "4", *flags])
-    choice = TokenChoice(cfg)
+    choice = TokenChoice(cfg, cfg.seed)
     lone = 0
     for loader, shares in ((data.loader, accumulation), (data.eval_loader, 1)):
         for step in range(loader.steps_per_epoch):

@@ -67,7 +67,7 @@ def test_a_step_waits_for_nothing(packed: bool, method: str) -> None:
     aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher.config), cfg)
     module = DistillationModule(student.train(), aligner)
     device = torch.device("cpu")
-    inputs = StepInputBuilder(cfg, [Teacher(teacher, device=device)], TokenChoice(cfg), device)
+    inputs = StepInputBuilder(cfg, [Teacher(teacher, device=device)], TokenChoice(cfg, cfg.seed), device)
     [batch] = loader.step(0)
     with HostWaits() as waits:
         loss, _ = module(inputs(batch, LossWeights(1.0, 1.0), step=2))

@@ -75,7 +75,7 @@ def losses(
         teacher_overlap=ahead,
     )  # fmt: skip
     student, whole = model(3, 64, 1, 0.1).to(device).train(), model(4, 128, 2, 0.0)
-    choice = TokenChoice(cfg)
+    choice = TokenChoice(cfg, cfg.seed)
     teacher = Teacher(whole, device=device, wants_hidden=True)
     shapes = (KVShape.from_config(config) for config in (student.config, whole.config))
     module = DistillationModule(student, build_aligner(*shapes, cfg).to(device), kd_vocab_size=VOCABULARY)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvds.distillation.step import LossWeights, StepInput
+from kvds.errors import InputError
 from kvds.training import loss_gradients
 from kvds.training.loss_gradients import balanced_kv_weight, calibrate_kv_weight, kv_agreement
 from tests.training.test_calibration_memory import Engine, plain_gradients, run_of  # noqa: F401 (a fixture)
@@ -86,7 +87,7 @@ def test_a_loss_without_a_gradient_weighs_nothing_or_is_refused(run: tuple[Engin
             part.dim_proj.zero_()
     assert calibrate_kv_weight(engine, inputs, 1.0, 1.0, may_be_none=True) == 0.0  # type: ignore[arg-type]
     assert kv_agreement(engine, inputs, inputs) == 0.0  # type: ignore[arg-type]
-    with pytest.raises(loss_gradients.InputError, match="the KV loss sends the student no gradient"):
+    with pytest.raises(InputError, match="the KV loss sends the student no gradient"):
         calibrate_kv_weight(engine, inputs, 1.0, 1.0)  # type: ignore[arg-type]
 
 
