@@ -17,7 +17,8 @@ from kvds.commands.output_folder import check_output
 from kvds.config.extras import need
 from kvds.config.values import number
 from kvds.errors import InputError
-from kvds.experiment.plan import Job, load_plan, parse_seeds
+from kvds.experiment.checks import check_jobs
+from kvds.experiment.plan import PREPARE, Job, load_plan, parse_seeds
 from kvds.experiment.runner import KEEP, Experiment, Runner, Work, needs_preparation, prepare
 from kvds.identity.folder_owner import FolderOwner
 
@@ -92,6 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
         with contextlib.ExitStack() as owned, _sigterm_leaves(), runner:
             for experiment in experiments:
                 owned.enter_context(FolderOwner(experiment.folder, flag="output"))
+            needed = {id(experiment) for experiment in _needing(experiments)}
+            work = [(e, j) for e, j in _to_come(experiments, arguments) if j.phase != PREPARE or id(e) in needed]
+            check_jobs(work, ranks=arguments.ranks)
             if not _train(experiments, runner, arguments):
                 log.warning("stopped early: what has finished is reported (the same command goes on)")
     return max([_report(experiment, arguments) for experiment in experiments])
@@ -119,8 +123,7 @@ def _sigterm_leaves() -> Iterator[None]:
 
 def _train(experiments: Sequence[Experiment], runner: Runner, arguments: argparse.Namespace) -> bool:
     """All phases, each over all experiments at once, so that workers idle at its end only; False: out of time."""
-    needing = [e for e in experiments if needs_preparation(e, [*e.plan.tuning_jobs(), *_untuned(e)])]
-    if not prepare(needing, runner):
+    if not prepare(_needing(experiments), runner):
         return False
     if arguments.tune:
         tuning = _tuning(experiments, arguments)
@@ -135,6 +138,10 @@ def _train(experiments: Sequence[Experiment], runner: Runner, arguments: argpars
     work = [(e, job) for e in experiments for job in _reported(e, arguments)]
     # The first seeds of all plans before the second ones of any: what there is when the time ends is balanced.
     return runner.run(sorted(work, key=lambda item: item[1].seed), "train")
+
+
+def _needing(experiments: Sequence[Experiment]) -> list[Experiment]:
+    return [e for e in experiments if needs_preparation(e, [*e.plan.tuning_jobs(), *_untuned(e)])]
 
 
 def _untuned(experiment: Experiment) -> list[Job]:
@@ -173,7 +180,8 @@ def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return checked_settings(content, "--set")
 
 
-def _list(experiments: Sequence[Experiment], arguments: argparse.Namespace) -> int:
+def _to_come(experiments: Sequence[Experiment], arguments: argparse.Namespace) -> list[Work]:
+    """All runs that the command asks for, finished or not."""
     work: list[Work] = [(e, job) for e in experiments for job in e.plan.preparation_jobs()]
     if arguments.tune:
         work += _tuning(experiments, arguments)
@@ -185,6 +193,11 @@ def _list(experiments: Sequence[Experiment], arguments: argparse.Namespace) -> i
                 raise
             jobs = _untuned(e)  # as many, of values that tuning is yet to choose
         work += [(e, job) for job in _wanted(jobs, arguments.only, arguments.seeds)]
+    return work
+
+
+def _list(experiments: Sequence[Experiment], arguments: argparse.Namespace) -> int:
+    work = _to_come(experiments, arguments)
     done = 0
     for experiment, job in work:
         finished = bool(experiment.store.finished([job]))

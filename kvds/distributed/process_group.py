@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +17,19 @@ from torch import distributed as dist
 
 from kvds.distributed.operation_builds import guard_builds
 from kvds.distributed.rank_environment import adopt_slurm_ranks, free_port
+from kvds.errors import RunError, one_line
 
 _T = TypeVar("_T")
+# Words of a collective's error where another rank has ended, or the way to it.
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error")
 
 
 def init_distributed() -> torch.device:
     """Join the process group that the launcher or ``srun`` describes (alone where neither does) and return this rank's
     device.
+
+    Raises:
+        RunError: the other ranks did not come.
     """
     adopt_slurm_ranks()
     guard_builds()
@@ -36,10 +44,36 @@ def init_distributed() -> torch.device:
     if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():
         # Alone there is nobody to meet: a port, which another run may take in the meantime, is not needed.
         dist.init_process_group(accelerator.communication_backend_name(), store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    if accelerator.device_name() == "cpu":
-        _unlink_shared_buffer()
+    with ranks_meet():
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+        if accelerator.device_name() == "cpu":
+            _unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
+
+
+@contextlib.contextmanager
+def ranks_meet() -> Iterator[None]:
+    """Within it ranks join each other, and none yet watches over them.
+
+    Raises:
+        RunError: one ended on the way, or cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST_CONNECTION):
+            raise
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        known = ", ".join(f"{name}={one_line(os.environ.get(name, 'none'))}" for name in names)
+        told = RunError(
+            f"the ranks did not meet ({one_line(error)}): one of them ended before all had joined, or MASTER_ADDR "
+            f"cannot be reached; here are {known} (look at the other ranks' logs; kvds doctor tries the network out; "
+            "DEEPSPEED_TIMEOUT has the minutes to wait)"
+        )
+        if os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK", "0") == "0":
+            # Rank 0, which tells all else, may be the one that is gone.
+            print(f"kvds: error: {told}", file=sys.stderr, flush=True)
+        raise told from error
 
 
 def _unlink_shared_buffer() -> None:

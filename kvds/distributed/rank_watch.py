@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from kvds.distributed.preemption import EXIT_CODE, early_words
+from kvds.distributed.process_group import LOST_CONNECTION, ranks_meet
 from kvds.durable_files import json_text
 from kvds.errors import InputError, RunError, one_line
 from kvds.identity.process import start_ticks
@@ -35,10 +36,7 @@ _INTERVAL = 1.0
 _SUSPICIOUS_SECONDS = 4.0
 # How long a failed collective waits for the rank that made it fail to be found, and rank 0 for the others to read why.
 _EXPLANATION_SECONDS = 12.0
-_BROKEN_COLLECTIVE = (
-    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error"),
-    *("gloo", "NCCL", "ProcessGroup"),
-)
+_BROKEN_COLLECTIVE = (*LOST_CONNECTION, "gloo", "NCCL", "ProcessGroup")
 _attempts = 0
 
 
@@ -58,6 +56,7 @@ class RankWatch:
         self._ends = threading.Lock()
         self._thread: threading.Thread | None = None
         self._store: Any = None
+        self._asked: dict[str, Any] | None = None
         self._who: dict[int, dict[str, Any]] = {}
 
     def start(self) -> RankWatch:
@@ -66,18 +65,19 @@ class RankWatch:
         if self._world == 1:
             return self
         _attempts += 1  # several runs of one process share the store
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._timeout))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"kvds/{attempt}/{_attempts}", store)
-        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": start_ticks(os.getpid())}
-        self._store.set(f"who{self._rank}", json_text(who))
-        self._store.set(f"beat{self._rank}", "0")
-        if self._rank == 0:
-            self._store.set("verdict", "none")
-            self._store.set("hurry", "no")
-        dist.barrier()  # every key is there before anybody reads it
-        self._who[0] = json.loads(self._store.get("who0"))
+        with ranks_meet():
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._timeout))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"kvds/{attempt}/{_attempts}", store)
+            who = {"pid": os.getpid(), "host": socket.gethostname(), "since": start_ticks(os.getpid())}
+            self._store.set(f"who{self._rank}", json_text(who))
+            self._store.set(f"beat{self._rank}", "0")
+            if self._rank == 0:
+                self._store.set("verdict", "none")
+                self._store.set("hurry", "no")
+            dist.barrier()  # every key is there before anybody reads it
+            self._who[0] = json.loads(self._store.get("who0"))
         self._thread = threading.Thread(target=self._watch, name="kvds-ranks", daemon=True)
         self._thread.start()
         return self
@@ -124,7 +124,7 @@ class RankWatch:
 
     def leave(self, reason: str) -> None:
         """End all ranks with exit code 85, since this one was asked to stop and there is nothing to save."""
-        verdict = {"rank": self._rank, "code": EXIT_CODE, "text": early_words(reason)}
+        verdict = self._asked = {"rank": self._rank, "code": EXIT_CODE, "text": early_words(reason)}
         if self._thread is not None:
             with contextlib.suppress(Exception):
                 _within(_SUSPICIOUS_SECONDS, self._store.compare_set, "verdict", "none", json_text(verdict))
@@ -142,6 +142,8 @@ class RankWatch:
             try:
                 verdict, hurry, beats = _within(self._timeout, self._exchange, count, list(seen))
             except Exception as error:
+                if self._asked is not None:  # and so was rank 0, which has left
+                    self._end(self._asked)
                 if not self._stopped.is_set():
                     self._end(self._verdict(0, f"its store does not answer, {one_line(error)[:60]}"))
                 return

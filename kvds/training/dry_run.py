@@ -13,36 +13,25 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from kvds.align import build_aligner
 from kvds.checkpoint.folder import step_tag
 from kvds.checkpoint.origin import fit_to_origin, read_origin
 from kvds.checkpoint.run_folder import checkpoints_to_try, first_whole
 from kvds.checkpoint.run_identity import check_identity, run_identity
 from kvds.config import RunConfig
-from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
-from kvds.config.engine_config import student_engine_config, teacher_engine_config
 from kvds.data.loader import BatchLoader
-from kvds.data.run_data import load_run_data
 from kvds.durable_files import existing_parent
 from kvds.errors import InputError
 from kvds.identity.folder_owner import living_owner, refusal
-from kvds.kv import KVShape
-from kvds.models.architecture import load_model_configs
-from kvds.models.compiled_layers import check_compilable
-from kvds.models.loading import TORCH_DTYPES
-from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.phases import Phases
 from kvds.plan.rows import measured_rows
 from kvds.plan.several import SeveralTeachersPlan
 from kvds.plan.token_budget import with_token_budget
-from kvds.teacher.cache_fingerprint import cache_fingerprint, check_fingerprint
-from kvds.teacher.cache_shards import ShardReader
+from kvds.training.run_checks import check_run
 
 log = logging.getLogger("kvds")
 
@@ -68,23 +57,11 @@ def dry_run(cfg: RunConfig) -> None:
         origin, stage = read_origin(Path(cfg.output_dir), step), raw["zero_optimization"]["stage"]
         cfg = fit_to_origin(cfg, origin, step=step, world_size=machine.ranks, zero_stage=stage)
     cfg = with_token_budget(cfg, machine)
-    _check_engine(cfg, raw, machine.ranks)
-    tokenizer = load_tokenizer(cfg)
-    check_same_tokenizer(cfg, tokenizer)
-    student, teachers = models = load_model_configs(cfg, tokenizer)
-    check_compilable(cfg, models)
-    data = load_run_data(cfg, tokenizer, rank=0, world_size=machine.ranks)
+    checked = check_run(cfg, raw, ranks=machine.ranks)
+    tokenizer, data = checked.tokenizer, checked.data
     if step is not None:
-        now = run_identity(cfg, tokenizer=tokenizer, models=models, data=data, fetch=False)
+        now = run_identity(cfg, tokenizer=tokenizer, models=checked.models, data=data, fetch=False)
         check_identity(cfg, origin, step, now)
-    _check_aligners(cfg, student, teachers, raw)
-    if cfg.teacher_placement == "tensor_parallel" and cfg.teacher_cache is None:
-        from kvds.teacher.tensor_parallel import check_heads  # imports DeepSpeed
-
-        for teacher in teachers:
-            check_heads(teacher, cfg.teacher_tp_size, machine.ranks)
-    if cfg.teacher_cache is not None:
-        _check_cache(cfg, tokenizer, teachers[0], raw)
     longest = max(len(sample.input_ids) for sample in data.loader.samples)
     lines["data"] = (
         f"{len(data.loader.samples)} rows of {' '.join(cfg.datasets)}, the longest {longest} of --max_length "
@@ -112,39 +89,6 @@ def this_machine() -> Machine:
     import psutil
 
     return Machine(0, ranks, psutil.virtual_memory().available // ranks)
-
-
-def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
-    from kvds.training.engine import check_engine_config  # imports DeepSpeed
-
-    config = student_engine_config(raw, cfg, ranks)
-    # DeepSpeed multiplies by the ranks of a process group, and there is none.
-    config["train_batch_size"] = cfg.batch_size * cfg.gradient_accumulation_steps
-    check_engine_config(config, cfg.deepspeed_config)
-    if cfg.uses_teacher and cfg.teacher_placement in ("zero3", "zero3_offload"):
-        check_engine_config(teacher_engine_config(raw, cfg, 1), cfg.deepspeed_config)
-
-
-def _check_aligners(cfg: RunConfig, student: Any, teachers: list[Any], raw: dict[str, Any]) -> None:
-    if not cfg.uses_kv:
-        return
-    kernel = cfg.impl == "triton" and ALIGNMENT_MODES[cfg.alignment_mode].fused
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device if kernel else "meta"):
-        members = [
-            build_aligner(KVShape.from_config(student), KVShape.from_config(teacher), cfg) for teacher in teachers
-        ]
-    for member in members if kernel else ():
-        member.try_out(TORCH_DTYPES[compute_dtype(raw)], torch.device(device))
-
-
-def _check_cache(cfg: RunConfig, tokenizer: Any, teacher: Any, raw: dict[str, Any]) -> None:
-    """All that a cache was made of but its rows, whose tokens are compared when the run reads them."""
-    dtype = compute_dtype(raw)
-    folder = Path(cfg.teacher_cache or "")
-    found = ShardReader(folder, TORCH_DTYPES[dtype], verify=False).manifest["fingerprint"]
-    expected = cache_fingerprint(cfg, tokenizer, teacher, [], dtype)
-    check_fingerprint(found, {name: text for name, text in expected.items() if name != "data set"}, folder)
 
 
 def _resources(cfg: RunConfig, machine: Machine, loader: BatchLoader, steps: int) -> dict[str, str]:

@@ -42,7 +42,7 @@ TOKENIZERS = {
 }
 # Rows → what is said of them.
 ROWS = {"malformed.jsonl": "malformed.jsonl", "lossy.jsonl": "max_lossy_rows", "nowhere.jsonl": "nowhere.jsonl"}
-COMMANDS = ("distill", "cache", "eval", "prune")
+COMMANDS = ("distill", "cache", "eval", "prune", "ab")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,21 @@ def refused(folder, capsys, tmp_path, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
+    def no_worker(*_: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr("kvds.experiment.runner.Worker", no_worker)
+
+    def plan(changes):
+        """An experiment whose first arm is in order: the second is told of before the first is run."""
+        good = {"teacher_name": str(folder / "model"), "student_name": str(folder / "model")}
+        good |= {"tokenizer_name": str(folder / "tokenizer"), "datasets": ["synthetic"], "max_length": 64}
+        bad = {name: [value] if name == "datasets" else value for name, value in changes.items()}
+        bad = {name: int(value) if name == "max_length" else value for name, value in bad.items()}
+        del bad["output_dir"]
+        arms = {"task": {"alignment_mode": "none"}, "flat": {"alignment_mode": "flat", "kv_weight": 1.0, **bad}}
+        return write_plan(tmp_path, arms=json.dumps(arms)[1:-1], common=good)
+
     def run(command, *, model="model", tokenizer="tokenizer", datasets="synthetic", max_length="64", output=None):
         model, tokenizer = str(folder / model), str(folder / tokenizer)
         rows = datasets if datasets == "synthetic" else str(folder / datasets)
@@ -77,7 +92,7 @@ def refused(folder, capsys, tmp_path, monkeypatch):
             "eval": ["--model", model, "--tokenizer", tokenizer, "--max_new_tokens", "1", "--subset_size", "2", *more],
             "prune": ["--model_name", model, "--tokenizer_name", tokenizer, "--layers", "1", "--rows", "8", *more],
             "export": ["--run", model, "--output", output],
-            "ab": [str(write_plan(tmp_path)), "--output", output],
+            "ab": [str(plan(changes)), "--output", output, "--workers", "2"],
         }
         if command == "distill":
             return dry(training)
@@ -113,10 +128,11 @@ def test_tokenizers(tokenizer, command, refused):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_rows(rows, command, folder, refused):
-    if command == "eval":  # its rows are those beside
-        shutil.copy(folder / "lossy.jsonl", folder / "lossy.eval.jsonl")
-        shutil.copy(folder / "malformed.jsonl", folder / "malformed.eval.jsonl")
+def test_rows(rows, command, folder, refused, request):
+    held_out = folder / rows.replace(".", ".eval.")
+    if command == "eval" and (folder / rows).is_file():  # its rows are those beside
+        shutil.copy(folder / rows, held_out)
+        request.addfinalizer(held_out.unlink)
     assert ROWS[rows].replace(".jsonl", "") in refused(command, datasets=rows)
 
 
@@ -131,7 +147,7 @@ def test_more_tokens_than_the_model_has_positions(command, refused):
     assert "64 positions; expected --max_length 64 or less" in refused(command, max_length="65")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "export", "ab"])
+@pytest.mark.parametrize("command", [*COMMANDS, "export"])
 def test_an_output_that_is_a_file(command, refused, tmp_path):
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in refused(command, output=tmp_path / "file")

@@ -1,6 +1,8 @@
 """A plan of runs that are over in a second or two."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLAN = f"""
@@ -16,8 +18,12 @@ arms: {{ARMS}}
 ARMS = "task: {alignment_mode: none}, flat: {alignment_mode: flat, kv_weight: 1.0}"
 
 
-def write_plan(folder: Path, *, steps: int = 2, config: str = "zero0_fp32", arms: str = ARMS) -> Path:
-    """``folder/tiny.yaml``; ``config`` is the name of a file of ds_configs."""
+def write_plan(
+    folder: Path, *, steps: int = 2, config: str = "zero0_fp32", arms: str = ARMS, common: dict[str, Any] | None = None
+) -> Path:
+    """``folder/tiny.yaml``; ``config`` is the name of a file of ds_configs, ``common`` further settings of all arms."""
     path = folder / "tiny.yaml"
-    path.write_text(PLAN.replace("STEPS", str(steps)).replace("CONFIG", config).replace("ARMS", arms))
+    more = "".join(f", {name}: {json.dumps(value)}" for name, value in (common or {}).items())
+    text = PLAN.replace("STEPS", str(steps)).replace("CONFIG", config).replace("ARMS", arms).replace(" COMMON", more)
+    path.write_text(text)
     return path
