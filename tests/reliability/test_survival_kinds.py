@@ -10,7 +10,7 @@ from kvds.checkpoint.folder import latest_step, saved_steps
 from kvds.checkpoint.manifest import folder_faults
 from kvds.cli import main
 from tests.harness.survival_runs import REPOSITORY, check_equal, cut, flags, make_models, starter
-from tests.reliability.chaos import chaos
+from tests.reliability.chaos import Tally, chaos
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,11 @@ def test_runs_of_each_kind_go_on_in_the_same_bits(kind, start, folder, tmp_path)
 
 
 def test_killed_at_random_moments_it_ends_in_the_same_bits(rank_server, folder, tmp_path):
-    figures = chaos(rank_server, folder, tmp_path, kills=2, ranks=2)
-    assert figures["kills"] == 2 and figures["kills_while_saving"] >= 1 and figures["ranks_left_behind"] == 0
+    tally = Tally()
+    moments = ("in a save", "in a step")
+    figures = chaos(rank_server, folder, tmp_path, kills=2, kinds=("kill -9",), moments=moments, tally=tally)
+    assert figures["kills"] == tally.kills == 2 and tally.done["kill -9", "in a save"] >= 1
+    assert figures["ranks_left_behind"] == 0 and tally.tracebacks == []
     assert figures["bytes_compared"] > 9000 and figures["records_compared"] > 4
 
 
