@@ -1,6 +1,6 @@
 """Look over this machine before a run: each line is ok, a warning or a fault, with a remedy; exit status 1 on a fault.
 
-Alone it checks this machine. Started on each rank by a launcher (srun kvds doctor, deepspeed --module kvds.cli doctor)
+Alone it checks this machine. Started on each rank by a launcher (srun kvds doctor, deepspeed --module kvds doctor)
 the all-reduce runs over all of them, and one rank of each node reports.
 """
 
@@ -10,8 +10,13 @@ import argparse
 import logging
 import os
 import platform
+import sys
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from kvds.doctor.finding import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,30 +42,43 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from kvds.doctor import kernel, network, software, storage
+    from kvds.doctor import kernel, network, software
 
-    versions = software.check_versions()
-    if any("torch is missing" in finding.text for finding in versions):
-        for finding in versions:
-            print(finding)
+    findings: list[Finding] = []
+    reports = not launched or os.environ.get("LOCAL_RANK", "0") == "0"
+    prefix = f"{platform.node()}: " if launched else ""
+
+    def tell(found: list[Finding]) -> None:
+        findings.extend(found)
+        for finding in found if reports else ():
+            print(f"{prefix}{finding}", flush=True)
+
+    tell(software.check_versions())
+    if any("torch is missing" in finding.text for finding in findings):
         return 1
     import torch
 
-    findings = list(versions)
     ranks = arguments.ranks or max(torch.cuda.device_count(), 0) or 2
-    reports = not launched or os.environ.get("LOCAL_RANK", "0") == "0"
-    if reports:
-        findings += [
-            *software.check_devices(),
-            *software.check_compiler(),
-            *storage.check_space(arguments.output_dir),
-            *storage.check_caches(),
-            *storage.check_offline(),
-            *storage.check_sqlite(arguments.output_dir),
-            *kernel.check_kernel(),
-        ]
-    findings += network.check_all_reduce_of_launch() if launched else network.check_all_reduce(ranks)
-    prefix = f"{platform.node()}: " if launched else ""
-    if reports:
-        print("\n".join(f"{prefix}{finding}" for finding in findings), flush=True)
+    with ThreadPoolExecutor() as beside:  # what takes longest is done by processes of its own meanwhile
+        compared = beside.submit(kernel.check_kernel) if reports else None
+        summed = None if launched else beside.submit(network.check_all_reduce, ranks)
+        for check in _quick_checks(arguments.output_dir) if reports else ():
+            tell(check())
+        if sys.stderr.isatty() and reports:
+            print("kernel and all-reduce: some ten seconds …", file=sys.stderr, flush=True)
+        tell(compared.result() if compared else [])
+        tell(summed.result() if summed else network.check_all_reduce_of_launch())
     return int(any(finding.level == "fault" for finding in findings))
+
+
+def _quick_checks(output_dir: Path) -> tuple[Callable[[], list[Finding]], ...]:
+    from kvds.doctor import software, storage
+
+    return (
+        software.check_devices,
+        software.check_compiler,
+        lambda: storage.check_space(output_dir),
+        storage.check_caches,
+        storage.check_offline,
+        lambda: storage.check_sqlite(output_dir),
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES
@@ -67,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     machine = Machine(arguments.gpus, arguments.nodes, memory)
     plan = RunPlan(with_token_budget(cfg, machine), machine, arguments.rows)
     phases = Phases(plan)
-    print(format_plan(plan, phases, arguments.tflops * 1e12 * arguments.utilization))
+    for line in plan_lines(plan, phases, arguments.tflops * 1e12 * arguments.utilization):
+        print(line, flush=True)
     return 0 if plan.fits and not phases.tight else 1
 
 
@@ -85,87 +87,86 @@ def _duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
 
 
-def format_plan(plan: RunPlan, phases: Phases, flops_per_second: float) -> str:
-    """The plan as text."""
+def plan_lines(plan: RunPlan, phases: Phases, flops_per_second: float) -> Iterator[str]:
+    """The plan as text, each line as soon as it is known: what takes longest is the search for rows that would fit."""
     from kvds.plan.estimate import MOST_ROWS
 
     cfg, machine, states, step = plan.cfg, plan.machine, plan.states(), plan.step
     largest = plan.rows.largest
     where = f"{machine.nodes} × {machine.gpus} GPUs" if machine.gpus else f"{machine.nodes} CPU process"
-    lines = [
+    yield from (
         f"{where}, {cfg.deepspeed_config}, teacher {cfg.teacher_placement if plan.teacher_size else 'none'}, "
         f"micro-batch {largest.rows} × {largest.tokens} tokens ({plan.rows.note})",
         f"student {plan.student_size.total:,} parameters, aligner {plan.aligner_parameters:,}"
         + (f", teacher {plan.teacher_size.total:,}" if plan.teacher_size else ""),
         "",
         "per GPU, held between steps" if machine.gpus else "held between steps",
-    ]
+    )
 
-    def row(name: str, size: float) -> None:
-        lines.append(f"  {name:<46} {_size(size):>12}")
+    def row(name: str, size: float) -> str:
+        return f"  {name:<46} {_size(size):>12}"
 
-    row("student and aligner weights", states.weights)
-    row("fp32 copy for the optimizer", states.master)
-    row("optimizer moments", states.optimizer)
-    row("gradients", states.gradients)
-    row("communication buckets", states.buckets)
-    row(f"teacher weights ({cfg.teacher_placement})", states.teacher)
-    lines.append("during a micro-batch (not all at one moment)")
-    row("whole weights of the student, gathered", states.gathered)
-    row("whole weights of the teacher, gathered", states.teacher_gathered)
+    yield row("student and aligner weights", states.weights)
+    yield row("fp32 copy for the optimizer", states.master)
+    yield row("optimizer moments", states.optimizer)
+    yield row("gradients", states.gradients)
+    yield row("communication buckets", states.buckets)
+    yield row(f"teacher weights ({cfg.teacher_placement})", states.teacher)
+    yield "during a micro-batch (not all at one moment)"
+    yield row("whole weights of the student, gathered", states.gathered)
+    yield row("whole weights of the teacher, gathered", states.teacher_gathered)
     state = "with" if cfg.gradient_checkpointing else "without"
     other = "without" if cfg.gradient_checkpointing else "with"
-    row(f"activations, {state} checkpointing", step.activations)
-    row(f"  (they would be, {other} checkpointing)", plan.other_activations)
-    row("logits of one chunk", step.logits)
+    yield row(f"activations, {state} checkpointing", step.activations)
+    yield row(f"  (they would be, {other} checkpointing)", plan.other_activations)
+    yield row("logits of one chunk", step.logits)
     what = "keys and values" if ALIGNMENT_MODES[cfg.alignment_mode].takes_kv else "hidden states"
     for number, size in enumerate(groups := plan.kv_by_group()):
-        row(f"compared {what}, group {number + 1} of {len(groups)}", size)
-    row("aligner: gradients of KV and workspace", step.aligner)
+        yield row(f"compared {what}, group {number + 1} of {len(groups)}", size)
+    yield row("aligner: gradients of KV and workspace", step.aligner)
     if cfg.teacher_overlap:
-        row("the next micro-batch's teacher, ahead", step.teacher_ahead)
-    row("optimizer step", states.update)
-    lines.append("")
+        yield row("the next micro-batch's teacher, ahead", step.teacher_ahead)
+    yield row("optimizer step", states.update)
+    yield ""
     for phase, peak in phases.peaks.items():
-        row(f"peak in {phase}{', the largest' if phase == phases.largest else ''}", peak)
+        yield row(f"peak in {phase}{', the largest' if phase == phases.largest else ''}", peak)
     if machine.gpus:
-        row(f"usable of {_size(machine.gpu_memory)}", machine.usable)
+        yield row(f"usable of {_size(machine.gpu_memory)}", machine.usable)
     if states.host + step.host:
-        row("host memory per rank", states.host + step.host)
+        yield row("host memory per rank", states.host + step.host)
     what = "samples" if cfg.packing or cfg.tokens_per_batch else "rows"
-    lines += ["", f"{f'{what} per micro-batch that fit':<34}{'plain':>9}   checkpointing"]
+    yield from ("", f"{f'{what} per micro-batch that fit':<34}{'plain':>9}   checkpointing")
     most = plan.largest_rows()
     for placement in dict.fromkeys(name for name, _ in most):
         plain, recomputed = (
             f"{rows} or more" if rows >= MOST_ROWS else str(rows)
             for rows in (most[placement, checkpointing] for checkpointing in (False, True))
         )
-        lines.append(f"  teacher {placement:<22} {plain:>11} {recomputed:>15}")
-    lines.append("")
+        yield f"  teacher {placement:<22} {plain:>11} {recomputed:>15}"
+    yield ""
     work = plan.work
     if work is None:
-        lines.append("work: unknown without rows (--rows N)")
+        yield "work: unknown without rows (--rows N)"
     else:
         seconds = work.total / (flops_per_second * machine.ranks)
-        lines.append(
+        yield (
             f"work: {work.total:.3g} FLOPs per epoch (student {work.student:.3g}, teacher {work.teacher:.3g}, aligner "
             f"{work.aligner:.3g}), {plan.rows.steps} steps"
         )
         if machine.gpus:
-            lines.append(
+            yield (
                 f"time: {_duration(seconds)} per epoch at {flops_per_second / 1e12:.0f} TFLOP/s per GPU "
                 f"(--tflops, --utilization), an estimate; {_duration(seconds * cfg.epochs)} for {cfg.epochs} epochs"
             )
     disk = (
         "" if plan.disk is None else f"; the output folder grows to {_size(plan.disk)} (--save_steps {cfg.save_steps})"
     )
-    lines.append(f"disk: {_size(plan.checkpoint)} per checkpoint{disk}")
-    lines += [f"{phase} does not fit: {remedy}" for phase, remedy in phases.tight.items()]
+    yield f"disk: {_size(plan.checkpoint)} per checkpoint{disk}"
+    yield from (f"{phase} does not fit: {remedy}" for phase, remedy in phases.tight.items())
     if plan.fits:
-        lines.append("training fits" if phases.tight else "fits")
+        yield "training fits" if phases.tight else "fits"
     else:
         advice = plan.advice()
-        lines.append("does not fit; in the recipe:" if advice else "does not fit, and no setting here would make it; "
+        yield ("does not fit; in the recipe:" if advice else "does not fit, and no setting here would make it; "
                      "expected more GPUs, or more memory on each")  # fmt: skip
-        lines += [f"  {line}" for line in advice]
-    return "\n".join(lines)
+        yield from (f"  {line}" for line in advice)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from kvds.commands.output_folder import check_output
 from kvds.config.extras import installed
@@ -41,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     begun = time.monotonic()
     for arm in ARMS:
         print(f"\n== {arm} ==", flush=True)
-        status = subprocess.run(arm_command(arm, output, gpus), env=environment, check=False).returncode
+        status = _ended(arm_command(arm, output, gpus), environment)
         if status:
             raise RunError(f"{arm}: its launcher ended with status {status} (what it printed says why; kvds doctor)")
     from kvds.tracking.run_report import format_table, read_runs, write_report
@@ -53,6 +56,24 @@ def run(arguments: argparse.Namespace) -> int:
     if installed("mlflow"):
         print(f"Look through the records: mlflow ui --backend-store-uri {_database(output)} --host 127.0.0.1")
     return 0
+
+
+def _ended(command: list[str], environment: dict[str, str]) -> int:
+    """The exit status of a launcher; what ends this process ends its ranks, too, which the launcher would leave behind."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)  # ranks save and end
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def arm_command(arm: str, output: Path, gpus: int) -> list[str]:

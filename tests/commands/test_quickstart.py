@@ -1,10 +1,15 @@
 """``kvds quickstart``: the three runs it starts, and what becomes of one that fails."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -33,14 +38,14 @@ def launched(monkeypatch):
     calls: list[dict] = []
 
     def stand_in(status: int = 0):
-        def run(command, env, check):
+        def run(command, env):
             output = Path(command[command.index("--output_dir") + 1])
             output.mkdir(parents=True)
             (output / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss/task": 1.0}) + "\n")
             calls.append({"command": command, "env": env})
-            return subprocess.CompletedProcess(command, status if len(calls) == 2 else 0)
+            return status if len(calls) == 2 else 0
 
-        monkeypatch.setattr(quickstart.subprocess, "run", run)
+        monkeypatch.setattr(quickstart, "_ended", run)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         return calls
 
@@ -62,3 +67,42 @@ def test_the_first_run_that_fails_ends_it(launched, tmp_path, capsys):
     calls = launched(status=3)
     assert main(["quickstart", str(tmp_path / "out")]) == 1
     assert len(calls) == 2 and "kvds: error: flat: its launcher ended with status 3" in capsys.readouterr().err
+
+
+def test_who_ends_it_ends_the_ranks_too(tmp_path):
+    """The launcher's own children are in its group: none is left when SIGTERM has ended the quickstart."""
+    rank = "import pathlib, time; pathlib.Path('rank').touch(); time.sleep(600)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    code = (
+        "import os, sys; from kvds.commands.quickstart import _ended\n"
+        f"_ended([sys.executable, '-c', {launcher!r}], dict(os.environ))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "KVDS_MARK": str(tmp_path)}
+    )
+    try:
+        wait_until(lambda: (tmp_path / "rank").exists() or process.poll() is not None)
+        assert len(marked(tmp_path)) == 3
+        process.terminate()
+        assert process.wait(120) == 128 + signal.SIGTERM
+        wait_until(lambda: not marked(tmp_path))
+        assert not marked(tmp_path)
+    finally:
+        for number in marked(tmp_path):
+            os.kill(number, signal.SIGKILL)
+
+
+def wait_until(holds, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def marked(folder: Path) -> list[int]:
+    """Processes that run with the mark of a test, zombies not counted."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("KVDS_MARK") == str(folder):
+                found.append(process.pid)
+    return found

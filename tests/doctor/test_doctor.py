@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -204,6 +205,27 @@ def test_exit_status_is_1_on_a_fault_only(sound, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(storage, "check_sqlite", lambda path: [Finding("fault", "sqlite", "broken", "mend it")])
     assert main(["doctor", "--output_dir", str(tmp_path)]) == 1
     assert "fault    sqlite        broken → mend it" in capsys.readouterr().out
+
+
+def test_what_is_quick_is_told_before_what_takes_long(sound, monkeypatch, capsys, tmp_path):
+    seen: dict[str, str] = {}
+    quick_is_out = threading.Event()
+
+    def slow(*_: int) -> list[Finding]:
+        assert quick_is_out.wait(120)
+        return [Finding("ok", "slow", "at last")]
+
+    def last_of_the_quick(path: Path) -> list[Finding]:
+        seen["before"] = capsys.readouterr().out
+        quick_is_out.set()
+        return [Finding("ok", "sqlite", "quick")]
+
+    for module, name in ((network, "check_all_reduce"), (kernel, "check_kernel")):
+        monkeypatch.setattr(module, name, slow)
+    monkeypatch.setattr(storage, "check_sqlite", last_of_the_quick)
+    assert main(["doctor", "--output_dir", str(tmp_path)]) == 0
+    assert "ok       versions" in seen["before"] and "free space" in seen["before"] and "slow" not in seen["before"]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["sqlite", "slow", "slow"]
 
 
 def test_bad_flags(capsys):

@@ -23,6 +23,15 @@ def test_what_does_not_fit_is_changed_into_what_does(recipe, capsys):
     assert cfg.batch_size * cfg.gradient_accumulation_steps == 16
 
 
+def test_lines_come_before_the_search_for_rows_that_fit(recipe, capsys, monkeypatch):
+    told = []
+    search = RunPlan.largest_rows
+    monkeypatch.setattr(RunPlan, "largest_rows", lambda plan: told.append(capsys.readouterr().out) or search(plan))
+    assert main(["plan", str(recipe), "--set", "datasets=synthetic"]) == 0
+    assert "peak in training" in told[0] and "per micro-batch that fit" in told[0]
+    assert "teacher replicated" in capsys.readouterr().out
+
+
 def test_nothing_helps_on_a_tiny_gpu(recipe, capsys):
     assert main(["plan", str(recipe), "--gpu-memory", "1GiB"]) == 1
     assert "no setting here would make it; expected more GPUs" in capsys.readouterr().out
