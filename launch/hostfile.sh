@@ -16,4 +16,4 @@ env | grep -E '^(HF_[A-Z_]*|OMP_NUM_THREADS|DEEPSPEED_TIMEOUT|TOKENIZERS_PARALLE
   >.deepspeed_env
 
 trap '' USR1
-exec deepspeed --hostfile "$hostfile" launch/distill.py --config "$recipe" "${@:3}"
+exec deepspeed --quiet --hostfile "$hostfile" launch/distill.py --config "$recipe" "${@:3}"

@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 recipe=${1:-launch/recipes/qwen2_zero3_8gpu.yaml}
 # The ranks save and end on USR1 by themselves; the launcher, which would die of it, is told not to listen.
 trap '' USR1
-exec deepspeed launch/distill.py --config "$recipe" "${@:2}"
+exec deepspeed --quiet launch/distill.py --config "$recipe" "${@:2}"

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ended(command: list[str], environment: dict[str, str]) -> int:
-    """The exit status of a launcher; what ends this process ends its ranks, too, which the launcher would leave behind."""
+    """The exit status of a launcher; what ends this process ends the ranks, too, which the launcher leaves behind."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)

@@ -31,12 +31,16 @@ scancel --signal=STOP "$limited"
 (wait_until 200 grep -q 'queued again' "$scratch/limited.log" && scontrol update jobid="$limited" timelimit=30) &
 queued_again=$!
 
-submit requeued rank.sbatch --ntasks-per-node=1 --
+mkdir "$scratch/hub"
+echo "export HF_HOME=$scratch/hub" >"$scratch/hub/env.sh"
+KVDS_STAGE=1 KVDS_PREFETCHED=$scratch/hub SLURM_TMPDIR=$scratch/disk submit requeued rank.sbatch --ntasks-per-node=1 --
 wait_until 120 saved requeued || fail 'rank.sbatch: the run did not begin'
 scontrol requeue "$job"
 wait_for_job "$job" 240 || fail 'scontrol requeue: the run did not end well'
 grep -q 'resumed from step' "$scratch/requeued.log" || fail 'scontrol requeue: the second attempt did not resume'
 python tests/cluster/compare.py "$scratch/requeued" "$reference" || fail 'scontrol requeue: another result'
+grep -q "$scratch/hub is on the disks of 2 nodes" "$scratch/requeued.log" || fail 'KVDS_STAGE: not copied'
+[ -z "$(find "$scratch/disk" -name 'hub-*')" ] || fail 'KVDS_STAGE: left behind'
 pass 'rank.sbatch, one rank per task under plain srun, and scontrol requeue: resumed, ended as on one host'
 
 array=$(KVDS_AB_DIR=$scratch/ab sbatch "${small[@]}" --array=0-3 --output="$scratch/ab-%a.log" \
