@@ -55,6 +55,8 @@ def weight_rules(cfg: AllSettings) -> Iterator[Rule]:
         expected = "1 where the KV loss is all there is to train on (or --task_weight 1)"
         others = cfg.task_weight > 0 or cfg.logit_kd_weight > 0
         yield others, "kv_weight_until", cfg.kv_weight_until, expected
+    expected = "0.5 with --logit_kd_loss forward_kl or reverse_kl, which mix nothing (or --logit_kd_loss jsd)"
+    yield cfg.logit_kd_loss == "jsd" or cfg.logit_kd_beta == 0.5, "logit_kd_beta", cfg.logit_kd_beta, expected
     if cfg.task_weight == 0:
         expected = "some loss to train on (--task_weight 1, or an alignment with --kv_weight above 0)"
         yield cfg.uses_teacher, "task_weight", 0, expected

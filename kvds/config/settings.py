@@ -253,9 +253,21 @@ class AlignmentSettings:
         choices=("auto", "reference", "lean", "compile", "triton"), may_change=True,
     )  # fmt: skip
     task_weight: float = setting("weight of the task cross entropy", 1.0, least=0)
-    logit_kd_weight: float = setting("weight of logit distillation (forward KL)", 0.0, least=0)
+    logit_kd_weight: float = setting("weight of logit distillation", 0.0, least=0)
     logit_kd_temperature: float = setting(
         "temperature of logit distillation", 1.0, above=0, expected="a number above 0, such as 5e-5"
+    )
+    logit_kd_loss: str = setting(
+        "divergence from the teacher's distribution over tokens: forward_kl covers all that the teacher finds likely, "
+        "reverse_kl stays where the teacher is, jsd (generalised Jensen-Shannon) lies between", "forward_kl",
+        choices=("forward_kl", "reverse_kl", "jsd"),
+    )  # fmt: skip
+    logit_kd_beta: float = setting(
+        "jsd: weight of the teacher in the mixture that both are compared with", 0.5, above=0, below=1,
+        expected="a number between 0 and 1",
+    )  # fmt: skip
+    logit_kd_top_k: int = setting(
+        "the teacher's likeliest tokens that count each by itself, all others as one; 0: every token", 0, least=0
     )
 
     @property

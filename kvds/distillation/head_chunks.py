@@ -13,6 +13,7 @@ from torch import nn
 
 from kvds.config import RunConfig
 from kvds.models.own_logits import is_plain_head
+from kvds.ops.divergences import Divergence
 
 # Logits of one chunk, the teacher's included: 2^28 elements in 16 bits, half as many in fp32.
 _CHUNK_BYTES = 2**29
@@ -38,6 +39,11 @@ def agreed_chunks(cfg: RunConfig, student: Any, tokens: int) -> int | None:
         return None
     element = next(student.parameters()).element_size()
     return chunk_count(tokens, student.config.vocab_size, element, distilled=distilled)
+
+
+def logit_divergence(cfg: RunConfig) -> Divergence:
+    """What a run's logit distillation makes small."""
+    return Divergence(cfg.logit_kd_loss, cfg.logit_kd_beta, cfg.logit_kd_top_k)
 
 
 def makes_one_call(student: Any) -> bool:

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from kvds.distillation.head_chunks import chunk_count
 from kvds.kv.module_forward import forward_of
 from kvds.models.own_logits import Head
-from kvds.ops.softmax_loss import softmax_losses_
+from kvds.ops.divergences import Divergence
+from kvds.ops.softmax_loss import FORWARD_KL, softmax_losses_
 
 # Elements that are widened at a time (128 MiB in fp32).
 _SLICE = 2**25
@@ -44,6 +45,7 @@ class TaughtRows:
         temperature: ``T``, > 0.
         vocab_size: Entries that carry tokens; None = all.
         weight: Of the divergence in the loss.
+        divergence: From the teacher.
     """
 
     head: Head
@@ -51,6 +53,7 @@ class TaughtRows:
     temperature: float = 1.0
     vocab_size: int | None = None
     weight: float = 1.0
+    divergence: Divergence = FORWARD_KL
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -84,6 +87,7 @@ class _HeadLosses(torch.autograd.Function):
                 logits, labels, task_scale=task_weight * scale, kd_scale=kd_weight * scale,
                 teacher_logits=taught_logits, temperature=1.0 if taught is None else taught.temperature,
                 vocab_size=None if taught is None else taught.vocab_size, gradient=training,
+                divergence=FORWARD_KL if taught is None else taught.divergence,
             )  # fmt: skip
             task, kd = task + part_task, kd + part_kd
             del taught_logits

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from kvds.data.labels import LabelledPositions
 from kvds.distillation.head_loss import HeadLosses, TaughtRows, losses_at_head
 from kvds.models.own_logits import Head
+from kvds.ops.divergences import Divergence
+from kvds.ops.softmax_loss import FORWARD_KL
 
 
 def head_losses(
@@ -27,14 +29,16 @@ def head_losses(
     teacher_hidden: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    divergence: Divergence = FORWARD_KL,
     scale: float = 1.0,
     task_weight: float = 1.0,
     kd_weight: float = 1.0,
 ) -> HeadLosses:
-    """The cross entropy and the forward KL divergence from teacher to student, summed over labelled positions.
+    """The cross entropy and the divergence of the student from the teacher, summed over labelled positions.
 
-    ``task = Σ_n −log p_s(y_n)`` and ``kd = T² Σ_n Σ_v p_t(v) (log p_t(v) − log p_s(v))``, both at temperature ``T`` for
-    ``kd``, over the first ``vocab_size`` entries (rows beyond are padding of the embedding and carry no token).
+    ``task = Σ_n −log p_s(y_n)`` and ``kd = T² Σ_n D(p_t, p_s)``, both distributions at temperature ``T`` for ``kd``, over
+    the first ``vocab_size`` entries (rows beyond are padding of the embedding and carry no token). By default ``D`` is the
+    forward KL divergence ``Σ_v p_t(v) (log p_t(v) − log p_s(v))``.
 
     Args:
         head: Student hidden states ``[n, hidden]`` → logits ``[n, vocab]``.
@@ -46,6 +50,7 @@ def head_losses(
         teacher_hidden: Teacher ``[B, T, hidden]``; None without logit distillation.
         temperature: ``T``, > 0.
         vocab_size: Entries that carry tokens; None = all.
+        divergence: ``D``.
         scale: Factor of both sums.
         task_weight: Factor of ``task`` in the loss.
         kd_weight: Factor of ``kd`` in the loss.
@@ -60,7 +65,7 @@ def head_losses(
     taught = None
     if teacher_head is not None and teacher_hidden is not None:
         teacher_rows = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])[labelled.index]
-        taught = TaughtRows(teacher_head, teacher_rows, temperature, vocab_size, kd_weight)
+        taught = TaughtRows(teacher_head, teacher_rows, temperature, vocab_size, kd_weight, divergence)
     if isinstance(head, nn.Linear):
         return losses_at_head(
             head, rows, labelled.target, taught=taught, num_chunks=num_chunks, scale=scale, task_weight=task_weight
@@ -83,11 +88,10 @@ def _recomputed_losses(
         if teacher is None or taught is None:
             return task, task.new_zeros(())
         with torch.no_grad():
-            teacher_logits = taught.head(teacher).float()[:, : taught.vocab_size]
-            teacher_log_probs = F.log_softmax(teacher_logits / taught.temperature, dim=-1)
-        student_log_probs = F.log_softmax(logits[:, : taught.vocab_size] / taught.temperature, dim=-1)
-        kd = F.kl_div(student_log_probs, teacher_log_probs, reduction="sum", log_target=True)
-        return task, kd * taught.temperature**2
+            teacher_logits = taught.head(teacher).float()
+        counted = min(logits.shape[1], teacher_logits.shape[1], taught.vocab_size or logits.shape[1])
+        own, other = ((x[:, :counted] / taught.temperature).log_softmax(-1) for x in (logits, teacher_logits))
+        return task, taught.divergence(own, other) * taught.temperature**2
 
     task, kd = rows.new_zeros((), dtype=torch.float32), rows.new_zeros((), dtype=torch.float32)
     teacher_parts = [None] * num_chunks if taught is None else taught.rows.tensor_split(num_chunks)

@@ -18,6 +18,8 @@ from kvds.distillation.step import StepInput, TeacherKV
 from kvds.kv import Selection, States, open_capture, pool_reasoning_steps, selected_shares
 from kvds.kv.families import backbone
 from kvds.models.own_logits import head_of, is_plain_head
+from kvds.ops.divergences import Divergence
+from kvds.ops.softmax_loss import FORWARD_KL
 
 
 class DistillationModule(nn.Module):
@@ -34,6 +36,7 @@ class DistillationModule(nn.Module):
         head_chunks: Chunks of positions at the language-model head where ranks have to agree on it
             (:func:`kvds.distillation.head_chunks.agreed_chunks`); None: by the labelled tokens of a micro-batch.
         kd_temperature: Temperature of logit distillation.
+        kd_divergence: What logit distillation makes small.
         kd_vocab_size: Entries of the vocabulary that carry tokens.
         offload_checkpoints: Keep what the student's forward saves for its backward pass in host memory; with gradient
             checkpointing that is each layer's input.
@@ -47,6 +50,7 @@ class DistillationModule(nn.Module):
         rope: str = "pre",
         head_chunks: int | None = None,
         kd_temperature: float = 1.0,
+        kd_divergence: Divergence = FORWARD_KL,
         kd_vocab_size: int | None = None,
         offload_checkpoints: bool = False,
     ) -> None:
@@ -55,6 +59,7 @@ class DistillationModule(nn.Module):
         self.aligner = aligner
         self._rope, self._head_chunks = rope, head_chunks
         self._kd_temperature, self._kd_vocab_size = kd_temperature, kd_vocab_size
+        self._kd_divergence = kd_divergence
         self._offload_checkpoints = offload_checkpoints
         self._plain_head = is_plain_head(student)
         self.gradient_watch: GradientWatch | None = None
@@ -109,6 +114,7 @@ class DistillationModule(nn.Module):
             teacher_hidden=teacher_hidden,
             temperature=self._kd_temperature,
             vocab_size=self._kd_vocab_size,
+            divergence=self._kd_divergence,
             scale=1 / batch.label_normalizer,
             task_weight=weights.task,
             kd_weight=weights.logit_kd,

@@ -46,11 +46,7 @@ class KVShape:
                     f"model_type={config.model_type}: its configuration has no {name}; expected a causal language "
                     f"model such as {', '.join(sorted(FAMILIES))}"
                 )
-        for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
-            if (value := getattr(config, name, None)) is not None and bool(value) is not causal:
-                raise InputError(
-                    f"{name}={value}: its attention sees what comes later; expected a causal model ({name}={causal})"
-                )
+        check_causal(config)
         if others := sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS):
             raise InputError(
                 f"layer_types={'+'.join(others)}: expected {' or '.join(sorted(_KINDS))} in every layer, which alone "
@@ -76,6 +72,19 @@ class KVShape:
         heads, width = max(1, largest("num_attention_heads")), largest("hidden_size")
         groups = largest("num_key_value_heads") or heads
         return cls(config.num_hidden_layers, groups, largest("head_dim") or width // heads, heads, width)
+
+
+def check_causal(config: Any) -> None:
+    """Refuse a model whose configuration says that its attention sees what comes later.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+        if (value := getattr(config, name, None)) is not None and bool(value) is not causal:
+            raise InputError(
+                f"{name}={value}: its attention sees what comes later; expected a causal model ({name}={causal})"
+            )
 
 
 def _same_in_all_layers(config: Any, name: str) -> Any:

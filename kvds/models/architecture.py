@@ -17,7 +17,7 @@ from kvds.config.values import parse_overrides
 from kvds.errors import InputError, one_line
 from kvds.kv import KVShape
 from kvds.kv.families import FAMILIES, decoder_layers
-from kvds.models.family_check import check_family, keeps_samples_apart
+from kvds.models.family_check import check_family, check_losses, keeps_samples_apart
 from kvds.models.hub import folder_at_hand, from_hub
 from kvds.models.tokenizer import check_vocabulary
 from kvds.models.weight_check import check_weights
@@ -211,6 +211,7 @@ def load_model_config(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, name: 
     """One of them; ``flag`` is ``"student"`` or ``"teacher"``."""
     config = load_config(name, getattr(cfg, f"{flag}_config_overrides"), flag=flag)
     model = check_buildable(name, config, flag=flag)
+    check_losses(config, f"--{flag}_name={name}")
     if cfg.uses_kv:
         KVShape.from_config(config)  # refuses layers that differ
         decoder_layers(model)

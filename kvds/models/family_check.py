@@ -19,6 +19,8 @@ from kvds.kv import KVCapture, ObservingRows
 from kvds.kv.families import FAMILIES, attention_layouts, backbone
 from kvds.kv.observed import attention_rows
 from kvds.kv.row_attention import ROW_ATTENTION, bounds_as_mask, run_attention
+from kvds.kv.states import check_causal
+from kvds.models.own_logits import check_own_logits
 from kvds.models.pruning import pruned_config
 
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner")
@@ -37,6 +39,21 @@ def check_family(config: PreTrainedConfig, place: str) -> None:
         InputError: saying what was not found, or what differs.
     """
     if config.model_type not in FAMILIES and (reason := _refusal(_key(config))):
+        raise InputError(f"{place}: {reason}")
+
+
+def check_losses(config: PreTrainedConfig, place: str) -> None:
+    """Refuse a model whose logits are not made of its hidden states as losses make them, or see what comes later.
+
+    Args:
+        config: Of the model.
+        place: What named it, for the message.
+
+    Raises:
+        InputError: saying what differs.
+    """
+    check_causal(config)
+    if config.model_type not in FAMILIES and (reason := _wrong_losses(_key(config))):
         raise InputError(f"{place}: {reason}")
 
 
@@ -119,6 +136,28 @@ def _difference(model: nn.Module) -> str:
                     f"model_type={kind}: the {what} of layer {number} as captured are not the model's own; expected "
                     f"one of {', '.join(sorted(FAMILIES))} (or --alignment_mode none)"
                 )
+    return ""
+
+
+@functools.cache
+@torch.no_grad()
+def _wrong_losses(key: str) -> str:
+    """What of the losses of a model of this configuration would be wrong; empty where nothing is, or nobody knows."""
+    ids = torch.arange(3, 3 + _TOKENS)
+    try:
+        model = _small_model(key, "eager")
+        other = ids.clone()
+        other[-1] += 1
+        body = backbone(model)
+        seen, changed = (body(input_ids=row[None], use_cache=False).last_hidden_state for row in (ids, other))
+    except Exception:  # the model itself is asked when it is there
+        return ""
+    if _differs(changed[:, :-1], seen[:, :-1]):
+        return f"model_type={model.config.model_type}: its tokens see what comes later; expected a causal model"
+    try:
+        check_own_logits(model, ids)
+    except InputError as error:
+        return str(error)
     return ""
 
 

@@ -2,9 +2,10 @@
 
 With logits x of one position, label y, teacher's logits z and temperature T: ``task = log Σ_v exp x_v − x_y`` and
 ``kd = T² Σ_v p_v (log p_v − log q_v)`` with ``p = softmax(z / T)``, ``q = softmax(x / T)`` over the entries that carry
-tokens. Their gradients by x are ``softmax(x) − 1[v = y]`` and ``T (q − p)``: known as soon as the logits are, so that
-nothing of the logits' size is needed beside them. On a GPU one kernel reads a row twice and writes it once; elsewhere,
-and where triton is not installed, torch does the same on a few rows at a time.
+tokens, or another divergence (:mod:`kvds.ops.divergences`). Their gradients by x are ``softmax(x) − 1[v = y]`` and
+``T (q − p)``: known as soon as the logits are, so that nothing of the logits' size is needed beside them. On a GPU one
+kernel reads a row twice and writes it once; elsewhere, where triton is not installed, and for another divergence, torch
+does the same on a few rows at a time.
 
 Neither library that has such a loss fits. ``torch.nn.functional.linear_cross_entropy`` came after the oldest torch that
 runs here, makes a chunk's gradient by a sequence of plain operations and knows no teacher. Liger-Kernel's fused linear
@@ -24,6 +25,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from kvds.ops.divergences import Divergence
+
+FORWARD_KL = Divergence()
 # Elements that torch widens at a time (16 MiB in fp32).
 _SLICE = 2**22
 
@@ -42,10 +46,11 @@ def softmax_losses_(
     teacher_logits: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    divergence: Divergence = FORWARD_KL,
     gradient: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Sums of cross entropy and of forward KL divergence from the teacher; the logits become their gradient.
+    """Sums of cross entropy and of the divergence from the teacher; the logits become their gradient.
 
     Args:
         logits: ``[n, vocab]``, contiguous rows of any floating dtype; afterwards, scaled before it is rounded, the
@@ -56,6 +61,7 @@ def softmax_losses_(
         teacher_logits: ``[n, teacher's vocab]``, contiguous rows; None without distillation.
         temperature: ``T``, > 0.
         vocab_size: Entries that the divergence counts; None = all that both have.
+        divergence: Of which the kernel knows the forward KL over all tokens; any other is torch's on every device.
         gradient: False leaves the logits as they are.
         impl: ``"auto"``, ``"torch"`` or ``"triton"``.
 
@@ -65,7 +71,7 @@ def softmax_losses_(
     """
     counted = min(x.shape[1] for x in (logits, teacher_logits) if x is not None)
     counted = counted if vocab_size is None else min(vocab_size, counted)
-    fits = logits.is_cuda and logits.dtype != torch.float64 and _has_triton()
+    fits = logits.is_cuda and logits.dtype != torch.float64 and _has_triton() and divergence.plain
     if impl == "triton" or (impl == "auto" and fits):
         from kvds.ops.softmax_kernel import softmax_losses_triton
 
@@ -82,7 +88,15 @@ def softmax_losses_(
         task -= log_probs.gather(1, labels).sum()
         result = log_probs.exp_().mul_(task_scale)
         result.scatter_add_(1, labels, torch.full_like(result[:, :1], -task_scale))
-        if teacher_logits is not None:
+        if teacher_logits is not None and not divergence.plain:
+            teacher = (teacher_logits[part, :counted].to(wide) / temperature).log_softmax(1)
+            with torch.enable_grad():
+                own = x[:, :counted].detach().requires_grad_()
+                apart = divergence((own / temperature).log_softmax(1), teacher) * temperature**2
+                [slope] = torch.autograd.grad(apart, own)
+            kd += apart.detach()
+            result[:, :counted] += slope.mul_(kd_scale)
+        elif teacher_logits is not None:
             student = (x[:, :counted] / temperature).log_softmax(1)
             del x
             teacher = (teacher_logits[part, :counted].to(wide) / temperature).log_softmax(1)

@@ -28,7 +28,7 @@ from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import LabelledPositions
 from kvds.data.model_inputs import model_inputs
-from kvds.distillation.head_chunks import agreed_chunks, chunk_count
+from kvds.distillation.head_chunks import agreed_chunks, chunk_count, logit_divergence
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection, hidden_shape, open_capture
 from kvds.kv.families import backbone
@@ -304,7 +304,8 @@ class StepPlanner:
             batch, chunks = self._few_chunks(student, batch)
             aligner = self._aligner(config, batch) if aligned else None
             module = PlannedModule(
-                student, aligner, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature, head_chunks=chunks,
+                student, aligner, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature,
+                kd_divergence=logit_divergence(cfg), head_chunks=chunks,
                 # On a CPU it lies in the same memory.
                 offload_checkpoints=cfg.checkpoint_offload and checkpointing and self.device == "cuda",
             )  # fmt: skip

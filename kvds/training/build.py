@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.deepspeed_file import compute_dtype
 from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
-from kvds.distillation.head_chunks import agreed_chunks
+from kvds.distillation.head_chunks import agreed_chunks, logit_divergence
 from kvds.distillation.module import DistillationModule
 from kvds.distributed.process_group import from_first_rank
 from kvds.kv import KVShape
@@ -29,6 +30,8 @@ from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher
 from kvds.teacher.token_selection import TokenChoice
 from kvds.training.calibration import calibrate_aligner
+
+log = logging.getLogger("kvds")
 
 
 @dataclass
@@ -77,6 +80,7 @@ class RunModels:
             rope=cfg.kv_rope,
             head_chunks=agreed_chunks(cfg, self.student, tokens),
             kd_temperature=cfg.logit_kd_temperature,
+            kd_divergence=logit_divergence(cfg),
             kd_vocab_size=max(tokenizer.get_vocab().values()) + 1,
             offload_checkpoints=cfg.checkpoint_offload,
         )
@@ -109,6 +113,8 @@ def build_run_models(
         InputError: models that cannot be loaded, or keys and values that cannot be mapped.
     """
     dtype = TORCH_DTYPES[compute_dtype(raw)]
+    if cfg.logit_kd_weight and not logit_divergence(cfg).plain:
+        log.info("logit distillation: torch computes this divergence a few rows at a time, the kernel knows forward_kl")
     check_compilable(cfg, model_configs)
     # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
     aligner: KVAligner | AlignerGroup | None = None

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from kvds.config import RunConfig
+from kvds.data.batches import collate
+from kvds.data.encoding import EncodedSample
+from kvds.data.labels import LabelledPositions
+from kvds.data.tokenizer import train_problem_tokenizer
+from kvds.distillation.module import DistillationModule
+from kvds.distillation.step import LossWeights, StepInput
 from kvds.errors import InputError
 from kvds.kv import KVCapture
 from kvds.kv.families import FAMILIES
 from kvds.kv.row_attention import ROW_ATTENTION
 from kvds.models import family_check
-from kvds.models.family_check import attention_of, check_family, keeps_samples_apart
+from kvds.models.architecture import load_model_configs
+from kvds.models.family_check import attention_of, check_family, check_losses, keeps_samples_apart
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -73,3 +84,55 @@ def test_a_norm_that_is_not_where_it_was_looked_for_is_seen(monkeypatch: pytest.
     family_check._refusal.cache_clear()
     with pytest.raises(InputError, match="stablelm"):
         check_family(config, "X")
+
+
+@pytest.mark.parametrize("family", ["bloom", "gpt_oss", "mamba"])
+def test_losses_of_one_that_cannot_be_captured_are_those_of_its_own_logits(family: str) -> None:
+    config = config_of(family)
+    check_losses(config, "X")
+    torch.manual_seed(2)
+    student = AutoModelForCausalLM.from_config(config).eval()
+    rows = [EncodedSample(tuple(range(2, 2 + n)), (1,) * 3 + (2,) * (n - 4) + (3,), i) for i, n in enumerate((9, 6))]
+    batch = collate(rows, [0, 1], 0, 6.0, 6.0)
+    labelled = LabelledPositions.from_labels(batch.labels)
+    loss, _ = DistillationModule(student)(StepInput(batch, labelled, None, None, None, LossWeights()))
+    logits = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    plain = F.cross_entropy(logits.flatten(0, 1)[labelled.index], labelled.target, reduction="sum")
+    torch.testing.assert_close(loss, plain / batch.label_normalizer, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_that_pass_the_backbone_by_are_refused() -> None:
+    with pytest.raises(InputError, match="X: OPTForCausalLM: its logits cannot be made of its hidden states"):
+        check_losses(config_of("opt"), "X")
+
+
+def test_a_model_that_sees_what_comes_later_is_refused() -> None:
+    with pytest.raises(InputError, match="X: model_type=bert: its tokens see what comes later"):
+        check_losses(config_of("bert"), "X")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    train_problem_tokenizer(tmp_path / "tokenizer")
+    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+def run_of(folder: Path, **settings: Any) -> RunConfig:
+    return RunConfig(
+        model_name=str(folder), teacher_init="random", student_init="random", max_length=16,
+        output_dir=str(folder / "run"), **settings,
+    )  # fmt: skip
+
+
+def test_a_run_without_captures_takes_one_and_its_samples_get_rows_of_their_own(tmp_path: Path, tokenizer: Any) -> None:
+    config = config_of("bloom")
+    config.vocab_size = len(tokenizer)
+    config.save_pretrained(tmp_path)
+    plain = run_of(tmp_path, alignment_mode="none", logit_kd_weight=1.0)
+    assert len(load_model_configs(plain, tokenizer).teachers) == 1
+    with pytest.raises(InputError, match="packing=True: bloom does not tell samples of one row apart.*--no_packing"):
+        load_model_configs(dataclasses.replace(plain, packing=True), tokenizer)
+    with pytest.raises(InputError, match="tokens_per_batch=64: bloom does not .*--tokens_per_batch 0"):
+        load_model_configs(dataclasses.replace(plain, tokens_per_batch=64), tokenizer)
+    with pytest.raises(InputError, match="--student_name=.*: model_type=bloom: layer 0 has no attention called"):
+        load_model_configs(run_of(tmp_path), tokenizer)
