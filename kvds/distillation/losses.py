@@ -36,9 +36,9 @@ def head_losses(
 ) -> HeadLosses:
     """The cross entropy and the divergence of the student from the teacher, summed over labelled positions.
 
-    ``task = Σ_n −log p_s(y_n)`` and ``kd = T² Σ_n D(p_t, p_s)``, both distributions at temperature ``T`` for ``kd``, over
-    the first ``vocab_size`` entries (rows beyond are padding of the embedding and carry no token). By default ``D`` is the
-    forward KL divergence ``Σ_v p_t(v) (log p_t(v) − log p_s(v))``.
+    ``task = Σ_n −log p_s(y_n)`` and ``kd = T² Σ_n D(p_t, p_s)``, both distributions at temperature ``T`` for ``kd``,
+    over the first ``vocab_size`` entries (rows beyond are padding of the embedding and carry no token). By default
+    ``D`` is the forward KL divergence ``Σ_v p_t(v) (log p_t(v) − log p_s(v))``.
 
     Args:
         head: Student hidden states ``[n, hidden]`` → logits ``[n, vocab]``.

@@ -1,9 +1,9 @@
 """Divergences of a student's distribution over tokens from a teacher's, summed over positions.
 
-With ``p`` the teacher's and ``q`` the student's probabilities: ``forward_kl = Σ p (log p − log q)``, which covers all
-that the teacher finds likely; ``reverse_kl = Σ q (log q − log p)``, which stays where the teacher is; and, between both,
-``jsd = β KL(p ‖ m) + (1 − β) KL(q ‖ m)`` with ``m = β p + (1 − β) q``. With ``top_k`` the tokens that the teacher finds
-the ``k`` likeliest count each by itself and all others as one.
+With ``p`` the teacher's and ``q`` the student's probabilities: ``forward_kl = Σ p (log p − log q)``, which covers
+all that the teacher finds likely; ``reverse_kl = Σ q (log q − log p)``, which stays where the teacher is; and between
+both ``jsd = β KL(p ‖ m) + (1 − β) KL(q ‖ m)`` with ``m = β p + (1 − β) q``. With ``top_k`` the tokens that the teacher
+finds the ``k`` likeliest count each by itself and all others as one.
 
 Source: Agarwal et al., On-Policy Distillation of Language Models (2024), section 3.1, for ``jsd`` and ``reverse_kl``.
 """

@@ -16,6 +16,8 @@ REQUIRED = {"model_name": "gpt2", "output_dir": "outputs/x"}
 SHARE, RATE = "a share from 0 to below 1", "a number above 0, such as 5e-5"
 # The number on the edge, the nearest that is refused, and the answer.
 BOUNDS = {
+    "logit_kd_beta": [(0.01, 0.0, "a number between 0 and 1"), (0.99, 1.0, "a number between 0 and 1")],
+    "logit_kd_top_k": [(0, -1, "a finite number, at least 0")],
     "max_length": [(2, 1, "at least 2 tokens, one to read and one to predict")],
     "max_new_tokens": [(1, 0, "a whole number, at least 1")],
     "calibration_batches": [(1, 0, "a whole number, at least 1")],
@@ -57,6 +59,7 @@ BOUNDS = {
 }
 # What gives a setting its meaning where another would refuse the edge.
 BESIDE = {
+    "logit_kd_beta": {"logit_kd_loss": "jsd"},
     "relation_heads": {"alignment_mode": "relation"},
     "attention_loss_weight": {"alignment_mode": "structural_kv"},
     "task_weight": {"kv_weight": 1.0},

@@ -106,6 +106,7 @@ FLAGS = {
     "--task_weight -1": ("task_weight=-1", "at least 0", "--task_weight 1.0"),
     "--logit_kd_loss kl": ("logit_kd_loss=kl", "forward_kl, reverse_kl, jsd"),
     "--logit_kd_loss jsd --logit_kd_beta 1": ("logit_kd_beta=1", "between 0 and 1"),
+    "--logit_kd_loss jsd --logit_kd_beta 0": ("logit_kd_beta=0", "between 0 and 1"),
     "--logit_kd_beta 0.3": ("logit_kd_beta=0.3", "--logit_kd_loss jsd"),
     "--logit_kd_top_k -1": ("logit_kd_top_k=-1", "at least 0"),
     "--logit_kd_temperature 0": ("logit_kd_temperature=0", "above 0", "temperature 1.0"),
