@@ -7,7 +7,10 @@ from importlib.util import find_spec
 from kvds.errors import InputError
 
 # Package → extra of pyproject.toml that brings it.
-EXTRAS = {"matplotlib": "plots", "mlflow": "mlflow", "scipy": "statistics", "shtab": "completion"}
+EXTRAS = {
+    "lm_eval": "tasks", "matplotlib": "plots", "mlflow": "mlflow", "scipy": "statistics", "shtab": "completion",
+    "tensorboard": "tensorboard", "wandb": "wandb",
+}  # fmt: skip
 
 
 def installed(package: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvds.config.all_settings import AllSettings
+from kvds.config.extras import need
 from kvds.config.setting_rules import Rule
 from kvds.config.values import parse_overrides, split_dataset_weight
 from kvds.errors import InputError
@@ -33,6 +34,8 @@ def file_rules(cfg: AllSettings) -> Iterator[Rule]:
         raise InputError("--student_name is missing; expected a folder or a hub name (or --model_name for both models)")
     for name, text in _texts(cfg, "overrides"):
         parse_overrides(text, flag=name)
+    alone = len(cfg.report_to) == 1 or "none" not in cfg.report_to
+    yield alone, "report_to", " ".join(cfg.report_to), "none by itself, or trackers without it"
     uri = cfg.tracking_uri
     folder = uri is not None and uri != "databricks" and ("://" not in uri or uri.startswith("file:"))
     expected = "sqlite:///FILE.db or http(s)://SERVER, as MLflow writes to no folder (unset: OUTPUT_DIR/mlflow.db)"
@@ -40,7 +43,14 @@ def file_rules(cfg: AllSettings) -> Iterator[Rule]:
 
 
 def path_rules(cfg: AllSettings) -> Iterator[Rule]:
-    """The local files that the run will read are there."""
+    """The local files that the run will read are there, and the packages that it will report with.
+
+    Raises:
+        InputError: a package is missing.
+    """
+    for tracker in cfg.report_to:
+        if tracker not in ("mlflow", "none"):  # the default does without: metrics.jsonl has it all
+            need(f"report_to={tracker}", tracker)
     for name, model in _texts(cfg, "model"):
         # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
         if model[0] in "./~" or model.count("/") > 1:

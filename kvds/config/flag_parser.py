@@ -79,7 +79,8 @@ def add_flags(parser: argparse.ArgumentParser, short: bool = False) -> None:
                     f"--no_{field.name}", dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS
                 )
             elif typing.get_origin(hint) is tuple:
-                options |= {"nargs": "+", "metavar": "NUMBER" if typing.get_args(hint)[0] is float else "NAME"}
+                entry = "|".join(choices) or ("NUMBER" if typing.get_args(hint)[0] is float else "NAME")
+                options |= {"nargs": "+", "metavar": entry}
             else:
                 options["metavar"] = "|".join(choices) if choices else field.name.upper()
             group.add_argument(f"--{field.name}", **options)

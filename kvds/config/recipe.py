@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def checked_settings(content: dict[Any, Any], path: str | Path) -> dict[str, Any
             )
         if isinstance(value, list):
             content[key] = tuple(value)
-        elif key == "datasets" and isinstance(value, str):
+        elif isinstance(value, str) and typing.get_origin(hints()[key]) is tuple:
             content[key] = (value,)
     for key, value in content.items():
         hint = hints()[key]

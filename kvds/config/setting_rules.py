@@ -83,8 +83,9 @@ def kind_rules(field: dataclasses.Field[Any], value: Any) -> Iterator[Rule]:
     readable = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
     yield readable, name, value, "visible text on one line"
     choices = field.metadata["choices"]
-    if choices and value is not None and value not in choices:
-        yield False, name, value, f"one of {', '.join(choices)}{near_miss(value, choices)}"
+    for text in texts if isinstance(value, tuple) else (value,):
+        if choices and text is not None and text not in choices:
+            yield False, name, text, f"one of {', '.join(choices)}{near_miss(text, choices)}"
 
 
 def range_rules(settings: Any) -> Iterator[Rule]:

@@ -363,19 +363,17 @@ class RunSettings:
         expected="at least 5 seconds",
         may_change=True,
     )
-    report_to: str = setting(
-        "tracker beside metrics.jsonl",
-        "mlflow",
-        choices=("mlflow", "none"),
-        may_change=True,
-        identity=False,
-        common=True,
-    )
+    report_to: tuple[str, ...] = setting(
+        "trackers beside metrics.jsonl, each through its own library", ("mlflow",),
+        choices=("mlflow", "tensorboard", "wandb", "none"), may_change=True, identity=False, common=True,
+    )  # fmt: skip
     tracking_uri: str | None = setting(
         "MLflow tracking URI; unset: sqlite in the output folder", None, may_change=True, identity=False
     )
-    experiment_name: str = setting("MLflow experiment", "kvds", may_change=True, identity=False)
-    run_name: str | None = setting("MLflow run; unset: the output folder's name", None, may_change=True, identity=False)
+    experiment_name: str = setting("experiment of MLflow, project of wandb", "kvds", may_change=True, identity=False)
+    run_name: str | None = setting(
+        "name of the run in MLflow and wandb; unset: the output folder's", None, may_change=True, identity=False
+    )
     dry_run: bool = setting(
         "do everything but train: read the data, build the models without weights, check files, space and memory",
         False,

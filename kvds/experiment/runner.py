@@ -211,7 +211,7 @@ class Runner:
             return identity(job) | {"status": FAILED, "error": str(error), INPUTS: inputs}
         settings = {
             **{key: _resolved(item, experiment) for key, item in job.settings.items()},
-            "output_dir": str(folder), "resume": "never", "report_to": "none", "save_steps": 0,
+            "output_dir": str(folder), "resume": "never", "report_to": ["none"], "save_steps": 0,
         }  # fmt: skip
         begun = time.perf_counter()
         answer = worker.ask({"settings": settings, **self._how}, self._deadline)

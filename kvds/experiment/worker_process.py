@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kvds.config import RunConfig
+from kvds.config.recipe import checked_settings
 from kvds.distributed.preemption import EXIT_CODE, Preempted
 from kvds.durable_files import json_text
 from kvds.experiment.launcher import launch
@@ -35,8 +36,7 @@ def train_job(settings: dict[str, Any], ranks: int, *, in_process: bool = False)
     Raises:
         InputError, Preempted, RunError: see :func:`kvds.training.run.train`.
     """
-    fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in settings.items()}
-    cfg = RunConfig(**fields)
+    cfg = RunConfig(**checked_settings(dict(settings), "job"))
     cfg.check_paths()
     if in_process:
         train_measured(cfg)

@@ -1,4 +1,4 @@
-"""A run's records: ``metrics.jsonl`` always, MLflow beside it, written by a thread so that no training step waits.
+"""A run's records: ``metrics.jsonl`` always, and beside it what ``report_to`` names, so that no training step waits.
 
 Rank 0 alone constructs a :class:`Tracker`. Whatever goes wrong with a record is told once and never stops a run.
 """
@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from kvds.errors import InputError
 from kvds.tracking.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from kvds.tracking.mlflow_writer import RUN_ID_FILE, MlflowWriter
 from kvds.tracking.provenance import git_revision
+from kvds.tracking.tensorboard_writer import TensorboardWriter
+from kvds.tracking.wandb_writer import WandbWriter
 
 log = logging.getLogger("kvds")
 
@@ -51,10 +53,10 @@ class Tracker:
     Args:
         output_dir: The run's folder; holds ``metrics.jsonl``, ``mlflow_run_id`` and, by default, ``mlflow.db`` and
             ``mlflow_artifacts/``.
-        enabled: Whether MLflow is written at all.
+        report_to: ``"mlflow"``, ``"tensorboard"``, ``"wandb"``; nothing but the file where it is empty or ``"none"``.
         tracking_uri: ``sqlite:///FILE.db`` or ``http(s)://SERVER``; None = ``mlflow.db`` in the folder.
-        experiment_name: MLflow's experiment, made if missing.
-        run_name: MLflow's name of the run.
+        experiment_name: MLflow's experiment, made if missing; wandb's project.
+        run_name: Name of the run.
         params: Settings; on resume, those that changed are recorded as tags ``resumed/NAME``.
         tags: Facts of this attempt; git revision and host are added.
         run_id: The MLflow run to go on with; None: a new run, or on resume the one named in ``mlflow_run_id``.
@@ -67,7 +69,7 @@ class Tracker:
         self,
         output_dir: str | Path,
         *,
-        enabled: bool = True,
+        report_to: Sequence[str] = ("mlflow",),
         tracking_uri: str | None = None,
         experiment_name: str = "kvds",
         run_name: str | None = None,
@@ -83,6 +85,7 @@ class Tracker:
         self._finish_seconds = finish_seconds
         self._file: MetricsFile | None = None
         self._writer: MlflowWriter | None = None
+        self._others: list[TensorboardWriter | WandbWriter] = []
         try:
             self._file = MetricsFile(self._output_dir / METRICS_FILE, resume_step=resume_step)
             run_id_file = self._output_dir / RUN_ID_FILE
@@ -94,7 +97,9 @@ class Tracker:
             self._warn(error)
         self._run_id = run_id
         backlog = self._records_so_far() if resume_step is not None else []
-        if not enabled:
+        name, tags = run_name or self._output_dir.name, {**_attempt_tags(), **(tags or {})}
+        self._others = self._open_others(report_to, experiment_name, name, params or {}, tags, resume_step)
+        if "mlflow" not in report_to:
             return
         if not installed("mlflow"):
             log.warning("records: %s; metrics.jsonl alone is written (or --report_to none)", missing("mlflow"))
@@ -112,15 +117,39 @@ class Tracker:
             self._output_dir,
             tracking_uri=tracking_uri or default_tracking_uri(output_dir),
             experiment_name=experiment_name,
-            run_name=run_name or self._output_dir.name,
+            run_name=name,
             params=params or {},
-            tags={**_attempt_tags(), **(tags or {})},
+            tags=tags,
             run_id=run_id,
             resume_step=resume_step,
             system_metrics=system_metrics,
             warn=self._warn,
             backlog=backlog,
         )
+
+    def _open_others(
+        self, report_to: Sequence[str], experiment_name: str, run_name: str, params: Mapping[str, Any],
+        tags: Mapping[str, str], resume_step: int | None,
+    ) -> list[TensorboardWriter | WandbWriter]:  # fmt: skip
+        found: list[TensorboardWriter | WandbWriter] = []
+        known: dict[str, Any] = {"params": params, "tags": tags, "resume_step": resume_step}
+        try:
+            if "tensorboard" in report_to:
+                found.append(TensorboardWriter(self._output_dir, **known))
+            if "wandb" in report_to:
+                names: dict[str, Any] = {"experiment_name": experiment_name, "run_name": run_name}
+                found.append(WandbWriter(self._output_dir, **names, **known))
+        except Exception as error:  # packages, networks and accounts fail in their own ways
+            self._warn(error)
+        return found
+
+    def _tell(self, call: str, *arguments: Any) -> None:
+        """Hand something to every tracker but MLflow, which has a thread."""
+        for writer in self._others:
+            try:
+                getattr(writer, call)(*arguments)
+            except Exception as error:  # as above
+                self._warn(error)
 
     def _records_so_far(self) -> list[dict[str, float]]:
         try:
@@ -142,19 +171,23 @@ class Tracker:
             self._warn(error)
         if self._writer is not None:
             self._writer.put_metrics(step, metrics)
+        self._tell("put_metrics", step, metrics)
 
     def log_artifact(self, path: str | Path) -> None:
         """Copy a file or a folder to the run's artifacts."""
         if self._writer is not None:
             self._writer.put_artifact(Path(path))
+        self._tell("put_artifact", Path(path))
 
     def set_tag(self, key: str, value: str) -> None:
-        """Set a tag of the MLflow run: a fact that turned up on the way."""
+        """Set a tag of the run: a fact that turned up on the way."""
         if self._writer is not None:
             self._writer.put_tag(key, value)
+        self._tell("put_tag", key, value)
 
     def flush(self, seconds: float = 30.0) -> None:
-        """Wait, at most ``seconds``, until MLflow has all that was logged so far."""
+        """Wait, for MLflow at most ``seconds``, until all that was logged so far is written."""
+        self._tell("flush")
         if self._writer is not None:
             self._writer.flush(seconds)
 
@@ -163,6 +196,8 @@ class Tracker:
         if self._file is not None:
             self._file.close()
             self._file = None
+        self._tell("finish", status)
+        self._others = []
         if self._writer is not None:
             self._run_id = self.run_id
             if not self._writer.finish(status, self._finish_seconds):

@@ -69,7 +69,7 @@ class RunModels:
         assert self.aligner is not None
         for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True):
             match = partial(choice.with_teacher, teacher)
-            self.start_r2.append(calibrate_aligner(member, self.student, batches, match, rope=cfg.kv_rope))
+            self.start_r2.append(calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope))
 
     def module(self, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DistillationModule:
         """Student and aligner as the one module that an engine trains."""

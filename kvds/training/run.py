@@ -38,7 +38,6 @@ from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.distributed.preemption import StopRequest
 from kvds.distributed.process_group import from_first_rank, init_distributed
 from kvds.durable_files import json_text
-from kvds.evaluation.model import in_words
 from kvds.models.architecture import ModelConfigs, load_model_configs
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.token_budget import with_token_budget
@@ -370,7 +369,6 @@ class TrainingRun:
             results = self._evaluate(model)
             if self.rank == 0:
                 (self.output_dir / "eval.json").write_text(json_text(results, indent=1) + "\n")
-                log.info("held-out: %s", in_words(results))
                 write_model_card(self.output_dir, student, self.step, results)
         self.run_log.conclude(draw_report=draw_report)
 

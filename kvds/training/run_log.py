@@ -13,6 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from kvds.config import RunConfig
 from kvds.config.extras import installed
 from kvds.distillation.module import DistillationModule
+from kvds.evaluation.model import in_words
 from kvds.tracking.provenance import collect_versions, git_revision, write_provenance
 from kvds.tracking.tracker import Tracker, ui_command
 from kvds.training.nonfinite_steps import NonfiniteSteps
@@ -67,6 +68,7 @@ class RunLog:
         mlflow_run_id: str | None = None,
     ) -> None:
         self._cfg, self._output_dir, self._nonfinite_steps = cfg, Path(cfg.output_dir), nonfinite_steps
+        self._total_steps = total_steps
         self._tracker: Tracker | None = None
         student, aligner = parameter_count(module.student), parameter_count(module.aligner)
         log.info(
@@ -79,7 +81,7 @@ class RunLog:
             tags = {**collect_versions(), "world_size": str(world_size), "kv_weight": f"{kv_weight:.6g}"}
             write_provenance(self._output_dir, {"git_revision": git_revision() or "unknown", **tags})
             self._tracker = Tracker(
-                self._output_dir, enabled=cfg.report_to == "mlflow", tracking_uri=cfg.tracking_uri,
+                self._output_dir, report_to=cfg.report_to, tracking_uri=cfg.tracking_uri,
                 experiment_name=cfg.experiment_name, run_name=cfg.run_name or self._output_dir.name,
                 params={**cfg.to_dict(), "parameters_student": student, "parameters_aligner": aligner},
                 tags=tags, run_id=mlflow_run_id, resume_step=resume_step,
@@ -115,8 +117,9 @@ class RunLog:
         if metrics:
             self.record(0, metrics)
 
-    def record_evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
-        """Record what an evaluation gave: corpus → metric → value."""
+    def record_evaluation(self, step: int, results: dict[str, dict[str, float]]) -> None:
+        """Tell and record what an evaluation gave: corpus → metric → value."""
+        log.info("step %d of %d, held-out: %s", step, self._total_steps, in_words(results))
         self.record(step, {f"eval/{corpus}/{k}": v for corpus, values in results.items() for k, v in values.items()})
 
     def warn(self, step: int, warnings: Mapping[str, str]) -> None:
@@ -143,7 +146,7 @@ class RunLog:
         log.info("student, aligner and records are in %s", self._output_dir)
         cfg = self._cfg
         if (
-            cfg.report_to == "mlflow" and installed("mlflow") and (cfg.tracking_uri or "sqlite:").startswith("sqlite:")
+            "mlflow" in cfg.report_to and installed("mlflow") and (cfg.tracking_uri or "sqlite:").startswith("sqlite:")
         ):  # no server yet
             log.info("look through them: %s", ui_command(self._output_dir, cfg.tracking_uri))
 

@@ -81,7 +81,7 @@ def product_step(
         teacher_model, device=CPU, rope=cfg.kv_rope, reads=aligner.teacher_reads, wants_hidden=kd > 0,
         observe=choice.observing,
     )  # fmt: skip
-    calibrate_aligner(aligner, student, lambda: [the_batch()], partial(choice.with_teacher, teacher), rope=cfg.kv_rope)
+    calibrate_aligner(aligner, student, [the_batch()], partial(choice.with_teacher, teacher), rope=cfg.kv_rope)
     module = DistillationModule(student, aligner, rope=cfg.kv_rope, kd_vocab_size=50).train()
     step = StepInputBuilder(cfg, [teacher], choice, CPU)(the_batch(), LossWeights(1.0, weight, kd))
     assert step.selection is not None
@@ -178,16 +178,6 @@ def test_a_fitted_map_counts_as_much_as_the_task_at_most() -> None:
     distiller = distiller_of(AlignmentSettings(kv_weight="auto:2.0")).eval()
     metrics = distiller(**inputs()).metrics
     assert distiller.kv_weight * float(metrics["loss/kv"]) == pytest.approx(2 * float(metrics["loss/task"]), rel=1e-4)
-
-
-def test_maps_that_explain_nothing_weigh_nothing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("kvds.align.ridge._LEAST_R2", 2.0)  # whatever is fitted is not told from chance
-    distiller = distiller_of(AlignmentSettings(kv_weight="auto:2.0"))
-    assert distiller.kv_weight == 0.0 and "no map explains held-out states of the teacher" in caplog.text
-    distiller(**inputs()).loss.backward()
-    assert any(bool(p.grad.any()) for p in distiller.student.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

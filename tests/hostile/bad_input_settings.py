@@ -187,7 +187,9 @@ FLAGS = {
     "--resume outputs/nowhere": ("resume=outputs/nowhere", "auto, never or the folder", "--resume auto"),
     "--tracking_uri ./mlruns": ("tracking_uri=./mlruns", "sqlite:///FILE.db", "unset"),
     "--tracking_uri file:///tmp/x": ("tracking_uri=file:///tmp/x", "sqlite:///FILE.db", "unset"),
-    "--report_to wandb": ("report_to=wandb", "mlflow, none", "--report_to mlflow"),
+    "--report_to wandB": ("report_to=wandB", "mlflow, tensorboard, wandb, none", "did you mean wandb"),
+    "--report_to mlflow none": ("report_to=mlflow none", "none by itself", "--report_to mlflow"),
+    "--report_to": ("--report_to", "expected at least one argument", "--help"),
     "--logging_steps 0": ("logging_steps=0", "at least 1", "--logging_steps 10"),
     "--keep_checkpoints -1": ("keep_checkpoints=-1", "at least 0", "--keep_checkpoints 0"),
     "--keep_checkpoints few": ("keep_checkpoints=few", "a whole number", "--keep_checkpoints 0"),
@@ -316,8 +318,8 @@ DEEPSPEED: dict[str, tuple[str, ...]] = {
     '{"log_level": "loud", "zero_optimization": {"stage": 3}}': ('log_level="loud"', "debug, info, warning"),
     '{"steps_per_print": 0, "zero_optimization": {"stage": 3}}': ("steps_per_print=0", "at least 1"),
     '{"aio": {"block_size": "x"}, "zero_optimization": {"stage": 3}}': ('aio.block_size="x"', "at least 1"),
-    '{"wandb": {"enabled": true}, "zero_optimization": {"stage": 3}}':
-        ("wandb is on", "package wandb is not installed", "no wandb in the file"),
+    '{"comet": {"enabled": true}, "zero_optimization": {"stage": 3}}':
+        ("comet is on", "package comet_ml is not installed", "no comet in the file"),
     '{"gradient_predivide_factor": 2, "zero_optimization": {"stage": 3}}': ("has gradient_predivide_factor", "fp16"),
     '{"gradient_clipping": NaN, "zero_optimization": {"stage": 3}}': ("gradient_clipping=NaN", "at least 0"),
     '{"zero_optimization": {"stage": 3, "sub_group_size": 0}}': ("sub_group_size=0", "at least 1"),

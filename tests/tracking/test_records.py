@@ -152,7 +152,7 @@ def test_resume_of_a_run_that_the_store_lost_begins_a_new_one(tmp_path, caplog):
 
 
 def test_without_mlflow_there_is_still_the_file(tmp_path):
-    tracker = Tracker(tmp_path, enabled=False)
+    tracker = Tracker(tmp_path, report_to=())
     tracker.log(1, {"loss/task": 0.5})
     tracker.log_artifact(tmp_path / "nothing")
     tracker.flush()
@@ -237,7 +237,7 @@ def test_metrics_of_an_outage_are_sent_when_it_is_over(tmp_path, caplog):
 
 def test_a_folder_that_cannot_be_written_warns_and_goes_on(tmp_path, caplog):
     (tmp_path / "run").write_text("a file where the folder should be")
-    tracker = Tracker(tmp_path / "run", enabled=False)
+    tracker = Tracker(tmp_path / "run", report_to=())
     tracker.log(1, {"x": 1.0})
     tracker.finish()
     assert caplog.text.count("records:") == 1
@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_written_warns_and_goes_on(tmp_path, caplog):
 def test_a_killed_run_leaves_whole_lines(tmp_path):
     script = (
         "import sys; from kvds.tracking.tracker import Tracker\n"
-        "tracker = Tracker(sys.argv[1], enabled=False)\n"
+        "tracker = Tracker(sys.argv[1], report_to=())\n"
         "for step in range(10**9):\n"
         "    tracker.log(step, {'x': 1.0 / 3})\n"
         "    if step == 50: print('going', flush=True)\n"

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from kvds.config.recipe import parse_run_config
-from kvds.distillation.calibration import nothing_mapped
-from kvds.training.kv_let_go import KVLetGo
+from kvds.training.kv_let_go import KVLetGo, nothing_mapped
 
 
 @pytest.mark.parametrize(

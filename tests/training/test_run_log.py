@@ -20,6 +20,9 @@ from tqdm import tqdm
 from kvds.config.recipe import parse_run_config
 from kvds.training.run_log import RunLog, lines_above_bars, parameter_count
 
+EVERY = {"cross_entropy": 1.25, "exact_match": 0.5, "cut_completions": 1, "samples": 4, "judged": 4}
+RECORDED = {f"eval/all/{name}": value for name, value in EVERY.items()}
+
 
 class LeftOut:
     """Stands for the steps that were left out: those given, in one go."""
@@ -77,7 +80,7 @@ def test_records_and_provenance_are_rank_zeros(tmp_path: Path) -> None:
         run_log = log_of(tmp_path / str(rank), rank=rank, nonfinite_steps=LeftOut((3, 1), (4, 2)))
         run_log.record(2, {"loss/task": 0.5})
         run_log.record_nonfinite_steps(wait=False)
-        run_log.record_evaluation(4, {"all": {"perplexity": 7.0}, "gsm8k": {"exact_match": 0.25}})
+        run_log.record_evaluation(4, {"all": EVERY, "gsm8k": {"exact_match": 0.25}})
         run_log.warn(4, {"kv_norm": "fell"})
         run_log.conclude()
         run_log.close("FINISHED")
@@ -86,7 +89,7 @@ def test_records_and_provenance_are_rank_zeros(tmp_path: Path) -> None:
         {"step": 2, "loss/task": 0.5},
         {"step": 3, "bad_steps": 1},
         {"step": 4, "bad_steps": 2},
-        {"step": 4, "eval/all/perplexity": 7.0, "eval/gsm8k/exact_match": 0.25},
+        {"step": 4, **RECORDED, "eval/gsm8k/exact_match": 0.25},
     ]
     provenance = json.loads((tmp_path / "0/provenance.json").read_text())
     assert provenance["world_size"] == "2" and provenance["kv_weight"] == "0.125" and "torch" in provenance
@@ -156,3 +159,12 @@ def test_lines_and_warnings_stand_above_a_bar() -> None:
     for line in ("kvds step 1: it fell", "py.warnings "):
         at = text.index(line)
         assert text[at - 1] in "\r\n", repr(text[max(0, at - 40) : at + 40])
+
+
+def test_an_evaluation_on_the_way_is_told_and_recorded(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO, logger="kvds")
+    log_of(tmp_path / "run").record_evaluation(3, {"all": EVERY})
+    assert (
+        "step 3 of 9, held-out: cross entropy 1.2500, exact match 50.0 %, 1 of 4 completions cut before" in caplog.text
+    )
+    assert records(tmp_path / "run") == [{"step": 3, **RECORDED}]
