@@ -90,7 +90,7 @@ def check_identity(cfg: RunConfig, origin: Origin, step: int, now: dict[str, str
         )  # fmt: skip
         return now
     found = differences(origin.identity, now)
-    hint = _drawn_otherwise(cfg, origin.identity, now) if _TRAINING in found else ""
+    hint = _drawn_otherwise(cfg) if _TRAINING in found else ""
     if _HELD_OUT in found:
         before, text = found.pop(_HELD_OUT)
         told = f"held-out rows: {text} now, {before} up to {step_tag(step)}"
@@ -103,12 +103,8 @@ def check_identity(cfg: RunConfig, origin: Origin, step: int, now: dict[str, str
     return {**origin.identity, **now}
 
 
-def _drawn_otherwise(cfg: RunConfig, before: dict[str, str], now: dict[str, str]) -> str:
+def _drawn_otherwise(cfg: RunConfig) -> str:
     """What else than another content may have made other rows to train on."""
-    judged = [not parts.get(_HELD_OUT, "0 rows").startswith("0 rows") for parts in (before, now)]
-    if judged[0] != judged[1]:
-        was = "was" if judged[1] else "was not"
-        return f"; --eval_subset_size 0, which also trains on rows that held-out ones ask, {was} given before"
     own = any(is_own_file(split_dataset_weight(spec)[0]) for spec in cfg.datasets)
     return "; which rows are drawn of a file follows from its name, too" if own and cfg.subset_size else ""
 

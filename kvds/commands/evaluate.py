@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         if output is not None:
             (output / "eval.json").write_text(json_text(results, indent=1) + "\n", encoding="utf-8")
             print("written:", output / "eval.json", output / "predictions.jsonl")
-    return 0
+    return 0 if results["all"]["judged"] else 1
 
 
 def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:

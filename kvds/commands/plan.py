@@ -15,6 +15,7 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
+    from kvds.config import RunConfig
     from kvds.plan.estimate import RunPlan
     from kvds.plan.phases import Phases
 
@@ -65,12 +66,26 @@ def run(arguments: argparse.Namespace) -> int:
     from kvds.plan.phases import Phases
     from kvds.plan.token_budget import with_token_budget
 
+    _check_layers(cfg)
     machine = Machine(arguments.gpus, arguments.nodes, memory)
     plan = RunPlan(with_token_budget(cfg, machine), machine, arguments.rows)
     phases = Phases(plan)
     for line in plan_lines(plan, phases, arguments.tflops * 1e12 * arguments.utilization):
         print(line, flush=True)
     return 0 if plan.fits and not phases.tight else 1
+
+
+def _check_layers(cfg: RunConfig) -> None:
+    """Refuse what training refuses of models whose weights may be elsewhere."""
+    from kvds.models.architecture import load_config
+    from kvds.models.hub import folder_at_hand
+    from kvds.models.weight_check import check_layers
+
+    named = [("student", cfg.student), *(("teacher", name) for name in cfg.all_teachers if cfg.uses_teacher)]
+    for flag, name in named:
+        if getattr(cfg, f"{flag}_init") == "pretrained" and (folder := folder_at_hand(name)) is not None:
+            config = load_config(name, getattr(cfg, f"{flag}_config_overrides"), flag=flag)
+            check_layers(folder, config, f"--{flag}_name={name}", remedy=f"or --{flag}_init random")
 
 
 def _size(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import typing
 from collections.abc import Sequence
@@ -53,6 +54,23 @@ def checked_settings(content: dict[Any, Any], path: str | Path) -> dict[str, Any
         if field.name in content:
             check(kind_rules(field, content[field.name]), place=f"{path}: ")
     return content
+
+
+def named_output_dir(argv: Sequence[str]) -> Path | None:
+    """The output folder that flags or their recipe name, whatever else is wrong with them; None where it cannot be
+    told.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--output_dir", "--output-dir")
+    parser.add_argument("--config")
+    try:
+        given, _ = parser.parse_known_args(list(argv))
+        folder = given.output_dir
+        if folder is None and given.config is not None:
+            folder = load_mapping(find_shipped(given.config, RECIPES)).get("output_dir")
+    except (argparse.ArgumentError, InputError):
+        return None
+    return Path(folder) if isinstance(folder, str) and folder and "\0" not in folder else None
 
 
 def parse_run_config(argv: Sequence[str]) -> RunConfig:

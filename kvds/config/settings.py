@@ -122,6 +122,7 @@ class DataSettings:
         "folder for rows as tokens, which later runs read; never: keep none; unset: kvds below HF_DATASETS_CACHE",
         None,
         may_change=True,
+        identity=False,
     )
     subset_size: int | None = setting("training rows in all; unset: every row", None, least=1)
     max_length: int = setting(
@@ -346,12 +347,15 @@ class RunSettings:
         "resume with another number of rows per optimizer step; otherwise --gradient_accumulation_steps makes up for "
         "another number of ranks", False, may_change=True,
     )  # fmt: skip
-    keep_checkpoints: int = setting("newest checkpoints that stay on the disk; 0: all", 0, least=0, may_change=True)
+    keep_checkpoints: int = setting(
+        "newest checkpoints that stay on the disk; 0: all", 0, least=0, may_change=True, identity=False
+    )
     max_minutes: float | None = setting(
         "minutes after its start at which the run saves a checkpoint and ends with exit code 85; unset: never",
         None,
         above=0,
         may_change=True,
+        identity=False,
     )
     max_bad_steps: int = setting(
         "steps in a row with a loss or gradient that is not finite before the run stops", 10, least=1, may_change=True
@@ -362,6 +366,7 @@ class RunSettings:
         least=5,
         expected="at least 5 seconds",
         may_change=True,
+        identity=False,
     )
     report_to: tuple[str, ...] = setting(
         "trackers beside metrics.jsonl, each through its own library", ("mlflow",),

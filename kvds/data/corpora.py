@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvds.data.example import LINE_END, plain_number
+from kvds.data.example import LINE_END, is_blank, plain_number
 from kvds.data.rows import BadRow
 
 # Prompt, rationale, answer, and where there is one the teacher's own rationale.
@@ -36,7 +36,7 @@ def _text(row: dict[str, Any], key: str, *, empty: bool = False) -> str:
     if key not in row:
         raise BadRow(f"{key!r} is missing; found {sorted(map(str, row))[:6]}")
     value = row[key]
-    if not isinstance(value, str) or not (empty or value.strip()):
+    if not isinstance(value, str) or not (empty or not is_blank(value)):
         raise BadRow(f"{key!r} is {value!r:.60}; expected a text")
     return value.strip()
 

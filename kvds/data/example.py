@@ -12,6 +12,9 @@ from decimal import Decimal
 
 ANSWER_MARK = "####"
 
+# Letters that nobody sees, beside blanks: zero-width spaces and joiners, byte order mark, soft hyphen, directions.
+INVISIBLE = "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+_UNSEEN = re.compile(rf"[\s{INVISIBLE}]*")
 LINE_END = re.compile(r"\r\n|\r|\n")
 _AMOUNT = re.compile(r"([-+]?)(?:\s*\$\s*)?(.*?)(?:\s*[$%])?")
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?(e[-+]?\d{1,3})?", re.ASCII | re.IGNORECASE)
@@ -37,6 +40,11 @@ class Example:
     corpus: str
     place: str
     teacher_rationale: str | None = None
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to be seen in ``text``."""
+    return _UNSEEN.fullmatch(text) is not None
 
 
 def prompt_text(example: Example) -> str:

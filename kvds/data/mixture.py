@@ -22,7 +22,7 @@ from kvds.config.settings import DataSettings
 from kvds.config.values import split_dataset_weight
 from kvds.data.corpora import CORPORA, Corpus, Parts, plain
 from kvds.data.corpus_names import corpus_names, held_out_file, is_file, is_own_file, own_file
-from kvds.data.example import ANSWER_MARK, Example
+from kvds.data.example import ANSWER_MARK, INVISIBLE, Example
 from kvds.data.rows import BadRow, file_rows
 from kvds.data.synthetic import synthetic_examples
 from kvds.errors import InputError, near_miss, one_line
@@ -40,6 +40,11 @@ _CHAT_MARK = re.compile(
     r"\[/?INST\]|<(?:start|end)_of_turn>|<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>|"
     "<\N{FULLWIDTH VERTICAL LINE}(?:User|Assistant)\N{FULLWIDTH VERTICAL LINE}>"
 )
+
+
+# Of Unicode's compatibility forms those that mean the same.
+_FORMS = {"wide", "narrow", "noBreak", "compat", "font", "initial", "medial", "final", "isolated", "vertical", "small"}
+_NOT_SEEN = re.compile(f"[{INVISIBLE}]")
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,18 @@ def load_mixture(
 
 
 def prompt_key(prompt: str) -> str:
-    """A prompt in the form in which two ask the same: without case, repeated blanks and Unicode's forms."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    """A prompt in the form in which two ask the same: without case, repeated blanks, letters that nobody sees and
+    Unicode's forms. A raised or lowered digit, or a fraction, is another number than its digits: ``2²`` is not ``22``.
+    """
+    seen = _NOT_SEEN.sub("", unicodedata.normalize("NFC", prompt))
+    alike = "".join(unicodedata.normalize("NFKC", c) if _is_form(c) else c for c in seen)
+    return " ".join(unicodedata.normalize("NFC", alike.casefold()).split())
+
+
+def _is_form(letter: str) -> bool:
+    """Whether a letter is another only in how it is drawn."""
+    kind, tag, _ = unicodedata.decomposition(letter).partition(">")
+    return bool(tag) and kind.removeprefix("<") in _FORMS
 
 
 def _counts(parts: dict[str, list[Example]]) -> dict[str, int]:
@@ -139,7 +154,7 @@ def _without(parts: dict[str, list[Example]], held_out: Iterable[Example]) -> di
         if not rows:
             raise InputError(
                 f"datasets={name}: the prompts of all {len(parts[name])} training rows are held out; expected other "
-                "rows to learn from than to be judged by (or --eval_subset_size 0)"
+                "rows to learn from than to be judged by (another file, or other rows beside it)"
             )
     return left
 

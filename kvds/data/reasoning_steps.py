@@ -11,14 +11,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvds.data.example import LINE_END
+from kvds.data.example import INVISIBLE, LINE_END, is_blank
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # A line end and the blank lines behind it.
-_BREAK = re.compile(r"(?:\r\n?|\n)(?:[^\S\r\n]*(?:\r\n?|\n))*")
+_BREAK = re.compile(rf"(?:\r\n?|\n)(?:(?:[^\S\r\n]|[{INVISIBLE}])*(?:\r\n?|\n))*")
 # An equals sign and the number behind it, as corpora write numbers: "= $1,080.50", "=-3%", "=48".
 _RESULT = re.compile(r"=\s*[$€£]?[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?", re.ASCII)
 
@@ -28,13 +28,13 @@ def reasoning_step_starts(rationale: str) -> list[int]:
 
     Blank lines belong to the step before them.
     """
-    if not rationale.strip():
+    if is_blank(rationale):
         return []
     ends = [match.end() for match in _BREAK.finditer(rationale)]
-    if not LINE_END.search(rationale.strip()):
+    if sum(not is_blank(line) for line in LINE_END.split(rationale)) == 1:
         ends = [match.end() for match in _RESULT.finditer(rationale)]
         ends = ends[:-1]  # what follows the last result stays with it
-    return [0, *(end for end in ends if rationale[end:].strip() and rationale[:end].strip())]
+    return [0, *(end for end in ends if not is_blank(rationale[end:]) and not is_blank(rationale[:end]))]
 
 
 def reasoning_step_ids(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:

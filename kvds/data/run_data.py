@@ -95,13 +95,13 @@ def load_run_data(
             exchanged=cfg.uses_kv and cfg.teacher_kv == "shuffled",
         )
 
-    held_out_rows = _mixture(cfg, "eval").examples if cfg.eval_subset_size else []
+    held_out_rows = _held_out(cfg)
     mixture = _mixture(cfg, "train", held_out_rows)
     reasoning_steps = cfg.uses_kv and cfg.align_tokens == "segment"
     files = TokenFiles(_folder(cfg), first, wait)
     corpus = encode_once(mixture.examples, tokenizer, cfg.max_length, reasoning_steps=reasoning_steps, files=files)
     _report(cfg, mixture, corpus)
-    examples = first_per_corpus(held_out_rows, cfg.eval_subset_size)
+    examples = first_per_corpus(held_out_rows, cfg.eval_subset_size) if cfg.eval_subset_size else []
     texts = partial(check_texts, most=cfg.max_lossy_rows, tokenizer=tokenizer)
     texts(corpus.fidelity, mixture.examples, what="training")
     held_out: Sequence[EncodedSample] = []
@@ -141,6 +141,17 @@ def _check_steps(cfg: RunConfig, samples: Sequence[EncodedSample]) -> None:
             f"logit_kd_weight={cfg.logit_kd_weight}: some rows have a teacher_rationale, and the logits of another "
             "text correspond to none of the student's; expected 0 (or rows without teacher_rationale)"
         )
+
+
+def _held_out(cfg: RunConfig) -> list[Example]:
+    """All rows to judge by, which are not trained on whether the run judges by them or somebody does later."""
+    try:
+        return _mixture(cfg, "eval").examples
+    except InputError as error:
+        if cfg.eval_subset_size:
+            raise
+        log.warning("data: rows that ask what held-out ones ask are not left out of training: %s", error)
+        return []
 
 
 def _mixture(cfg: RunConfig, split: str, held_out: Sequence[Example] = ()) -> Mixture:

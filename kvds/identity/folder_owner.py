@@ -59,6 +59,7 @@ class Owner:
         since: Seconds since the file was made.
         silent: Seconds since its last sign of life.
         beat: When that was, by the folder's clock.
+        copied: Whether the file came here with a copy of the folder that it was made in.
     """
 
     number: int
@@ -69,11 +70,12 @@ class Owner:
     since: float
     silent: float
     beat: float
+    copied: bool = False
 
     @property
     def lives(self) -> bool:
         """Whether it must be taken for alive."""
-        if not self.pid:
+        if not self.pid or self.copied:
             return False
         if self.machine == _machine():
             return start_ticks(self.pid) == self.ticks
@@ -207,6 +209,7 @@ class FolderOwner:
         ticks = start_ticks(os.getpid()) or ""
         content = {
             "host": socket.gethostname(), "machine": _machine(), "pid": pid, "ticks": ticks, "since": time.time(),
+            "folder": os.path.realpath(self._folder),
         }  # fmt: skip
         made = create_once(self._path(number), json_text(content))
         if made and not self._is_newest(number):  # too late: the numbers have gone on without it
@@ -300,6 +303,18 @@ def _now(folder: Path) -> float:
     return now
 
 
+def _is_copy(folder: Path, home: str, name: str, found: os.stat_result) -> bool:
+    """Whether an owner's file lies in a copy of its folder: the folder that it names is here, is another, and there
+    the file goes on giving signs of life that do not reach this one.
+    """
+    try:
+        return (
+            bool(home) and not os.path.samefile(home, folder) and os.stat(Path(home, name)).st_mtime != found.st_mtime
+        )
+    except OSError:  # out of sight: nothing is known
+        return False
+
+
 def _read(folder: Path, share: int, number: int, now: float) -> Owner | None:
     """The owner of ``number``; None where its file is gone."""
     try:
@@ -312,6 +327,7 @@ def _read(folder: Path, share: int, number: int, now: float) -> Owner | None:
         host, machine, ticks = (str(content[name]) for name in ("host", "machine", "ticks"))
         pid, since = int(content["pid"]), float(content.get("since", 0.0))
     except (ValueError, KeyError, TypeError):  # half written: alive until it has been silent for long enough
-        host, machine, pid, ticks, since = "?", "?", -1, "", found.st_mtime
+        content, host, machine, pid, ticks, since = {}, "?", "?", -1, "", found.st_mtime
     silent = max(0.0, now - found.st_mtime)
-    return Owner(number, host, machine, pid, ticks, max(silent, now - since), silent, found.st_mtime)
+    copied = _is_copy(folder, str(content.get("folder", "")), _file_name(share, number), found)
+    return Owner(number, host, machine, pid, ticks, max(silent, now - since), silent, found.st_mtime, copied)

@@ -18,6 +18,7 @@ from kvds.errors import InputError, one_line
 from kvds.kv import KVShape
 from kvds.kv.families import FAMILIES, decoder_layers
 from kvds.models.family_check import check_family, check_losses, keeps_samples_apart
+from kvds.models.generation import check_generation
 from kvds.models.hub import folder_at_hand, from_hub
 from kvds.models.tokenizer import check_vocabulary
 from kvds.models.weight_check import check_weights
@@ -50,6 +51,8 @@ def load_config(name: str, overrides: str = "", *, flag: str, option: str = "") 
     if os.path.isfile(os.path.join(name, ADAPTER_FILE)) and not os.path.isfile(os.path.join(name, "config.json")):
         raise InputError(f"{option or f'--{flag}_name'}={name}: {adapter_fault(Path(name))}")
     config = from_hub(AutoConfig, name, "config.json", option or f"--{flag}_name")
+    if (folder := folder_at_hand(name)) is not None:
+        check_generation(folder, f"{option or f'--{flag}_name'}={name}")
     changes = parse_overrides(overrides)
     if not changes:
         _check_sizes(config, f"{option or f'--{flag}_name'}={name}")

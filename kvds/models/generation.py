@@ -8,21 +8,49 @@ behind; the source's ``generation_config.json`` is, with its sampling.
 from __future__ import annotations
 
 import copy
+import logging
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from kvds.errors import InputError, one_line
+
+log = logging.getLogger("kvds")
 
 GENERATION_FILE = "generation_config.json"
 
 
 def source_generation(name: str) -> GenerationConfig | None:
     """What ``generation_config.json`` says in a model's folder, or in the cache of its hub name; None where there is
-    none to be read here.
+    none here. That it can be read has been seen to by :func:`check_generation`.
     """
     try:
         return GenerationConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):  # a model without weights need not have one
         return None
+
+
+def check_generation(folder: Path, place: str) -> None:
+    """Refuse a ``generation_config.json`` that cannot be read: transformers would take its own defaults in its place,
+    without a word, and end tokens and sampling would be lost.
+
+    Args:
+        folder: Of a model.
+        place: What the user gave, for messages.
+
+    Raises:
+        InputError: it is there and damaged.
+    """
+    if not (folder / GENERATION_FILE).is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
+    except Exception as error:  # damaged JSON, a list, a text for a number: each is another kind
+        raise InputError(
+            f"{place}: {GENERATION_FILE} cannot be used ({one_line(error)[:200]}); expected the file as its publisher "
+            "has it, or none"
+        ) from error
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -90,4 +118,14 @@ def fit_generation(
         # The embedding of a configuration's padding token gets no gradient: no end token is made one.
         config.pad_token_id = None if pad in ends and config.pad_token_id != pad else pad
     model.generation_config = fitted
+    if fitted.do_sample or (fitted.num_beams or 1) > 1:
+        how = ", ".join(
+            f"{name}={value}"
+            for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
+            if (value := getattr(fitted, name, None)) is not None
+        )
+        log.warning(
+            "student/%s has %s, as its source's had: generate() draws, and the student was judged by its likeliest "
+            "tokens (do_sample=False repeats that)", GENERATION_FILE, how,
+        )  # fmt: skip
     return fitted

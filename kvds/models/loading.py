@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from kvds.errors import InputError, one_line
 from kvds.models.family_check import attention_of
 from kvds.models.generation import source_generation
 from kvds.models.hub import from_hub, model_folder
-from kvds.models.weight_check import check_weights
+from kvds.models.weight_check import check_finite, check_weights
 
 log = logging.getLogger("kvds")
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -90,6 +91,8 @@ def load_model(
     folder = model_folder(name, place)
     remedy = "" if flag == "model" else f"or --{flag}_init random"  # a command without such a flag
     check_weights(folder, config, f"{place}={name}", remedy=remedy)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of a node's ranks one; what it finds ends all
+        check_finite(folder, f"{place}={name}", remedy=remedy)
     with _partitioned_loading(engine_config):
         return from_hub(
             AutoModelForCausalLM, str(folder), "model with weights", place,

@@ -44,13 +44,7 @@ def check_weights(folder: Path, config: PreTrainedConfig, place: str, *, remedy:
         InputError: files that are missing, damaged, surplus or no safetensors; tensors that the model lacks, has in
             other shapes or has no place for; layers overridden.
     """
-    own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    stored, wanted = (getattr(made.get_text_config(), "num_hidden_layers", None) for made in (own, config))
-    if stored != wanted:
-        raise InputError(
-            f"{place}: num_hidden_layers={wanted} for pretrained weights of {stored} layers; expected all of them; "
-            f"to make a student of fewer layers, use kvds prune{_or(remedy)}"
-        )
+    own = check_layers(folder, config, place, remedy=remedy)
     if getattr(config, "quantization_config", None):
         raise InputError(
             f"{place}: its weights are quantized ({one_line(config.quantization_config)}); expected plain "
@@ -83,6 +77,45 @@ def check_weights(folder: Path, config: PreTrainedConfig, place: str, *, remedy:
                 f"{place}: {name} is stored as {tensor.dtype}; expected plain floating-point weights{_or(remedy)}"
             )
     _check_tied(model, tensors, place, remedy)
+
+
+def check_layers(folder: Path, config: PreTrainedConfig, place: str, *, remedy: str = "") -> PreTrainedConfig:
+    """Refuse another number of layers than the weights of ``folder`` have; returns the folder's own configuration.
+
+    Raises:
+        InputError: the number is overridden.
+    """
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    stored, wanted = (getattr(made.get_text_config(), "num_hidden_layers", None) for made in (own, config))
+    if stored != wanted:
+        raise InputError(
+            f"{place}: num_hidden_layers={wanted} for pretrained weights of {stored} layers; expected all of them; "
+            f"to make a student of fewer layers, use kvds prune{_or(remedy)}"
+        )
+    return own
+
+
+def check_finite(folder: Path, place: str, *, remedy: str = "") -> None:
+    """Refuse weights that are not numbers: reads every tensor of ``folder`` once, a few rows at a time.
+
+    Raises:
+        InputError: a tensor holds NaN or infinity.
+    """
+    for tensor in stored_tensors(folder).values():
+        if tensor.dtype not in _FLOATING or _COMPUTED.search(tensor.name):
+            continue
+        with safe_open(tensor.file, "pt") as weights:
+            if tensor.shape:
+                part = weights.get_slice(tensor.name)
+                pieces = (part[start : start + _ROWS] for start in range(0, tensor.shape[0], _ROWS))
+            else:
+                pieces = iter([weights.get_tensor(tensor.name)])
+            bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
+        if bad:
+            raise InputError(
+                f"{place}: {tensor.name} holds {bad} numbers that are NaN or infinite; expected finite weights (the "
+                f"file as its publisher has it, or a state from before its training went wrong){_or(remedy)}"
+            )
 
 
 def _or(remedy: str) -> str:

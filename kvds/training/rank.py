@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvds.distributed.preemption import EXIT_CODE, Preempted, StopRequest, leave_at_once
+from kvds.distributed.preemption import EXIT_CODE, PREEMPTED_FILE, Preempted, StopRequest, leave_at_once
 from kvds.errors import InputError, RunError
+from kvds.identity.folder_owner import living_owner
 
 if TYPE_CHECKING:
     from kvds.config import RunConfig
@@ -50,12 +52,28 @@ def run_rank(flags: Sequence[str], train: Train | None = None) -> int:
         leave_distributed()
         return EXIT_CODE
     except (InputError, RunError) as error:
+        if isinstance(error, InputError):
+            _forget_preemption(flags)
         return _tell(str(error), 2 if isinstance(error, InputError) else 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         return _tell(f"{error.filename or 'output_dir'}: {error.strerror} (make room, then start again)", 1)
     return 0
+
+
+def _forget_preemption(flags: Sequence[str]) -> None:
+    """Remove what an earlier start left in the output folder to say that it was preempted: whoever looks for it asks
+    about this one, which would be put into the queue for ever. Another job's word in its folder stays.
+    """
+    from kvds.config.recipe import named_output_dir
+
+    folder = named_output_dir(flags)
+    if folder is None or "--dry_run" in flags or os.environ.get("RANK", "0") != "0":
+        return
+    with contextlib.suppress(OSError):
+        if living_owner(folder) is None:
+            (folder / PREEMPTED_FILE).unlink(missing_ok=True)
 
 
 def _tell(message: str, code: int) -> int:

@@ -85,7 +85,7 @@ def test_a_saved_student_generates_with_a_cache(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "sampling"), [("qwen2", SAMPLING), ("gpt2", {})])
-def test_plain_generation_is_what_was_judged(family, sampling, tokenizer, tmp_path):
+def test_plain_generation_is_what_was_judged(family, sampling, tokenizer, tmp_path, caplog):
     """A source that ends texts with another token, an Instruct model's tokenizer: as it is the other way round."""
     rows = synthetic_examples("eval", problems=1, seed=0)[:5]
     model = small(tokenizer, family, eos_token_id=7, pad_token_id=None, bos_token_id=3, use_cache=False)
@@ -98,7 +98,10 @@ def test_plain_generation_is_what_was_judged(family, sampling, tokenizer, tmp_pa
     )
     assert results["all"]["exact_match"] == 1.0
     judged = [json.loads(line)["completion"] for line in file.read_text().splitlines()]
-    student = saved(model, tokenizer, tmp_path / "student", max_new_tokens=60)
+    with caplog.at_level("WARNING", "kvds"):
+        student = saved(model, tokenizer, tmp_path / "student", max_new_tokens=60)
+    assert ("do_sample=True, temperature=0.7" in caplog.text) == bool(sampling)
+    assert ("the student was judged by its likeliest tokens" in caplog.text) == bool(sampling)
     own = AutoTokenizer.from_pretrained(tmp_path / "student")
     greedy = {"do_sample": False, "repetition_penalty": 1.0} if sampling else {}
     for sample, completion in zip(encode_examples(rows, own, 64).samples, judged, strict=True):

@@ -137,10 +137,6 @@ def test_held_out_rows_may_change_and_that_is_told(start, straight, folder):
 @pytest.mark.parametrize(
     ("before", "now", "settings", "hint"),
     [
-        ("3 rows a", "0 rows b", {}, "; --eval_subset_size 0, which also trains on rows that held-out ones ask, was "
-         "not given before"),
-        ("0 rows b", "3 rows a", {}, "; --eval_subset_size 0, which also trains on rows that held-out ones ask, was "
-         "given before"),
         ("3 rows a", "2 rows c", {"subset_size": 8}, "; which rows are drawn of a file follows from its name, too"),
         ("3 rows a", "3 rows a", {}, ""),
         ("3 rows a", "3 rows a", {"subset_size": 8, "datasets": ("gsm8k",)}, ""),

@@ -21,6 +21,7 @@ MODELS = {
     "empty": "config.json",
     "config_nested": "nests too deep",
     "config_quantized": "bitsandbytes",
+    "generation_broken": "generation_config.json cannot be used",
     "no_weights": "model.safetensors",
     "cut_off": "no loadable model",
     "weights_noise": "no loadable model",
@@ -49,6 +50,8 @@ COMMANDS = ("distill", "cache", "eval", "prune", "ab")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     make_files(folder)
+    shutil.copytree(folder / "model", folder / "generation_broken")
+    (folder / "generation_broken/generation_config.json").write_text('{"eos_token_id": [')
     (folder / "bare_adapter").mkdir()
     shutil.copy(folder / "adapter/adapter_config.json", folder / "bare_adapter")
     row = {"prompt": "Lee has 12 ☃?", "rationale": "☃", "answer": "12"}
@@ -118,6 +121,15 @@ def refused(folder, capsys, tmp_path, monkeypatch):
 def test_models(model, command, folder, refused):
     line = refused(command, model=model)
     assert MODELS[model] in line and str(folder / model) in line and "expected" in line
+
+
+@pytest.mark.parametrize("command", ["cache", "distill"])
+def test_weights_are_looked_at_before_rows_are_encoded(command, refused, monkeypatch):
+    def encode(*_: object, **__: object) -> None:
+        raise AssertionError("rows were encoded")
+
+    monkeypatch.setattr("kvds.data.run_data.encode_once", encode)
+    assert MODELS["one_missing"] in refused(command, model="one_missing")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

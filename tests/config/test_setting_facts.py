@@ -75,7 +75,7 @@ MAY_CHANGE = {
 }
 NO_IDENTITY = {
     *("output_dir", "resume", "report_to", "tracking_uri", "experiment_name", "run_name", "save_steps", "data_dir"),
-    *("on_bad_row", "max_lossy_rows"),
+    *("on_bad_row", "max_lossy_rows", "data_cache", "rank_timeout", "keep_checkpoints", "max_minutes"),
 }
 
 

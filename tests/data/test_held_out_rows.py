@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvds.data.mixture import load_mixture, prompt_key
+from kvds.data.token_files import rows_identity
 from kvds.errors import InputError
 from tests.harness.small_run_data import load
 from tests.harness.text_tokenizers import made
@@ -50,16 +51,28 @@ def test_a_file_that_repeats_a_public_test_set_is_not_trained_on(
     assert f"data: {own}: 3 of 4 rows ask what a held-out row asks" in caplog.text
     assert "data: gsm8k: 19 of 19 rows" in caplog.text
     caplog.clear()
+    # Somebody judges later, with `kvds eval`: the rows are the same ones.
     unjudged = load(tokenizer, tmp_path, datasets=f"gsm8k {own}", data_dir=tmp_path, eval_subset_size=0)
-    assert len(unjudged.loader.samples) == 24 and "left out of training" not in caplog.text
+    assert rows_identity(unjudged.loader.samples) == rows_identity(data.loader.samples)
+    assert unjudged.eval_examples == [] and "left out of training" in caplog.text
+
+
+def test_held_out_rows_that_are_not_here_are_told_of(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
+    own = write(tmp_path / "own.jsonl", ["a", "b"])
+    (tmp_path / "own.eval.jsonl").write_text("no row\n")
+    with caplog.at_level(logging.WARNING, "kvds"):
+        assert len(load(tokenizer, tmp_path, datasets=own, eval_subset_size=0).loader.samples) == 2
+    assert "what held-out ones ask are not left out of training: " in caplog.text and "own.eval.jsonl:1" in caplog.text
+    with pytest.raises(InputError, match=r"own\.eval\.jsonl:1"):
+        load(tokenizer, tmp_path, datasets=own, eval_subset_size=1)
 
 
 def test_a_file_judged_by_itself_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
     own = write(tmp_path / "own.jsonl", ["a", "b"])
     write(tmp_path / "own.eval.jsonl", ["B", "A "])
-    with pytest.raises(InputError, match=r"the prompts of all 2 training rows are held out; .*--eval_subset_size 0"):
-        load(tokenizer, tmp_path, datasets=own)
-    assert len(load(tokenizer, tmp_path, datasets=own, eval_subset_size=0).loader.samples) == 2
+    for size in (5, 0):
+        with pytest.raises(InputError, match=r"the prompts of all 2 training rows are held out; expected other rows"):
+            load(tokenizer, tmp_path, datasets=own, eval_subset_size=size)
 
 
 def test_what_is_left_out_is_made_up_for_within_a_subset(tmp_path: Path) -> None:
@@ -99,6 +112,16 @@ def test_nothing_asked_is_trained_on(tmp_path_factory: pytest.TempPathFactory, f
 def test_the_same_question_in_other_letters_is_the_same() -> None:
     same = ("How many\n cafés? ", "how MANY  cafe\u0301s?")
     assert prompt_key(same[0]) == prompt_key(same[1])
+    for other in (
+        "How ma\u200bny caf\N{LATIN SMALL LETTER E}\u0301s?",
+        "\ufeffHow many\u00a0cafés?",
+        "Ｈow many cafés?",
+    ):
+        assert prompt_key(other) == prompt_key(same[0])
+    assert prompt_key("ﬁve ①") == prompt_key("five ①") != prompt_key("five 1")
+    # A power, an index or a half is not the digits beside each other.
+    for one, other in (("2²", "22"), ("x₁2", "x12"), ("1½", "11⁄2"), ("3①", "31")):
+        assert prompt_key(one) != prompt_key(other)
     assert prompt_key("2 - 1?") != prompt_key("2 + 1?") and prompt_key("1 2") != prompt_key("12")
 
 

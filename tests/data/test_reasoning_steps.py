@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from kvds.data.batches import collate
 from kvds.data.encoding import EncodedSample, Segment, encode_examples
-from kvds.data.example import Example, rationale_text
+from kvds.data.example import Example, is_blank, rationale_text
 from kvds.data.loader import BatchLoader
 from kvds.data.mixture import load_mixture
 from kvds.data.reasoning_steps import encode_reasoning_steps, reasoning_step_ids, reasoning_step_starts
@@ -43,6 +43,9 @@ def steps_of(text: str) -> list[str]:
         ("First\r\n\r\nSecond\r\n \r\nThird", ["First\r\n\r\n", "Second\r\n \r\n", "Third"]),
         ("First\n \nSecond\n\t\n\n", ["First\n \n", "Second\n\t\n\n"]),
         ("a\rb", ["a\r", "b"]),
+        ("a\n\u200b\nb\n\ufeff \u2060\n", ["a\n\u200b\n", "b\n\ufeff \u2060\n"]),  # letters that nobody sees
+        ("\ufeff\n", []),
+        ("\ufeff\n68-2=48-1=38\n\u200b", ["\ufeff\n68-2=48", "-1=38\n\u200b"]),
     ],
 )
 def test_steps_are_lines_or_the_equations_of_one(text, steps):
@@ -67,14 +70,14 @@ def test_a_step_owns_a_token_or_is_none():
     assert reasoning_step_ids(text, [(2, 4), (4, 5)]) == (0, 0)
 
 
-PIECES = st.text(st.sampled_from("ab1=+ \r\n\t\u2028é"), max_size=30)
+PIECES = st.text(st.sampled_from("ab1=+ \r\n\t\u2028é\u200b\ufeff\u00ad"), max_size=30)
 
 
 @given(text=PIECES, cuts=st.sets(st.integers(1, 29)), dropped=st.sets(st.integers(0, 30), max_size=3))
 def test_whatever_the_tokens_are_steps_have_no_gap_and_no_blank_line_is_one(text, cuts, dropped):
     starts = reasoning_step_starts(text)
-    assert all(part.strip() for part in steps_of(text)) and "".join(steps_of(text)) in (text, "")
-    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    assert not any(map(is_blank, steps_of(text))) and "".join(steps_of(text)) in (text, "")
+    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip("\u200b\ufeff\u00ad \t\u2028")]
     assert len(lines) < 2 or len(starts) == len(lines)
     borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     offsets = [pair for i, pair in enumerate(zip(borders, borders[1:], strict=False)) if i not in dropped]

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -101,6 +102,31 @@ def test_who_waits_can_be_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         FolderOwner(tmp_path).take(between=asked)
     assert living_owner(tmp_path).host == "node7"
+
+
+def test_a_copy_of_a_living_job_s_folder_is_nobody_s(tmp_path):
+    home, copy = tmp_path / "run", tmp_path / "copy"
+    home.mkdir()
+    with FolderOwner(home):
+        [path] = home.glob(".owner.*.json")
+        os.utime(path, (time.time() - 30,) * 2)
+        shutil.copytree(home, copy)
+        assert living_owner(copy) is not None  # a link, or the same folder by another way: its signs of life come here
+        os.utime(path)
+        assert living_owner(copy) is None and living_owner(home) is not None
+        with FolderOwner(copy):
+            assert living_owner(copy) is not None and living_owner(home) is not None
+        (tmp_path / "link").symlink_to(home)
+        with pytest.raises(InputError):
+            FolderOwner(tmp_path / "link").take()
+
+
+def test_a_folder_that_was_moved_stays_its_owner_s(tmp_path):
+    home = tmp_path / "run"
+    home.mkdir()
+    with FolderOwner(home):
+        home.rename(tmp_path / "moved")
+        assert living_owner(tmp_path / "moved") is not None
 
 
 def test_patience_waits_for_a_living_owner_to_leave(tmp_path):

@@ -139,6 +139,30 @@ def test_weights_on_the_hub_are_not_looked_for_before_they_are_loaded():
     assert folder_at_hand("some/model") is None and folder_at_hand("./nowhere") == Path("nowhere")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_trained(bad, parts, tmp_path):
+    tensors = small_weights("qwen2", tied=True)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][-1, 3] = bad
+    folder = write_model(tmp_path, small_config("qwen2", tied=True), tensors, parts=parts)
+    message = refused(folder)
+    assert f"{name} holds 1 numbers that are NaN or infinite; expected finite weights" in message
+    assert "or --student_init random" in message
+    masks = small_weights("gpt2", tied=True) | {"transformer.h.0.attn.masked_bias": torch.tensor(float("-inf"))}
+    load(write_model(tmp_path / "gpt2", small_config("gpt2", tied=True), masks))  # no weight
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"max_new_tokens": -3}', "\udcff"])
+def test_a_generation_config_that_cannot_be_read_is_refused(text, tmp_path):
+    folder = qwen2(tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6, "do_sample": true}')
+    assert load(folder).generation_config.temperature == 0.6
+    (folder / "generation_config.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert "generation_config.json cannot be used" in refused(folder)
+
+
 def test_an_adapter_is_named(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text(

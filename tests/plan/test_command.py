@@ -76,6 +76,14 @@ def test_bad_input(recipe, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_layers_of_pretrained_weights_are_refused_as_training_refuses_them(recipe, capsys):
+    layers = ["--set", "student_config_overrides=num_hidden_layers=4"]
+    assert main(["plan", str(recipe), *layers]) == 2
+    told = capsys.readouterr().err
+    assert "--student_name=" in told and "num_hidden_layers=4 for pretrained weights of 24 layers" in told
+    assert main(["plan", str(recipe), *layers, "student_init=random"]) == 0
+
+
 def test_several_teachers_are_refused(recipe, capsys):
     recipe.write_text(
         recipe.read_text().replace("teacher_name: ", "teacher_names: [gpt2, ").replace("teacher\n", "teacher]\n")

@@ -10,6 +10,7 @@ from kvds.config.recipe import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
 from kvds.teacher.token_selection import TokenChoice
 from tests.harness.small_run_data import load
+from tests.harness.survival_runs import make_models, records, starter
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +45,16 @@ def test_a_row_alone_matches_nothing_where_rows_exchange(
                 rows = torch.zeros_like(real) if alone and kind == "shuffled" else real
                 assert torch.equal(mask.any(1), rows)
     assert lone >= 2  # of 21 training and of 5 held-out rows one is left over
+
+
+def test_a_run_s_shuffled_last_row_adds_nothing_to_the_kv_loss(rank_server: Any, tmp_path: Any) -> None:
+    """Five rows, two a step: the third step of each epoch has a row without a partner."""
+    make_models(tmp_path)
+    settings = {"teacher_kv": "shuffled", "synthetic_problems": 5, "gradient_accumulation_steps": 1, "max_steps": 4}
+    settings |= {"kv_weight": 1.0, "kv_weight_schedule": "constant", "logging_steps": 1, "map_start": "random"}
+    codes, log = starter(rank_server, tmp_path)("lone", **settings)
+    assert codes == [0], log[-3000:]
+    steps = records(tmp_path / "lone")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert [record["loss/kv"] == 0 for record in steps] == [False, False, True, False]
+    assert steps[2]["loss/task"] > 1 and steps[2]["loss/total"] == pytest.approx(steps[2]["loss/task"])
