@@ -105,17 +105,22 @@ def check_finite(folder: Path, place: str, *, remedy: str = "") -> None:
         if tensor.dtype not in _FLOATING or _COMPUTED.search(tensor.name):
             continue
         with safe_open(tensor.file, "pt") as weights:
-            if tensor.shape:
-                part = weights.get_slice(tensor.name)
-                pieces = (part[start : start + _ROWS] for start in range(0, tensor.shape[0], _ROWS))
-            else:
-                pieces = iter([weights.get_tensor(tensor.name)])
-            bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
+            bad = sum(int((~torch.isfinite(piece)).sum()) for piece in _pieces(weights, tensor))
         if bad:
             raise InputError(
                 f"{place}: {tensor.name} holds {bad} numbers that are NaN or infinite; expected finite weights (the "
                 f"file as its publisher has it, or a state from before its training went wrong){_or(remedy)}"
             )
+
+
+def _pieces(weights: Any, tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    """A stored tensor, a few rows at a time."""
+    if not tensor.shape:
+        yield weights.get_tensor(tensor.name)
+        return
+    rows = weights.get_slice(tensor.name)
+    for start in range(0, tensor.shape[0], _ROWS):
+        yield rows[start : start + _ROWS]
 
 
 def _or(remedy: str) -> str:
