@@ -132,7 +132,7 @@ def _train(experiments: Sequence[Experiment], runner: Runner, arguments: argpars
         in_time = runner.run(tuning, "tune")
         for experiment in experiments:
             if jobs := [job for e, job in tuning if e is experiment]:
-                experiment.save_choice(jobs)
+                experiment.save_choice(jobs, in_time=in_time)
         if not in_time:
             return False
     work = [(e, job) for e in experiments for job in _reported(e, arguments)]

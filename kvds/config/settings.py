@@ -82,6 +82,7 @@ class ModelSettings:
         "first one of up to a minute; auto: on a GPU, where the models fit", "auto", choices=("auto", "on", "off"),
         may_change=True,
     )  # fmt: skip
+    tf32: bool = setting("fp32 on a GPU: matrix products in TF32, several times faster, of 10 bits of mantissa", False)
     gradient_checkpointing: bool = setting("recompute the student's layers in the backward pass", False)
     checkpoint_offload: bool = setting("gradient_checkpointing: keep the layers' inputs in host memory", False)
     teacher_cache: str | None = setting(
@@ -334,6 +335,9 @@ class RunSettings:
     logging_steps: int = setting("steps between logged metrics", 10, least=1, may_change=True)
     save_steps: int = setting(
         "steps between checkpoints; 0: only at the end", 500, least=0, may_change=True, identity=False
+    )
+    save_at_end: bool = setting(
+        "a checkpoint after the last step, from which a longer run can go on", True, may_change=True, identity=False
     )
     eval_steps: int = setting("steps between evaluations; 0: only at the end", 0, least=0, may_change=True)
     resume: str = setting(

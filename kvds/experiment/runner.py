@@ -86,8 +86,18 @@ class Experiment:
         needed = any(arm.tune or arm.tuned_as for arm in self.plan.arms.values())
         return self.plan.report_jobs(load_tuned(file) if needed and (self.tuned or file.is_file()) else {})
 
-    def save_choice(self, jobs: Sequence[Job]) -> None:
-        """Write ``tuned.yaml`` from the tuning ``jobs`` that have ended; choices of arms not among them stay."""
+    def save_choice(self, jobs: Sequence[Job], *, in_time: bool = True) -> None:
+        """Write ``tuned.yaml`` from the tuning ``jobs`` that have ended; choices of arms not among them stay.
+
+        Args:
+            jobs: Those that were to be run.
+            in_time: Whether all of them were tried; otherwise nothing is written where no seed is complete.
+
+        Raises:
+            InputError: all were tried, and no seed is complete.
+        """
+        if not in_time and not complete_seeds(self.plan, self.store, jobs):
+            return
         chosen, seeds = choose(self.plan, self.store, jobs)
         values = max(len(arm.tune) for arm in self.plan.arms.values())
         file = self.folder / TUNED_FILE
@@ -212,6 +222,7 @@ class Runner:
         settings = {
             **{key: _resolved(item, experiment) for key, item in job.settings.items()},
             "output_dir": str(folder), "resume": "never", "report_to": ["none"], "save_steps": 0,
+            "save_at_end": self._keep == "all",  # any other is deleted with the folder
         }  # fmt: skip
         begun = time.perf_counter()
         answer = worker.ask({"settings": settings, **self._how}, self._deadline)
@@ -272,6 +283,13 @@ def prepare(experiments: Sequence[Experiment], runner: Runner) -> bool:
     return True
 
 
+def complete_seeds(plan: ExperimentPlan, store: ResultStore, jobs: Sequence[Job]) -> list[int]:
+    """The tuning seeds for which all of ``jobs`` have ended, and there are any."""
+    ended = store.finished(jobs).keys() | {key_of(row) for row in store.failed(jobs)}
+    wanted = {seed: [job for job in jobs if job.seed == seed] for seed in plan.tuning_seeds}
+    return [seed for seed, own in wanted.items() if own and all(job.key in ended for job in own)]
+
+
 def choose(plan: ExperimentPlan, store: ResultStore, jobs: Sequence[Job]) -> tuple[dict[str, dict[str, Any]], int]:
     """Each arm's best value by the primary metric, mean over the seeds for which all of the tuning ``jobs`` have ended.
 
@@ -283,9 +301,7 @@ def choose(plan: ExperimentPlan, store: ResultStore, jobs: Sequence[Job]) -> tup
     Raises:
         InputError: no seed is complete.
     """
-    rows = store.finished(jobs)
-    ended = rows.keys() | {key_of(row) for row in store.failed(jobs)}
-    seeds = [seed for seed in plan.tuning_seeds if all(job.key in ended for job in jobs if job.seed == seed)]
+    rows, seeds = store.finished(jobs), complete_seeds(plan, store, jobs)
     if not seeds:
         raise InputError(f"{store.path}: no tuning seed is complete; expected one at least (--tune goes on)")
     sign = 1.0 if plan.higher_is_better else -1.0

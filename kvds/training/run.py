@@ -75,6 +75,7 @@ def train(cfg: RunConfig, stop: StopRequest | None = None, *, draw_report: bool 
     """
     raw = load_deepspeed_config(cfg.deepspeed_config)
     device = init_distributed()
+    torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     _quiet_logs()
     with lines_above_bars(), guarded(cfg, stop) as guard:
         guard.run = run = TrainingRun(cfg, raw, device, guard.stop)
@@ -296,7 +297,7 @@ class TrainingRun:
                     meter.restart_clock()
                 if self._due(cfg.eval_steps):
                     self._evaluate_on_the_way()
-                if self._due(cfg.save_steps) or self.step == self.total_steps:
+                if self._due(cfg.save_steps) or (cfg.save_at_end and self.step == self.total_steps):
                     self._save()
                 if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
                     meter.restart_clock()

@@ -70,12 +70,13 @@ MAY_CHANGE = {
     *("teacher_tp_size", "teacher_overlap", "pad_to_multiple_of", "model_name", "teacher_name", "student_name"),
     *("tokenizer_name", "impl", "teacher_cache", "data_cache", "dry_run", "batch_size", "gradient_accumulation_steps"),
     *("change_global_batch", "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout"),
-    *("tokens_per_batch", "compile"),
+    *("tokens_per_batch", "compile", "save_at_end"),
     "max_lossy_rows",
 }
 NO_IDENTITY = {
     *("output_dir", "resume", "report_to", "tracking_uri", "experiment_name", "run_name", "save_steps", "data_dir"),
     *("on_bad_row", "max_lossy_rows", "data_cache", "rank_timeout", "keep_checkpoints", "max_minutes"),
+    "save_at_end",
 }
 
 

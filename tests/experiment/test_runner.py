@@ -39,7 +39,8 @@ for line in sys.stdin:
     if lr == 99: sys.exit(85)
     if lr == 88: (folder / "child").write_text(str(subprocess.Popen(["sleep", "60"]).pid)); time.sleep(60)
     answer = {"status": "failed", "error": "InputError: no"} if lr == 66 else {
-        "status": "finished", "auc/x": lr + settings["seed"], "student": settings.get("student_name")}
+        "status": "finished", "auc/x": lr + settings["seed"], "student": settings.get("student_name"),
+        "checkpoint": settings["save_at_end"]}
     print(json.dumps(answer), flush=True)
 """
 
@@ -160,6 +161,27 @@ def test_the_time_limit_keeps_what_has_finished(fake):
         assert not lives(int(file.read_text()))
 
 
+def test_tuning_under_a_time_limit_ends_as_a_run_does(fake, caplog):
+    text = PLAN.replace("gpt2", "launch/quickstart_teacher, max_length: 64").replace(
+        'student_name: "prepared:start", ', ""
+    )
+    e = experiment(fake, text.split("prepare:")[0])
+    argv = ["ab", str(fake / "plan.yaml"), "--output", str(e.folder.parent), "--tune", "--in_process"]
+    assert main([*argv, "--max_minutes", "1e-9"]) == 1
+    assert "stopped early" in caplog.text and "expected one at least" not in caplog.text
+    assert not (e.folder / "tuned.yaml").exists()
+    jobs = e.plan.tuning_jobs()
+    with runner(fake) as r:
+        assert r.run([(e, job) for job in jobs[:-1]], "tune")
+        e.save_choice(jobs, in_time=False)
+        assert not (e.folder / "tuned.yaml").exists()  # a value has not been tried
+        with pytest.raises(InputError, match="no tuning seed is complete"):
+            e.save_choice(jobs)
+        assert r.run([(e, jobs[-1])], "tune")
+    e.save_choice(jobs, in_time=False)
+    assert load_tuned(e.folder / "tuned.yaml") == {"a": {"lr": 3.0}, "b": {"lr": 4.0}}
+
+
 def test_a_run_that_was_asked_to_stop_is_neither_finished_nor_failed(fake):
     e = experiment(fake)
     jobs = e.plan.report_jobs({"a": {"lr": 99}, "b": {"lr": 2.0}})
@@ -192,6 +214,7 @@ def test_what_is_kept_of_a_run(fake, keep):
         r.run([(e, job)], "train")
     found = sorted(path.name for path in (e.folder / "runs").rglob("*/*") if path.is_dir())
     assert found == {"metrics": [], "student": ["student"], "all": ["checkpoints", "student"]}[keep]
+    assert e.store.rows[0]["checkpoint"] == (keep == "all")  # none is written to be deleted at once
 
 
 def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path):
