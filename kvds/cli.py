@@ -20,6 +20,7 @@ COMMANDS = {
     "ab": ("ab", "an experiment: arms × seeds of a plan, paired statistics, report"),
     "cache": ("cache", "write a teacher's keys and values of a corpus to disk, to train without the teacher"),
     "completion": ("completion", "a shell's script for tab completion"),
+    "data": ("data", "show rows as the model will read them: format, segments, lengths, what is left out"),
     "distill": ("distill", "train a student: alone, or each rank that deepspeed, torchrun, accelerate or srun starts"),
     "doctor": ("doctor", "look over this machine: versions, devices, compiler, space, network, kernel, sqlite"),
     "eval": ("evaluate", "cross entropy and exact match of a model on held-out rows"),

@@ -20,6 +20,7 @@ from kvds.config import RunConfig
 from kvds.config.recipe import load_recipe
 from kvds.config.values import split_dataset_weight
 from kvds.data.corpora import CORPORA
+from kvds.data.corpus_names import is_hub_name, split_names
 from kvds.durable_files import json_text, write_durably
 from kvds.models.hub import is_folder_name
 from kvds.tracking.metrics_file import METRICS_FILE, read_metrics
@@ -30,7 +31,8 @@ _FACTS = f"{CHECKPOINTS}/model/card.json"
 # Where a run reads and writes on its machine is nobody else's business; its models and data have sections of their own.
 _LEFT_OUT = {
     "output_dir", "data_dir", "data_cache", "teacher_cache", "tracking_uri", "experiment_name", "run_name", "report_to",
-    "resume", "dry_run", "model_name", "teacher_name", "teacher_names", "student_name", "tokenizer_name", "datasets",
+    "resume", "dry_run", "chat_template",
+    "model_name", "teacher_name", "teacher_names", "student_name", "tokenizer_name", "datasets",
     "deepspeed_config",
 }  # fmt: skip
 _METRICS = {
@@ -87,7 +89,7 @@ def _card(
     student = cfg.student
     data = ModelCardData(
         model_name=name, base_model=student if pretrained and not is_folder_name(student) else None,
-        datasets=list(dict.fromkeys(CORPORA[part].hub_name for part in members if part in CORPORA)) or None,
+        datasets=list(dict.fromkeys(filter(None, map(_hub_name, members)))) or None,
         library_name="transformers", pipeline_tag="text-generation", tags=["kvds", "distillation"],
         eval_results=_eval_results(results) or None,
     )  # fmt: skip
@@ -112,6 +114,13 @@ def _card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines), ignore_metadata_errors=True)
 
 
+def _hub_name(corpus: str) -> str | None:
+    """A data set's name on the hub; None for one's own files."""
+    if is_hub_name(corpus):
+        return "/".join(split_names(corpus)[0].split("/")[:2])
+    return CORPORA[corpus].hub_name if corpus in CORPORA else None
+
+
 def _shown(name: str) -> str:
     """A hub name as it is, of a folder the last part."""
     return Path(name).resolve().name if is_folder_name(name) else name
@@ -134,7 +143,7 @@ def _settings(cfg: RunConfig) -> dict[str, Any]:
 def _rows(known: Mapping[str, Any], corpora: list[str]) -> list[str]:
     rows, held_out = known.get("rows"), known.get("held_out", {})
     if rows is None:
-        return [f"- {_shown(corpus)}" for corpus in corpora]
+        return [f"- {corpus if is_hub_name(corpus) else _shown(corpus)}" for corpus in corpora]
     head = ["| data | rows trained on | rows held out |", "| --- | ---: | ---: |"]
     names = list(dict.fromkeys([*rows, *held_out]))
     return head + [f"| {name} | {rows.get(name, 0)} | {held_out.get(name, 0)} |" for name in names]

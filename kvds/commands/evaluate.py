@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from kvds.commands.data_flags import add_data_flags, check_data_flags, reading_of, with_template
 from kvds.commands.output_folder import check_output, owned_output
 from kvds.config.settings import DataSettings
 from kvds.durable_files import json_text
@@ -20,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer; unset: the model's")
     parser.add_argument(
         "--datasets", nargs="+", metavar="NAME", default=list(data.datasets),
-        help="gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl (default: synthetic)",
+        help="as training's: gsm8k …, OWNER/NAME of the hub, a file or folder of your own (default: synthetic)",
     )  # fmt: skip
+    add_data_flags(parser)
     parser.add_argument("--data_dir", metavar="DIR", help="folder with the publishers' files; unset: hub names")
     parser.add_argument(
         "--subset_size", type=int, default=data.eval_subset_size, metavar="N",
@@ -54,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{name} {value}: expected at least 1")
     if arguments.subset_size < 0:
         raise InputError(f"--subset_size {arguments.subset_size}: expected at least 1, or 0 for every row")
+    check_data_flags(arguments)
     if not 0 <= arguments.max_lossy_rows <= 1:
         raise InputError(f"--max_lossy_rows {arguments.max_lossy_rows}: expected a share from 0 to 1")
     for flag in ("model", "tokenizer"):
@@ -68,17 +71,21 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from kvds.data.mixture import first_per_corpus, load_mixture
+    from kvds.data.ready_rows import ready_rows
     from kvds.data.text_fidelity import check_texts
     from kvds.data.token_files import TokenFiles, encode_once
     from kvds.evaluation.model import evaluate_model
     from kvds.models.architecture import row_length
 
     mixture = load_mixture(
-        arguments.datasets, "eval", data_dir=arguments.data_dir, synthetic_problems=arguments.synthetic_problems
-    )
+        arguments.datasets, "eval", data_dir=arguments.data_dir, synthetic_problems=arguments.synthetic_problems,
+        reading=reading_of(arguments),
+    )  # fmt: skip
     examples = first_per_corpus(mixture.examples, arguments.subset_size)
     model, tokenizer = _load(arguments.model, arguments.tokenizer or arguments.model)
     max_length = row_length(model.config, arguments.max_length, DataSettings().max_length)
+    tokenizer = with_template(tokenizer, arguments)
+    examples = ready_rows(examples, tokenizer, max_length, assistant_turns=arguments.assistant_turns).examples
     rows = encode_once(examples, tokenizer, max_length, files=TokenFiles())
     if not rows.samples:
         raise InputError(
@@ -96,7 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
         if output is not None:
             (output / "eval.json").write_text(json_text(results, indent=1) + "\n", encoding="utf-8")
             print("written:", output / "eval.json", output / "predictions.jsonl")
-    return 0 if results["all"]["judged"] else 1
+    asking = any(example.form != "text" for example in examples)
+    return 0 if results["all"]["judged"] or not asking else 1
 
 
 def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:

@@ -100,6 +100,7 @@ class Item:
 def wanted_items(cfg: RunConfig) -> tuple[list[Item], list[str]]:
     """What a run reads from the hub, and the local folders and files that it reads beside."""
     from kvds.data.corpora import CORPORA
+    from kvds.data.corpus_names import is_hub_name, split_names
 
     items: dict[str, Item] = {}
     local: list[str] = []
@@ -121,6 +122,11 @@ def wanted_items(cfg: RunConfig) -> tuple[list[Item], list[str]]:
         name = split_dataset_weight(spec)[0]
         if name == "synthetic":
             continue
+        if is_hub_name(name):
+            whole, splits = split_names(name)
+            owner, repository, *config = whole.split("/", 2)
+            sets.append(Item("dataset", f"{owner}/{repository}", config[0] if config else None, tuple(splits)))
+            continue
         if cfg.data_dir is not None:
             local.append(f"{cfg.data_dir} ({name})")
             continue
@@ -137,7 +143,7 @@ def fetch(item: Item) -> None:
     if item.kind == "dataset":
         from datasets import load_dataset
 
-        for split in item.splits:
+        for split in item.splits or (None,):  # None: all that there are
             load_dataset(item.name, item.config, split=split)
         return
     from huggingface_hub import snapshot_download
@@ -152,7 +158,7 @@ def missing(item: Item) -> str | None:
         if item.kind == "dataset":
             from datasets import load_dataset
 
-            for split in item.splits:
+            for split in item.splits or (None,):
                 load_dataset(item.name, item.config, split=split)
             return None
         from huggingface_hub import snapshot_download

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvds.commands.data_flags import add_data_flags, check_data_flags, reading_of, with_template
 from kvds.config.settings import DataSettings
 from kvds.durable_files import json_text, write_durably
 from kvds.errors import InputError, one_line
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--datasets", nargs="+", metavar="NAME", default=list(data.datasets),
         help="where calibration rows come from, as in training (default: synthetic)",
     )  # fmt: skip
+    add_data_flags(parser)
     parser.add_argument("--data_dir", metavar="DIR", help="folder with the publishers' files; unset: hub names")
     numbers = {
         "rows": (48, "calibration rows, of the training split"),
@@ -62,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("rows", "batch_size", "max_length"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise InputError(f"--{name} {getattr(arguments, name)}: expected at least 1")
+    check_data_flags(arguments)
     if not 0 <= arguments.max_lossy_rows <= 1:
         raise InputError(f"--max_lossy_rows {arguments.max_lossy_rows}: expected a share from 0 to 1")
     if arguments.output.exists():
@@ -149,13 +152,17 @@ def _extend_order(
         return
     from kvds.data.encoding import compare_rows, encode_examples
     from kvds.data.mixture import load_mixture
+    from kvds.data.ready_rows import ready_rows
     from kvds.data.text_fidelity import check_texts
     from kvds.evaluation.layer_order import mean_loss, removal_order
 
     mixture = load_mixture(
-        arguments.datasets, "train", data_dir=arguments.data_dir, subset_size=arguments.rows, seed=arguments.seed
-    )
-    examples = mixture.examples[: arguments.rows]
+        arguments.datasets, "train", data_dir=arguments.data_dir, subset_size=arguments.rows, seed=arguments.seed,
+        reading=reading_of(arguments),
+    )  # fmt: skip
+    rows = mixture.examples[: arguments.rows]
+    turns, tokenizer = arguments.assistant_turns, with_template(tokenizer, arguments)
+    examples = ready_rows(rows, tokenizer, arguments.max_length, assistant_turns=turns).examples
     encoded = encode_examples(examples, tokenizer, arguments.max_length)
     samples = encoded.samples
     fidelity = compare_rows(samples, examples, tokenizer)

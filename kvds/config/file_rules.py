@@ -13,6 +13,8 @@ from kvds.config.setting_rules import Rule
 from kvds.config.values import parse_overrides, split_dataset_weight
 from kvds.errors import InputError
 
+_DATA_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow")
+
 
 def file_rules(cfg: AllSettings) -> Iterator[Rule]:
     """What must be given, and where the run can be written to.
@@ -60,11 +62,32 @@ def path_rules(cfg: AllSettings) -> Iterator[Rule]:
         yield os.path.isdir(cfg.teacher_cache), "teacher_cache", cfg.teacher_cache, expected
     expected = "a folder, which need not be there yet (or --data_cache never)"
     yield not os.path.isfile(cfg.data_cache or ""), "data_cache", cfg.data_cache, expected
+    template = cfg.chat_template
+    yield (
+        template is None or os.path.isfile(template),
+        "chat_template",
+        template,
+        "an existing file with a Jinja template",
+    )
     for spec in cfg.datasets:
-        file = Path(split_dataset_weight(spec)[0])
-        if file.suffix in (".json", ".jsonl"):
-            found = any(os.path.isfile(folder / file) for folder in (Path(), Path(cfg.data_dir or ".")))
-            yield found, "datasets", spec, "an existing JSONL file (rows with prompt, rationale, answer)"
+        name = split_dataset_weight(spec)[0]
+        places = [Path(name), Path(cfg.data_dir or ".") / name]
+        if name.endswith(_DATA_FILES):
+            expected = "an existing file of rows (see --data_format), also below --data_dir"
+            yield (
+                any(map(os.path.exists if name.endswith(".parquet") else os.path.isfile, places)),
+                "datasets",
+                spec,
+                expected,
+            )
+        elif name.startswith(("./", "../", "/", "~")):
+            places = [Path(str(place).rpartition("@")[0] or place) for place in places] + places
+            yield (
+                any(map(os.path.isdir, places)),
+                "datasets",
+                spec,
+                "an existing folder of data (or OWNER/NAME of the hub)",
+            )
     if cfg.resume not in ("auto", "never"):
         yield os.path.isdir(cfg.resume), "resume", cfg.resume, "auto, never or the folder of a run (--resume auto)"
 

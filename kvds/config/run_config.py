@@ -13,6 +13,7 @@ import yaml
 from kvds.config.alignment_rules import mode_rules
 from kvds.config.all_settings import AllSettings
 from kvds.config.batch_rules import batch_rules
+from kvds.config.data_rules import data_rules
 from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.file_rules import file_rules, path_rules
 from kvds.config.loss_rules import selection_rules, weight_rules
@@ -61,5 +62,14 @@ class RunConfig(AllSettings):
 
 def _rules(cfg: RunConfig) -> Iterator[Rule]:
     yield from setting_rules(cfg)
-    for rules in (selection_rules, mode_rules, weight_rules, batch_rules, row_rules, teacher_rules, file_rules):
+    for rules in (
+        selection_rules,
+        mode_rules,
+        weight_rules,
+        batch_rules,
+        data_rules,
+        row_rules,
+        teacher_rules,
+        file_rules,
+    ):
         yield from rules(cfg)

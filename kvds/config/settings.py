@@ -108,10 +108,20 @@ class DataSettings:
     """Rows to learn from and to judge by."""
 
     datasets: tuple[str, ...] = setting(
-        "gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl, each with :WEIGHT",
-        ("synthetic",),
-        common=True,
+        "gsm8k svamp strategyqa arc_easy arc_challenge synthetic, OWNER/NAME of the hub (/CONFIG, @TRAIN,EVAL behind), "
+        "a file (.jsonl .json .parquet .csv) or folder; each with :WEIGHT", ("synthetic",), common=True,
+    )  # fmt: skip
+    columns: tuple[str, ...] = setting(
+        "your own data's columns: prompt=instruction+input,answer=output; one for all or for each of datasets (auto)",
+        (),
     )
+    data_format: str = setting(
+        "of your own rows; auto: by their columns", "auto",
+        choices=("auto", "reasoning", "messages", "completion", "text"),
+    )  # fmt: skip
+    chat_template: str | None = setting("file with a Jinja template; unset: the tokenizer's", None, may_change=True)
+    assistant_turns: str = setting("turns of a chat that are learned", "all", choices=("all", "last"))
+    streaming: bool = setting("read your own data row by row, stored nowhere, until subset_size are taken", False)
     data_dir: str | None = setting(
         "folder with the publishers' files; unset: hub names through `datasets`",
         None,

@@ -7,6 +7,8 @@ from typing import Any
 
 from kvds.errors import _SHORT, InputError
 
+DATA_COLUMNS = ("prompt", "rationale", "answer", "teacher_rationale", "completion", "messages", "system", "text")
+
 _SHORT.maxlevel, _SHORT.maxstring = 2, 60
 
 
@@ -52,3 +54,23 @@ def parse_overrides(text: str, *, flag: str = "config_overrides") -> dict[str, A
             raise InputError(f"{flag}={text}: {key} stands there twice; expected each key once")
         result[key] = {"true": True, "false": False}.get(value.lower(), number(value))
     return result
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """``"prompt=question,answer=answer"`` → what kvds calls a column → what a data set does; ``"auto"`` names none.
+
+    Raises:
+        InputError: a part that is not NAME=COLUMN, a name that is none of kvds's, or one given twice.
+    """
+    if text == "auto":
+        return {}
+    columns: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if not equals or not column or name not in DATA_COLUMNS or name in columns:
+            raise InputError(
+                f"columns={text}: {part.strip() or repr(part)} is not NAME=COLUMN with NAME once, one of "
+                f"{', '.join(DATA_COLUMNS)}; expected a list such as prompt=question,answer=answer"
+            )
+        columns[name] = column
+    return columns

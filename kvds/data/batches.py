@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvds.data.encoding import EncodedSample, Segment
+from kvds.data.encoding import EncodedSample
+from kvds.data.example import Segment
 from kvds.data.labels import IGNORED_LABEL
 from kvds.data.packing import Packing, pack_lengths, place_samples
 

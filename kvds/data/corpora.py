@@ -134,20 +134,27 @@ def _arc_choices(row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     return stem, [(str(choice.get("label")), _text(choice, "text")) for choice in choices]
 
 
-def plain(row: dict[str, Any]) -> Parts:
+def plain(row: dict[str, Any], called: dict[str, str] | None = None) -> Parts:
     """A row that already has ``prompt``, ``rationale`` (may be empty or missing) and ``answer`` (text or number).
 
     An answer of several lines, such as code, keeps them, with line feeds between them, and its blanks.
     With ``teacher_rationale``, too, the teacher reads that where steps are matched (``--align_tokens segment``).
+
+    Args:
+        row: By those names.
+        called: Name → what the file calls it, for messages.
     """
-    rationale = _text(row, "rationale", empty=True) if row.get("rationale") is not None else ""
-    answer = row.get("answer")
+    names = {name: (called or {}).get(name, name) for name in ("prompt", "rationale", "answer", "teacher_rationale")}
+    row = {names.get(name, name): value for name, value in row.items()}
+    rationale = _text(row, names["rationale"], empty=True) if row.get(names["rationale"]) is not None else ""
+    answer = row.get(names["answer"])
     if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = _number(answer, "answer")
+        answer = _number(answer, names["answer"])
     else:
-        answer = "\n".join(LINE_END.split(_text(row, "answer")))
-    parts = _text(row, "prompt"), rationale, answer
-    return parts if row.get("teacher_rationale") is None else (*parts, _text(row, "teacher_rationale"))
+        answer = "\n".join(LINE_END.split(_text(row, names["answer"])))
+    parts = _text(row, names["prompt"]), rationale, answer
+    teachers = names["teacher_rationale"]
+    return parts if row.get(teachers) is None else (*parts, _text(row, teachers))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ called by as little of its path as tells it from all others.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +15,42 @@ from kvds.data.corpora import CORPORA
 from kvds.errors import InputError
 
 # Names with a meaning of their own; ``all`` is that of the mean over all corpora.
-_TAKEN = {*CORPORA, "arc", "synthetic", "all"}
+_KNOWN = {*CORPORA, "arc", "synthetic"}
+_TAKEN = _KNOWN | {"all"}
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
+_SPLITS = re.compile(r"(?P<name>.+)@(?P<splits>[\w.-]+(?:,[\w.-]+)?)")
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def split_names(name: str) -> tuple[str, list[str]]:
+    """``"OWNER/NAME@TRAIN,EVAL"`` → name, and the splits that it says; a file has none."""
+    found = None if name.endswith(DATA_SUFFIXES) else _SPLITS.fullmatch(name)
+    return (found["name"], found["splits"].split(",")) if found else (name, [])
 
 
 def is_own_file(name: str) -> bool:
-    """Whether a name is that of a file, not of a known corpus."""
-    return name.endswith((".jsonl", ".json"))
+    """Whether a name is that of a file or folder, not of a known corpus or a data set of the hub."""
+    place = split_names(name)[0]
+    anchored = place.startswith(("./", "../", "/", "~"))
+    return name.endswith(DATA_SUFFIXES) or anchored or (place not in _KNOWN and is_folder(Path(place)))
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is that of a data set of the hub, ``OWNER/NAME``, with a configuration or not."""
+    return not is_own_file(name) and _HUB.fullmatch(split_names(name)[0]) is not None
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is that of data whose format must be recognised."""
+    return is_own_file(name) or is_hub_name(name)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder; one that no file system could have is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def is_file(path: Path) -> bool:
@@ -31,8 +62,9 @@ def is_file(path: Path) -> bool:
 
 
 def own_file(name: str, data_dir: str | None) -> Path:
-    """Where a file of one's own lies: as named, else below ``data_dir``."""
-    return Path(name) if data_dir is None or is_file(Path(name)) else Path(data_dir) / name
+    """Where a file or folder of one's own lies: as named, else below ``data_dir``."""
+    here = data_dir is None or is_file(Path(name)) or is_folder(Path(name))
+    return Path(name) if here else Path(str(data_dir)) / name
 
 
 def held_out_file(path: Path) -> Path:
@@ -56,7 +88,7 @@ def corpus_names(names: Iterable[str], data_dir: str | None) -> dict[str, str]:
     """
     files: dict[str, Path] = {}
     for name in filter(is_own_file, names := list(names)):
-        path = _real_path(own_file(name, data_dir))
+        path = _real_path(own_file(split_names(name)[0], data_dir))
         for other, known in files.items():
             if known == path:
                 raise InputError(
@@ -67,12 +99,13 @@ def corpus_names(names: Iterable[str], data_dir: str | None) -> dict[str, str]:
 
     def called(name: str) -> str:
         path, more = files[name], parts[name]
-        return path.stem if more == 0 else "/".join(path.parts[-more:])
+        whole = path.stem if name.endswith(DATA_SUFFIXES) else path.name
+        return whole if more == 0 else "/".join(path.parts[-more:])
 
     while True:
         counts = Counter(map(called, files))
         alike = [name for name in files if counts[called(name)] > 1 or called(name) in _TAKEN]
         if not alike:
-            return {name: called(name) if name in files else name for name in names}
+            return {name: called(name) if name in files else re.sub("[@,]", " ", name) for name in names}
         for name in alike:
             parts[name] += 1

@@ -1,34 +1,26 @@
 """Encoding of rows as token ids: every token knows its segment.
 
-A row is ``prompt⏎ rationale⏎ #### answer<end>``. Its segments are tokenised one by one and joined, so that no token
-straddles two, and a generated completion starts from exactly the ids that training puts before it. A begin-of-text
-token stands in front, as part of the prompt, where the tokenizer itself puts one.
+The segments of a row, such as ``prompt⏎ rationale⏎ #### answer<end>``, are tokenised one by one and joined, so that no
+token straddles two, and a generated completion starts from exactly the ids that training puts before it. A
+begin-of-text token stands in front, as part of the prompt, where the tokenizer itself puts one. A conversation has the
+tokens that its rendered text has as a whole, special tokens as such; each belongs where it begins.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from kvds.data.example import Example, answer_text, prompt_text, rationale_text
-from kvds.data.reasoning_steps import encode_reasoning_steps
-from kvds.data.text_fidelity import TextFidelity, compare_texts
+from kvds.data.example import Example, Segment, answer_text, prompt_text, rationale_text
+from kvds.data.reasoning_steps import encode_reasoning_steps, reasoning_step_ids
+from kvds.data.text_fidelity import TextFidelity, compare_texts, special_pattern
 from kvds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Segment(IntEnum):
-    """What a token belongs to."""
-
-    PAD = 0
-    PROMPT = 1
-    RATIONALE = 2
-    ANSWER = 3
 
 
 @dataclass(frozen=True)
@@ -99,15 +91,20 @@ def compare_rows(
 ) -> TextFidelity:
     """What the tokens of ``samples`` say against the texts of the rows that they were made of, their teacher's, too."""
 
+    pattern, special = special_pattern(tokenizer), set(tokenizer.all_special_ids)
+    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
     def pieces(sample: EncodedSample, rationale: str | None = None) -> list[tuple[str, Sequence[int]]]:
         row = examples[sample.example]
+        if row.rendered is not None:
+            return _between_specials(pattern.split(row.rendered.text), sample.input_ids, special)
         row = row if rationale is None else replace(row, rationale=rationale)
         ends = [bisect_right(sample.segment_ids, segment) for segment in (Segment.PROMPT, Segment.RATIONALE)]
         ids = sample.input_ids
         own: list[tuple[str, Sequence[int]]] = [
             (prompt_text(row), ids[: ends[0]]),
             (rationale_text(row), ids[ends[0] : ends[1]]),
-            (answer_text(row), ids[ends[1] : -1]),
+            (answer_text(row), ids[ends[1] : len(ids) - row.ends]),
         ]
         return own if sample.teacher_text is None else own + pieces(sample.teacher_text, row.teacher_rationale)
 
@@ -115,13 +112,24 @@ def compare_rows(
     return replace(found, first=samples[found.first].example) if found.lossy else found
 
 
+def _between_specials(
+    texts: Sequence[str], ids: Sequence[int], special: Collection[int]
+) -> list[tuple[str, Sequence[int]]]:
+    """What stands between the special tokens of a rendered conversation, each text with its tokens."""
+    texts = [text for text in texts if text]
+    runs = [list(run) for is_special, run in groupby(ids, special.__contains__) if not is_special]
+    if len(texts) == len(runs):
+        return list(zip(texts, runs, strict=True))
+    return [("".join(texts), [token for run in runs for token in run])]
+
+
 def encode_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, *, reasoning_steps: bool = False
 ) -> EncodedCorpus:
-    """Tokenise ``prompt⏎ | rationale⏎ | #### answer<end>``, all rows at once.
+    """Tokenise all rows at once, such as ``prompt⏎ | rationale⏎ | #### answer<end>``.
 
     Args:
-        examples: Rows.
+        examples: Rows, of conversations rendered ones (:func:`kvds.data.ready_rows.ready_rows`).
         tokenizer: With an end-of-text token.
         max_length: Tokens; rows with more are left out and counted, never cut (a cut row would teach a wrong answer).
         reasoning_steps: Also number them, and encode the teacher's own text where a row has one.
@@ -135,27 +143,71 @@ def encode_examples(
             f"tokenizer {tokenizer.name_or_path}: has no end-of-text token; expected an eos_token, which ends each "
             "answer (name another with --tokenizer_name)"
         )
-    texts = [rationale_text(example) for example in examples]
-    prompts = prompt_ids(examples, tokenizer)
-    rationales, numbers = (
-        encode_reasoning_steps(texts, tokenizer) if reasoning_steps else (_segments(texts, tokenizer), None)
-    )
-    answers = _segments([answer_text(example) for example in examples], tokenizer)
-    samples = []
-    for position, (prompt, rationale, answer) in enumerate(zip(prompts, rationales, answers, strict=True)):
-        ids = (*prompt, *rationale, *answer, end)
-        if len(ids) <= max_length:
-            lengths = (
-                (Segment.PROMPT, len(prompt)),
-                (Segment.RATIONALE, len(rationale)),
-                (Segment.ANSWER, len(answer) + 1),
-            )
-            segments = tuple(int(segment) for segment, length in lengths for _ in range(length))
-            own = () if numbers is None else ((0,) * len(prompt) + numbers[position] + (0,) * (len(answer) + 1))
-            samples.append(EncodedSample(ids, segments, position, own))
+    plain = [position for position, example in enumerate(examples) if example.form != "messages"]
+    chats = [position for position, example in enumerate(examples) if example.form == "messages"]
+    encoded = {
+        **_encode_plain(plain, [examples[i] for i in plain], tokenizer, reasoning_steps),
+        **_encode_chats(chats, [examples[i] for i in chats], tokenizer, reasoning_steps),
+    }
+    samples = [encoded[i] for i in range(len(examples)) if len(encoded[i].input_ids) <= max_length]
     if reasoning_steps:
         samples = _with_teachers_text(samples, examples, tokenizer, max_length)
     return EncodedCorpus(samples, len(examples) - len(samples))
+
+
+def _encode_plain(
+    positions: Sequence[int], rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, reasoning_steps: bool
+) -> dict[int, EncodedSample]:
+    """Position → row, of those whose segments follow each other."""
+    end = tokenizer.eos_token_id
+    texts = [rationale_text(example) for example in rows]
+    prompts = prompt_ids(rows, tokenizer)
+    rationales, numbers = (
+        encode_reasoning_steps(texts, tokenizer) if reasoning_steps else (_segments(texts, tokenizer), None)
+    )
+    answers = _segments([answer_text(example) for example in rows], tokenizer)
+    samples = {}
+    parts = zip(positions, rows, prompts, rationales, answers, strict=True)
+    for number, (position, row, prompt, rationale, answer) in enumerate(parts):
+        answer = [*answer, end] if row.ends else answer
+        lengths = ((Segment.PROMPT, prompt), (Segment.RATIONALE, rationale), (Segment.ANSWER, answer))
+        segments = tuple(int(segment) for segment, ids in lengths for _ in ids)
+        own = () if numbers is None else ((0,) * len(prompt) + numbers[number] + (0,) * len(answer))
+        samples[position] = EncodedSample((*prompt, *rationale, *answer), segments, position, own)
+    return samples
+
+
+def _encode_chats(
+    positions: Sequence[int], rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, reasoning_steps: bool
+) -> dict[int, EncodedSample]:
+    """Position → conversation; the steps of its reasoning are counted through all turns."""
+    texts = [row.rendered.text for row in rows if row.rendered is not None]
+    if len(texts) < len(rows):
+        raise AssertionError("a conversation that no chat template has written (ready_rows)")
+    if not rows:
+        return {}
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    end, samples = tokenizer.eos_token_id, {}
+    for position, row, ids, offsets in zip(
+        positions, rows, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        assert row.rendered is not None
+        segments, steps = [int(Segment.PROMPT)] * len(ids), [0] * len(ids)
+        for begin, stop, segment in row.rendered.spans:
+            inside = [i for i, (first, _) in enumerate(offsets) if begin <= first < stop]
+            for i in inside:
+                segments[i] = segment
+            if reasoning_steps and segment == Segment.RATIONALE:
+                places = [(offsets[i][0] - begin, offsets[i][1] - begin) for i in inside]
+                own = reasoning_step_ids(row.rendered.text[begin:stop], places)
+                before = max(steps)
+                for i, step in zip(inside, own, strict=True):
+                    steps[i] = step and before + step
+        if ids[-1] != end:  # what ends a turn need not end the text
+            ids, segments, steps = [*ids, end], [*segments, int(Segment.ANSWER)], [*steps, 0]
+        own_steps = tuple(steps) if reasoning_steps else ()
+        samples[position] = EncodedSample(tuple(ids), tuple(segments), position, own_steps)
+    return samples
 
 
 def _with_teachers_text(

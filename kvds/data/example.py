@@ -1,6 +1,8 @@
-"""One reasoning row, how it is written as text, and how its answer is read back from text.
+"""One row, how it is written as text, and how its answer is read back from text.
 
-The text is ``prompt⏎ rationale⏎ #### answer``; a row without rationale goes straight from prompt to answer.
+A row of reasoning is ``prompt⏎ rationale⏎ #### answer``; without rationale it goes straight from prompt to answer. A
+prompt with its completion is the two as they stand, a text is itself, and a conversation is what a chat template makes
+of it (:mod:`kvds.data.chat_template`).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
+from enum import IntEnum
 
 ANSWER_MARK = "####"
 
@@ -16,22 +19,66 @@ ANSWER_MARK = "####"
 INVISIBLE = "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
 _UNSEEN = re.compile(rf"[\s{INVISIBLE}]*")
 LINE_END = re.compile(r"\r\n|\r|\n")
+_TRACE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _AMOUNT = re.compile(r"([-+]?)(?:\s*\$\s*)?(.*?)(?:\s*[$%])?")
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?(e[-+]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Example:
-    """A question with its reasoning and answer.
+class Message:
+    """One turn.
 
     Attributes:
-        prompt: What is asked.
-        rationale: The steps to the answer; may be empty. Never holds the answer mark.
-        answer: The answer alone, in one line or several. Never holds the answer mark.
+        role: ``"system"``, ``"user"`` or ``"assistant"``.
+        content: What is said, without the reasoning.
+        reasoning: An assistant's reasoning before it; empty = none.
+        counted: Whether an assistant's turn is learned from.
+    """
+
+    role: str
+    content: str
+    reasoning: str = ""
+    counted: bool = True
+
+
+class Segment(IntEnum):
+    """What a token belongs to."""
+
+    PAD = 0
+    PROMPT = 1
+    RATIONALE = 2
+    ANSWER = 3
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as its chat template writes it, up to the last letter that counts.
+
+    Attributes:
+        text: All turns, with the template's own special tokens.
+        spans: Begin, end and :class:`Segment` of what the task loss counts, ascending; all else is prompt.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with what shall follow it.
+
+    Attributes:
+        prompt: What is asked; of a conversation all that the user says, of a text nothing.
+        rationale: The steps to the answer; may be empty. In a row of reasoning it never holds the answer mark.
+        answer: The answer alone, in one line or several; the completion; the last turn; or the whole text.
         corpus: Name of the corpus it came from.
         place: Where it stood, such as ``"train.jsonl:12"``.
         teacher_rationale: What the teacher reads in place of ``rationale`` where steps, not positions, are matched;
             None = the same text.
+        form: ``"reasoning"``, ``"completion"``, ``"messages"`` or ``"text"`` (:mod:`kvds.data.row_formats`).
+        messages: The turns of a conversation.
+        rendered: Those as text; None until a tokenizer's template has written them.
+        ends: Whether the text is whole, so that an end-of-text token follows it.
     """
 
     prompt: str
@@ -40,6 +87,15 @@ class Example:
     corpus: str
     place: str
     teacher_rationale: str | None = None
+    form: str = "reasoning"
+    messages: tuple[Message, ...] = ()
+    rendered: RenderedChat | None = None
+    ends: bool = True
+
+
+def question(example: Example) -> str:
+    """What two rows have in common that ask the same: the prompt, or a whole text."""
+    return example.answer if example.form == "text" else example.prompt
 
 
 def is_blank(text: str) -> bool:
@@ -48,8 +104,8 @@ def is_blank(text: str) -> bool:
 
 
 def prompt_text(example: Example) -> str:
-    """What the model is given: the question and a line end."""
-    return f"{example.prompt}\n"
+    """What the model is given: the question and a line end, or the prompt as it stands."""
+    return f"{example.prompt}\n" if example.form == "reasoning" else example.prompt
 
 
 def rationale_text(example: Example) -> str:
@@ -58,8 +114,8 @@ def rationale_text(example: Example) -> str:
 
 
 def answer_text(example: Example) -> str:
-    """The answer behind its mark; an end-of-text token follows it."""
-    return f"{ANSWER_MARK} {example.answer}"
+    """The answer, in a row of reasoning behind its mark; an end-of-text token follows it."""
+    return f"{ANSWER_MARK} {example.answer}" if example.form == "reasoning" else example.answer
 
 
 def completion_text(example: Example) -> str:
@@ -106,3 +162,24 @@ def extract_answer(completion: str, *, whole: bool = False) -> str:
     """
     _, mark, behind = completion.partition(ANSWER_MARK)
     return normalise_answer(behind if whole else LINE_END.split(behind.strip())[0]) if mark else ""
+
+
+def split_trace(text: str) -> tuple[str, str]:
+    """Reasoning between ``<think>`` and ``</think>`` in front of a text, and the rest; without it, ``""`` and the text.
+
+    A completion whose prompt ends in ``<think>`` begins behind it.
+    """
+    found = _TRACE.match(text)
+    if found:
+        return found[1].strip(), text[found.end() :]
+    before, end, behind = text.partition("</think>")
+    return (before.strip(), behind.lstrip()) if end and "<think>" not in before else ("", text)
+
+
+def written_answer(example: Example, completion: str) -> str:
+    """The normalised answer that ``completion`` gives to ``example``: behind the mark in a row of reasoning, else all
+    of it, less a reasoning trace.
+    """
+    if example.form == "reasoning":
+        return extract_answer(completion, whole=LINE_END.search(example.answer.strip()) is not None)
+    return normalise_answer(split_trace(completion)[1])

@@ -1,29 +1,33 @@
 """Mixture of rows, by names on the command line: files, hub data sets and the built-in problems, by weight.
 
 A name is a corpus of :data:`kvds.data.corpora.CORPORA` (its table lists the hub names), ``arc`` (easy and challenge),
-``synthetic``, or a file of one's own with ``prompt``, ``rationale`` and ``answer``. ``FILE.jsonl`` is judged by
-``FILE.eval.jsonl`` where that lies beside it; else about a tenth of its prompts, chosen by their hash, is held out.
+``synthetic``, or data of one's own (:mod:`kvds.data.own_rows`) in one of the formats of :mod:`kvds.data.row_formats`.
+``FILE.jsonl`` is judged by ``FILE.eval.jsonl`` where that lies beside it, a data set with splits by its held-out one;
+else about a tenth of the prompts, chosen by their hash, is held out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kvds.config.settings import DataSettings
 from kvds.config.values import split_dataset_weight
-from kvds.data.corpora import CORPORA, Corpus, Parts, plain
-from kvds.data.corpus_names import corpus_names, held_out_file, is_file, is_own_file, own_file
-from kvds.data.example import ANSWER_MARK, INVISIBLE, Example
-from kvds.data.rows import BadRow, file_rows
+from kvds.data.checked_rows import checked_examples
+from kvds.data.corpora import CORPORA, Parts
+from kvds.data.corpus_names import corpus_names, is_file, is_hub_name, is_own, is_own_file, own_file
+from kvds.data.example import INVISIBLE, Example, question
+from kvds.data.own_rows import AS_THEY_ARE, OwnRows, Reading, corpus_rows, own_rows
+from kvds.data.rows import file_rows
 from kvds.data.synthetic import synthetic_examples
 from kvds.errors import InputError, near_miss, one_line
 
@@ -33,13 +37,6 @@ HELD_OUT_OF = 10
 _ARC = ("arc_easy", "arc_challenge")
 # Bytes of a file that are parsed in about a second.
 _SMALL = 50_000_000
-# What chat templates begin or end a turn with: ChatML, Llama 3 and 4, Zephyr and Phi, Llama 2 and Mistral, Gemma,
-# DeepSeek, Granite, Command R, gpt-oss.
-_CHAT_MARK = re.compile(
-    r"<\|im_(?:start|end)\|>|<\|(?:start_header_id|header_start|eot_id|eot)\|>|<\|(?:system|user|assistant)\|>|"
-    r"\[/?INST\]|<(?:start|end)_of_turn>|<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>|"
-    "<\N{FULLWIDTH VERTICAL LINE}(?:User|Assistant)\N{FULLWIDTH VERTICAL LINE}>"
-)
 
 
 # Of Unicode's compatibility forms those that mean the same.
@@ -57,6 +54,7 @@ class Mixture:
         counts: Name as given, without weight → rows taken from it; fewer than its share where it has no more.
         available: Name → rows that it could have given.
         held_out: Name → rows left out beside those, whose prompt is held out.
+        recognised: Name of one's own data → its format, and how that was found.
     """
 
     examples: list[Example]
@@ -64,6 +62,7 @@ class Mixture:
     counts: dict[str, int] = field(default_factory=dict)
     available: dict[str, int] = field(default_factory=dict)
     held_out: dict[str, int] = field(default_factory=dict)
+    recognised: dict[str, str] = field(default_factory=dict)
 
 
 def load_mixture(
@@ -76,6 +75,7 @@ def load_mixture(
     on_bad_row: str = "error",
     synthetic_problems: int = 1000,
     held_out: Iterable[Example] = (),
+    reading: Reading = AS_THEY_ARE,
 ) -> Mixture:
     """Load the corpora that ``datasets`` names and mix them.
 
@@ -93,19 +93,26 @@ def load_mixture(
         on_bad_row: ``"error"``, or ``"skip"`` (and count).
         synthetic_problems: Size of the built-in training corpus.
         held_out: Rows to judge by, of whatever corpus: what asks the same (:func:`prompt_key`) is left out of training.
+        reading: How one's own data are read.
 
     Raises:
         InputError: unknown corpus, missing file, malformed row, or no row left of a corpus.
     """
     weights = _weights(datasets)
     called = corpus_names(weights, data_dir)
+    columns = reading.columns_of(datasets)
+    shares = {} if subset_size is None or split == "eval" else _shares(weights, subset_size)
     skipped: dict[str, int] = {}
+    recognised: dict[str, str] = {}
     parts: dict[str, list[Example]] = {}
     for name in weights:
         if name == "synthetic":
             parts[name] = synthetic_examples(split, problems=synthetic_problems, seed=seed)
-        elif is_own_file(name):
-            parts[name] = _own_file(own_file(name, data_dir), called[name], split, on_bad_row, skipped)
+        elif is_own(name):
+            source = own_rows(name, split, data_dir=data_dir, columns=columns[name], reading=reading, seed=seed)
+            taken = reading.held_out_rows if split == "eval" else shares.get(name)
+            take = taken if reading.streaming else None
+            parts[name], recognised[name] = _own(source, called[name], split, on_bad_row, skipped, take)
         else:
             members = _ARC if name == "arc" else (name,)
             parts[name] = [row for member in members for row in _corpus(member, split, data_dir, on_bad_row, skipped)]
@@ -122,7 +129,7 @@ def load_mixture(
         parts = _weigh(parts, weights, subset_size, seed)
     examples = [example for rows in parts.values() for example in rows]
     left_out = {name: found[name] - count for name, count in available.items()}
-    return Mixture(examples, skipped, _counts(parts), available, left_out)
+    return Mixture(examples, skipped, _counts(parts), available, left_out, recognised)
 
 
 def prompt_key(prompt: str) -> str:
@@ -146,10 +153,10 @@ def _counts(parts: dict[str, list[Example]]) -> dict[str, int]:
 
 def _without(parts: dict[str, list[Example]], held_out: Iterable[Example]) -> dict[str, list[Example]]:
     """Training rows whose prompt no held-out row asks, whichever corpora or files the two come from."""
-    asked = {prompt_key(row.prompt) for row in held_out}
+    asked = {prompt_key(question(row)) for row in held_out}
     if not asked:
         return parts
-    left = {name: [row for row in rows if prompt_key(row.prompt) not in asked] for name, rows in parts.items()}
+    left = {name: [row for row in rows if prompt_key(question(row)) not in asked] for name, rows in parts.items()}
     for name, rows in left.items():
         if not rows:
             raise InputError(
@@ -165,20 +172,26 @@ def check_rows(cfg: DataSettings, seed: int) -> None:
     Raises:
         InputError: as :func:`load_mixture`.
     """
-    specs = [
-        spec for name, spec in zip(_weights(cfg.datasets), cfg.datasets, strict=True) if _is_small(name, cfg.data_dir)
-    ]
+    if cfg.streaming:
+        return
+    names = [name for name in _weights(cfg.datasets) if _is_small(name, cfg.data_dir)]
+    specs = [spec for spec in cfg.datasets if split_dataset_weight(spec)[0] in names]
+    columns = Reading.of(cfg).columns_of(cfg.datasets)
+    reading = replace(Reading.of(cfg), columns=tuple(columns[split_dataset_weight(spec)[0]] for spec in specs))
     for split in ("train", "eval") if cfg.eval_subset_size else ("train",):
         if specs:
             load_mixture(
-                specs, split, data_dir=cfg.data_dir, seed=seed, on_bad_row=cfg.on_bad_row, synthetic_problems=1
-            )
+                specs, split, data_dir=cfg.data_dir, seed=seed, on_bad_row=cfg.on_bad_row, synthetic_problems=1,
+                reading=reading,
+            )  # fmt: skip
 
 
 def _is_small(name: str, data_dir: str | None) -> bool:
+    if is_hub_name(name):
+        return False
     if is_own_file(name):
         path = own_file(name, data_dir)
-        return not is_file(path) or path.stat().st_size <= _SMALL
+        return not path.is_dir() and (not is_file(path) or path.stat().st_size <= _SMALL)
     return data_dir is not None or name == "synthetic"
 
 
@@ -197,12 +210,13 @@ def _weights(datasets: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for spec in datasets:
         name, weight = split_dataset_weight(spec)
-        if not is_own_file(name):
+        if not is_own(name):
             known = [*CORPORA, "arc", "synthetic"]
             if name not in known:
                 raise InputError(
                     f"datasets={one_line(name)}: unknown corpus{near_miss(name, known)}; "
-                    f"expected one of {', '.join(known)} or a FILE.jsonl"
+                    f"expected one of {', '.join(known)}, OWNER/NAME of the hub, or a file or folder of your own "
+                    "(.jsonl .json .parquet .csv)"
                 )
         weights[name] = weights.get(name, 0.0) + weight
     if "arc" in weights:
@@ -212,20 +226,25 @@ def _weights(datasets: Sequence[str]) -> dict[str, float]:
     return weights
 
 
+def _shares(weights: dict[str, float], subset_size: int) -> dict[str, int]:
+    """Rows of each name. Rounded sums instead of rounded shares: they add up to ``subset_size``."""
+    total = sum(weights.values())
+    bounds = [round(subset_size * sum(list(weights.values())[:i]) / total) for i in range(len(weights) + 1)]
+    counts = {name: bounds[i + 1] - bounds[i] for i, name in enumerate(weights)}
+    for name, count in counts.items():
+        if not count:
+            raise InputError(
+                f"subset_size={subset_size}: leaves {name} no row beside {len(weights) - 1} others; expected "
+                f"at least one of each (--subset_size {math.ceil(total / min(weights.values()))} or other weights)"
+            )
+    return counts
+
+
 def _weigh(
     parts: dict[str, list[Example]], weights: dict[str, float], subset_size: int | None, seed: int
 ) -> dict[str, list[Example]]:
-    total = sum(weights.values())
     if subset_size is not None:
-        # Rounded sums instead of rounded shares: the counts add up to subset_size.
-        bounds = [round(subset_size * sum(list(weights.values())[:i]) / total) for i in range(len(weights) + 1)]
-        counts = {name: bounds[i + 1] - bounds[i] for i, name in enumerate(weights)}
-        for name, count in counts.items():
-            if not count:
-                raise InputError(
-                    f"subset_size={subset_size}: leaves {name} no row beside {len(weights) - 1} others; expected "
-                    f"at least one of each (--subset_size {math.ceil(total / min(weights.values()))} or other weights)"
-                )
+        counts = _shares(weights, subset_size)
     elif len(set(weights.values())) == 1:
         return parts
     else:
@@ -246,30 +265,51 @@ def _corpus(name: str, split: str, data_dir: str | None, on_bad_row: str, skippe
     corpus = CORPORA[name]
     if data_dir is None:
         source = f"{corpus.hub_name}/{corpus.hub_splits[split]}"
-        return _examples(corpus.read, _hub_rows(name, corpus, split), source, name, on_bad_row, skipped)
+        return checked_examples(corpus.read, corpus_rows(name, corpus, split), source, name, on_bad_row, skipped)
     path = Path(data_dir) / corpus.files[split]
 
     def read(row: dict[str, Any]) -> Parts | None:
         return corpus.read(row) if corpus.split_of is None or corpus.split_of(row) == split else None
 
-    return _examples(read, file_rows(path), str(path), name, on_bad_row, skipped)
+    return checked_examples(read, file_rows(path), str(path), name, on_bad_row, skipped)
 
 
-def _own_file(path: Path, corpus: str, split: str, on_bad_row: str, skipped: dict[str, int]) -> list[Example]:
-    """Rows of a file with prompt, rationale and answer, less those of the other split."""
-    beside = held_out_file(path)
-    separate = is_file(beside)
-    source = beside if separate and split == "eval" else path
-    examples = list(_examples(plain, file_rows(source), str(source), corpus, on_bad_row, skipped))
-    if separate:
-        return examples
-    held_out = _held_out({example.prompt for example in examples})
+def _own(
+    source: OwnRows, corpus: str, split: str, on_bad_row: str, skipped: dict[str, int], take: int | None
+) -> tuple[list[Example], str]:
+    """Rows of one's own data, less those of the other split, and how they were recognised.
+
+    Args:
+        source: The rows.
+        corpus: What they are called.
+        split: ``"train"`` or ``"eval"``.
+        on_bad_row: As :func:`load_mixture`.
+        skipped: Counted up.
+        take: Rows at most, the first; None = all, so that a tenth of the prompts can be held out whatever they are.
+    """
+    read, rows = source.recognised(on_bad_row)
+    found = checked_examples(read, rows, source.label, corpus, on_bad_row, skipped)
+    if take is not None:
+        mine = (row for row in found if source.separate or (_drawn(question(row)) == (split == "eval")))
+        return list(itertools.islice(mine, take)), read.why
+    examples = list(found)
+    if source.separate:
+        return examples, read.why
+    held_out = _held_out({question(example) for example in examples})
     if split == "eval" and examples and not held_out:
         raise InputError(
-            f"{path}: all rows have the same prompt, so that none can be held out; expected at least 2 prompts, "
-            f"or held-out rows in {beside.name} (or --eval_subset_size 0)"
+            f"{source.label}: all rows have the same prompt, so that none can be held out; expected at least 2 "
+            f"prompts, or held-out rows in {source.beside} (or --eval_subset_size 0)"
         )
-    return [example for example in examples if (example.prompt in held_out) == (split == "eval")]
+    return [example for example in examples if (question(example) in held_out) == (split == "eval")], read.why
+
+
+def _hash(prompt: str) -> int:
+    return int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
+
+
+def _drawn(prompt: str) -> bool:
+    return _hash(prompt) % HELD_OUT_OF == 0
 
 
 def _held_out(prompts: set[str]) -> set[str]:
@@ -277,71 +317,10 @@ def _held_out(prompts: set[str]) -> set[str]:
 
     A small file gives at least one and keeps at least one; a single prompt is not held out.
     """
-    hashes = {prompt: int(hashlib.sha256(prompt.encode()).hexdigest(), 16) for prompt in prompts}
-    chosen = {prompt for prompt, value in hashes.items() if value % HELD_OUT_OF == 0}
+    hashes = {prompt: _hash(prompt) for prompt in prompts}
+    chosen = set(filter(_drawn, prompts))
     if len(prompts) < 2:
         return set()
     if not chosen:
         return {min(prompts, key=hashes.__getitem__)}
     return chosen - {max(prompts, key=hashes.__getitem__)} if chosen == prompts else chosen
-
-
-def _examples(
-    read: Callable[[dict[str, Any]], Parts | None],
-    rows: Iterable[tuple[int, Any]],
-    source: str,
-    corpus: str,
-    on_bad_row: str,
-    skipped: dict[str, int],
-) -> Iterator[Example]:
-    """Read rows that are this split's (``read`` gives None for others); a malformed one is an error or counted."""
-    name = Path(source).name if "." in Path(source).name else source
-    for line, row in rows:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            if not isinstance(row, dict):
-                raise BadRow(f"holds {row!r:.40}; expected an object with named fields")
-            parts = read(row)
-            if parts is None:
-                continue
-            prompt, rationale, answer, *teachers = parts
-            _check_text(prompt, rationale, answer)
-            if teachers:
-                _check_text(prompt, teachers[0], answer)
-        except BadRow as fault:
-            if on_bad_row == "error":
-                raise InputError(f"{source}:{line}: {fault} (mend the row, or --on_bad_row skip)") from fault
-            skipped[source] = skipped.get(source, 0) + 1
-            continue
-        yield Example(prompt, rationale, answer, corpus, f"{name}:{line}", *teachers)
-
-
-def _check_text(prompt: str, rationale: str, answer: str) -> None:
-    for name, text in (("rationale", rationale), ("answer", answer)):
-        if ANSWER_MARK in text:
-            raise BadRow(f"the {name} holds {ANSWER_MARK!r}, which announces the answer; expected it nowhere else")
-    chat = _CHAT_MARK.search(f"{prompt}\n{rationale}\n{answer}")
-    if chat:
-        raise BadRow(
-            f"holds {chat[0]!r}, as if rendered with a chat template, which would be read as ordinary letters; "
-            "expected plain prompt, rationale and answer"
-        )
-    try:
-        f"{prompt}{rationale}{answer}".encode()
-    except UnicodeEncodeError as error:
-        raise BadRow("holds half of a surrogate pair; expected text that UTF-8 can write") from error
-
-
-def _hub_rows(name: str, corpus: Corpus, split: str) -> Iterator[tuple[int, Any]]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(corpus.hub_name, corpus.hub_config, split=corpus.hub_splits[split])
-    except Exception as error:  # the hub's client raises a dozen kinds, most of them for a missing network
-        raise InputError(
-            f"datasets={name}: {corpus.hub_name} could not be loaded from the hub or its cache "
-            f"({one_line(error)[:160]}); without internet, expected --data_dir FOLDER with {corpus.files[split]}, "
-            "or what `kvds prefetch RECIPE --to DIR` brings where there is some"
-        ) from error
-    yield from ((number, dict(row)) for number, row in enumerate(rows, 1))

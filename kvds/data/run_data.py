@@ -17,6 +17,9 @@ from kvds.data.encoding import EncodedCorpus, EncodedSample
 from kvds.data.example import Example
 from kvds.data.loader import BatchLoader
 from kvds.data.mixture import Mixture, first_per_corpus, load_mixture
+from kvds.data.own_rows import Reading
+from kvds.data.ready_rows import ReadyRows, ready_rows
+from kvds.data.row_display import one_line_of
 from kvds.data.text_fidelity import check_texts
 from kvds.data.token_files import TokenFiles, encode_once
 from kvds.errors import InputError
@@ -44,6 +47,67 @@ class RunData:
     eval_examples: list[Example]
     eval_loader: BatchLoader | None
     rows: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows of a run as texts and as tokens.
+
+    Attributes:
+        examples: Rows to train on, as they are tokenised.
+        samples: Those that fit.
+        held_out_examples: Rows to judge by.
+        held_out: Those that fit; empty when there is no evaluation.
+    """
+
+    examples: Sequence[Example]
+    samples: Sequence[EncodedSample]
+    held_out_examples: list[Example]
+    held_out: Sequence[EncodedSample]
+
+
+def encoded_rows(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> EncodedRows:
+    """Read, check and encode the rows that ``cfg`` names, and tell of them.
+
+    Args:
+        cfg: The run.
+        tokenizer: Of the run.
+        files: Where rows as tokens are kept.
+
+    Raises:
+        InputError: as :func:`load_run_data`.
+    """
+    held_out_rows = _held_out(cfg)
+    mixture = _mixture(cfg, "train", held_out_rows)
+    reasoning_steps = cfg.uses_kv and cfg.align_tokens == "segment"
+    prepare = partial(
+        ready_rows, tokenizer=tokenizer, max_length=cfg.max_length, assistant_turns=cfg.assistant_turns,
+        on_bad_row=cfg.on_bad_row,
+    )  # fmt: skip
+    encode = partial(
+        encode_once, tokenizer=tokenizer, max_length=cfg.max_length, reasoning_steps=reasoning_steps, files=files
+    )
+    texts = partial(check_texts, most=cfg.max_lossy_rows, tokenizer=tokenizer)
+    rows = prepare(mixture.examples)
+    corpus = encode(rows.examples)
+    _report(cfg, mixture, rows, corpus)
+    log.info("data: %s", one_line_of(corpus.samples[0], rows.examples, tokenizer))
+    texts(corpus.fidelity, rows.examples, what="training")
+    judged = first_per_corpus(held_out_rows, cfg.eval_subset_size) if cfg.eval_subset_size else []
+    examples = prepare(judged).examples
+    held_out: Sequence[EncodedSample] = []
+    if examples:
+        judged_by = encode(examples)
+        texts(judged_by.fidelity, examples, what="held-out")
+        held_out = judged_by.samples
+    if reasoning_steps:
+        _check_steps(cfg, corpus.samples)
+    if examples and not held_out:
+        raise InputError(
+            f"max_length={cfg.max_length}: none of the {len(examples)} held-out rows fits; expected a larger "
+            "--max_length (or --eval_subset_size 0: no evaluation)"
+        )
+    return EncodedRows(rows.examples, corpus.samples, examples, held_out)
 
 
 def load_run_data(
@@ -95,32 +159,13 @@ def load_run_data(
             exchanged=cfg.uses_kv and cfg.teacher_kv == "shuffled",
         )
 
-    held_out_rows = _held_out(cfg)
-    mixture = _mixture(cfg, "train", held_out_rows)
-    reasoning_steps = cfg.uses_kv and cfg.align_tokens == "segment"
-    files = TokenFiles(_folder(cfg), first, wait)
-    corpus = encode_once(mixture.examples, tokenizer, cfg.max_length, reasoning_steps=reasoning_steps, files=files)
-    _report(cfg, mixture, corpus)
-    examples = first_per_corpus(held_out_rows, cfg.eval_subset_size) if cfg.eval_subset_size else []
-    texts = partial(check_texts, most=cfg.max_lossy_rows, tokenizer=tokenizer)
-    texts(corpus.fidelity, mixture.examples, what="training")
-    held_out: Sequence[EncodedSample] = []
-    if examples:
-        judged_by = encode_once(examples, tokenizer, cfg.max_length, reasoning_steps=reasoning_steps, files=files)
-        texts(judged_by.fidelity, examples, what="held-out")
-        held_out = judged_by.samples
-    if reasoning_steps:
-        _check_steps(cfg, corpus.samples)
-    if examples and not held_out:
-        raise InputError(
-            f"max_length={cfg.max_length}: none of the {len(examples)} held-out rows fits; expected a larger "
-            "--max_length (or --eval_subset_size 0: no evaluation)"
-        )
+    rows = encoded_rows(cfg, tokenizer, TokenFiles(_folder(cfg), first, wait))
+    held_out = rows.held_out
     return RunData(
-        loader=batches(corpus.samples, accumulation=cfg.gradient_accumulation_steps, shuffle=True),
-        eval_examples=examples,
+        loader=batches(rows.samples, accumulation=cfg.gradient_accumulation_steps, shuffle=True),
+        eval_examples=rows.held_out_examples,
         eval_loader=batches(held_out, accumulation=1, shuffle=False) if held_out else None,
-        rows=Counter(mixture.examples[sample.example].corpus for sample in corpus.samples),
+        rows=Counter(rows.examples[sample.example].corpus for sample in rows.samples),
     )
 
 
@@ -164,14 +209,17 @@ def _mixture(cfg: RunConfig, split: str, held_out: Sequence[Example] = ()) -> Mi
         seed=cfg.seed,
         on_bad_row=cfg.on_bad_row,
         synthetic_problems=cfg.synthetic_problems,
+        reading=Reading.of(cfg),
     )
 
 
-def _report(cfg: RunConfig, mixture: Mixture, corpus: EncodedCorpus) -> None:
+def _report(cfg: RunConfig, mixture: Mixture, rows: ReadyRows, corpus: EncodedCorpus) -> None:
     log.info("data: %d rows to train on from %s", len(corpus.samples), " ".join(cfg.datasets))
     for name, count in mixture.counts.items():
         most = mixture.available[name]
         log.log(logging.WARNING if 2 * count < most else logging.INFO, "data: %s: %d of %d rows", name, count, most)
+        if mixture.recognised.get(name):
+            log.info("data: %s: read as %s", name, mixture.recognised[name])
         if mixture.held_out[name]:
             log.warning(
                 "data: %s: %d of %d rows ask what a held-out row asks and were left out of training",
@@ -181,9 +229,16 @@ def _report(cfg: RunConfig, mixture: Mixture, corpus: EncodedCorpus) -> None:
         log.warning(
             "data: %d rows are longer than --max_length %d tokens and were left out", corpus.too_long, cfg.max_length
         )
+    if rows.cut:
+        log.warning(
+            "data: %d of %d texts are longer than --max_length %d tokens; of those the beginning is read", rows.cut,
+            len(rows.examples), cfg.max_length,
+        )  # fmt: skip
     for place, count in mixture.skipped.items():
         if count:
             log.warning("data: %d malformed rows of %s were skipped", count, place)
+    for place, count in rows.skipped.items():
+        log.warning("data: %d conversations of %s that the chat template cannot write were skipped", count, place)
     if not corpus.samples:
         raise InputError(
             f"--datasets {' '.join(cfg.datasets)}: no usable row is left ({corpus.too_long} longer than --max_length "

@@ -89,8 +89,7 @@ def compare_texts(
         pairs: For each row its pieces of text, each with the token ids that were made of it.
         tokenizer: What made them.
     """
-    tokens = sorted(_specials(tokenizer), key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    special = special_pattern(tokenizer)
     lost: Counter[str] = Counter()
     spelled: Counter[str] = Counter()
     lossy = other_form = rows_spelled = 0
@@ -118,9 +117,11 @@ def _most_common(counts: Counter[str]) -> tuple[str, ...]:
     return tuple(text for text, _ in counts.most_common(_SHOWN))
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What matches the text of any token that is no word, of several the longest."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return (added | set(map(str, tokenizer.all_special_tokens))) - {""}
+    tokens = sorted((added | set(map(str, tokenizer.all_special_tokens))) - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def _composed(text: str) -> str:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvds")
 
 # Part of each fingerprint: raise it whenever rows are encoded or stored in another way.
-_FORMAT = 3
+_FORMAT = 4
 _TEACHER, _FACTS = "teacher.", "kvds"
 
 
@@ -104,8 +104,9 @@ def _fingerprint(
     )  # fmt: skip
     digest = hashlib.sha256(json_text(options).encode())
     for example in examples:
+        chat = example.rendered and (example.rendered.text, example.rendered.spans)
         texts = (example.prompt, example.rationale, example.answer, example.teacher_rationale)
-        digest.update(json_text(texts).encode())
+        digest.update(json_text((*texts, example.form, example.ends, chat)).encode())
     return digest.hexdigest()[:32]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvds.align import AlignerGroup, KVAligner, members_of
 from kvds.align.diagnostics import effective_rank
-from kvds.data.encoding import Segment
+from kvds.data.example import Segment
 from kvds.data.model_inputs import model_inputs
 from kvds.distillation.gradient_watch import GradientWatch
 from kvds.distillation.losses import head_losses, spoil_gradient

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvds.data.encoding import EncodedSample, Segment
+from kvds.data.encoding import EncodedSample
+from kvds.data.example import Segment
 from kvds.data.text_fidelity import decode_texts
 from kvds.models.generation import greedy_generation
 
@@ -32,8 +33,9 @@ class Completion:
 
 
 def prompt_length(sample: EncodedSample) -> int:
-    """Tokens of the prompt."""
-    return sum(segment == Segment.PROMPT for segment in sample.segment_ids)
+    """Tokens before what a model is to write: of a conversation all up to the last turn."""
+    behind = sample.segment_ids[::-1]
+    return len(behind) - behind.index(Segment.PROMPT) if Segment.PROMPT in behind else 0
 
 
 def generation_budget(model: Any, sample: EncodedSample, max_new_tokens: int) -> int:

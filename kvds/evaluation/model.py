@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvds.data.batches import collate
 from kvds.data.encoding import EncodedSample, encode_examples
-from kvds.data.example import LINE_END, Example, extract_answer
+from kvds.data.example import Example, written_answer
 from kvds.data.labels import LabelledPositions
 from kvds.data.text_fidelity import decode_texts
 from kvds.durable_files import json_text
@@ -104,8 +104,9 @@ def evaluate_model(
         share = sorted(share, key=lambda sample: -prompt_length(sample))
         with greedy_defaults(model, tokenizer):
             for rows in _batches(share, batch_size, largest_share, between_batches):
-                found = generate_completions(model, tokenizer, rows, pad, max_new_tokens)
-                completions |= {row.example: completion for row, completion in zip(rows, found, strict=True)}
+                asked = [row for row in rows if examples[row.example].form != "text"]
+                found = generate_completions(model, tokenizer, asked, pad, max_new_tokens)
+                completions |= {row.example: completion for row, completion in zip(asked, found, strict=True)}
                 bar.update(len(rows))
 
     verdicts = verdicts_of(tokenizer, share, examples, completions)
@@ -122,10 +123,11 @@ def evaluate_model(
         return sums
 
     results = results_by_corpus(corpora, examples, losses, completions, verdicts, reduce)
-    if results["all"]["judged"] < results["all"]["samples"] and rank == 0:
+    asking = sum(examples[sample.example].form != "text" for sample in samples)
+    if results["all"]["judged"] < asking and rank == 0:
         log.warning(
             "evaluation: the answers of %d of %d rows cannot be written with the tokenizer, and are not judged",
-            results["all"]["samples"] - results["all"]["judged"], results["all"]["samples"],
+            asking - results["all"]["judged"], asking,
         )  # fmt: skip
     return results
 
@@ -144,7 +146,7 @@ def results_by_corpus(
         corpora: Names of those that have rows, the same on every rank.
         examples: All rows.
         losses: Row → its cross entropy and how many tokens that is of.
-        completions: Row → what was written.
+        completions: Row → what was written; a text has none.
         verdicts: Row → its answers.
         reduce: Sums over ranks.
     """
@@ -153,7 +155,8 @@ def results_by_corpus(
     sums = torch.zeros(len(corpora), 6, dtype=torch.float64)
     for i, (loss, tokens) in losses.items():
         verdict = verdicts[i]
-        numbers = [loss, tokens, verdict.correct, verdict.expected != "", completions[i].cut, 1]
+        cut = i in completions and completions[i].cut
+        numbers = [loss, tokens, verdict.correct, verdict.expected != "", cut, 1]
         sums[corpora.index(examples[i].corpus)] += torch.tensor(numbers, dtype=torch.float64)
     sums = reduce(sums)
     rows_of = dict(zip(corpora, sums.tolist(), strict=True)) | {"all": sums.sum(0).tolist()}
@@ -193,8 +196,8 @@ def verdicts_of(
     labels = [sample.input_ids[prompt_length(sample) : -1] for sample in samples]
     verdicts = {}
     for sample, text in zip(samples, decode_texts(tokenizer, labels), strict=True):
-        whole = LINE_END.search(examples[sample.example].answer.strip()) is not None
-        both = (extract_answer(text, whole=whole) for text in (text, completions[sample.example].text))
+        row, written = examples[sample.example], completions.get(sample.example)
+        both = ("", "") if written is None else (written_answer(row, said) for said in (text, written.text))
         verdicts[sample.example] = Verdict(*both)
     return verdicts
 
@@ -270,12 +273,13 @@ def _write_predictions(
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for i in sorted(completions):
+        for i in sorted(losses):
             example, (loss, tokens) = examples[i], losses[i]
+            written = completions.get(i, Completion("", cut=False))
             record = {
                 "corpus": example.corpus, "place": example.place, "prompt": example.prompt,
                 "expected": verdicts[i].expected, "predicted": verdicts[i].predicted,
-                "correct": verdicts[i].correct, "completion": completions[i].text, "cut": completions[i].cut,
-                "cross_entropy": loss / tokens, "tokens": tokens,
+                "correct": verdicts[i].correct, "completion": written.text, "cut": written.cut,
+                "cross_entropy": loss / tokens if tokens else None, "tokens": tokens,
             }  # fmt: skip
             file.write(json_text(record, ensure_ascii=False) + "\n")

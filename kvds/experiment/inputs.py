@@ -13,7 +13,7 @@ from typing import Any
 from kvds.config import RunConfig
 from kvds.config.values import split_dataset_weight
 from kvds.data.corpora import CORPORA
-from kvds.data.corpus_names import held_out_file, is_file, is_own_file, own_file
+from kvds.data.corpus_names import held_out_file, is_file, is_hub_name, is_own_file, own_file, split_names
 from kvds.experiment.plan import PREPARED
 from kvds.identity.contents import short_hash
 from kvds.identity.file_digest import file_digests
@@ -44,6 +44,8 @@ def inputs_of(settings: dict[str, Any], prepared: Callable[[str], Path]) -> dict
         if name:
             folder = prepared(name.removeprefix(PREPARED)) if name.startswith(PREPARED) else _folder(name)
             files[f"{flag} {name}"] = _model_files(folder)
+    if cfg.chat_template is not None:
+        files[f"chat_template {cfg.chat_template}"] = [Path(cfg.chat_template)]
     if cfg.teacher_cache is not None:
         files[f"teacher_cache {cfg.teacher_cache}"] = [Path(cfg.teacher_cache, "manifest.json")]
     here = {name: [path for path in paths if is_file(path)] for name, paths in files.items()}
@@ -56,9 +58,9 @@ def inputs_of(settings: dict[str, Any], prepared: Callable[[str], Path]) -> dict
 
 def _data_files(name: str, data_dir: str | None) -> list[Path]:
     if is_own_file(name):
-        path = own_file(name, data_dir)
-        return [path, held_out_file(path)]
-    if data_dir is None or name == "synthetic":
+        path = own_file(split_names(name)[0], data_dir)
+        return sorted(path.rglob("*")) if path.is_dir() else [path, held_out_file(path)]
+    if data_dir is None or name == "synthetic" or is_hub_name(name):
         return []
     members = ("arc_easy", "arc_challenge") if name == "arc" else (name,)
     return sorted({Path(data_dir, file) for member in members for file in CORPORA[member].files.values()})

@@ -34,7 +34,31 @@ def tokenizer_of(name: str, flag: str) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
-    """The one tokenizer of a run: ``--tokenizer_name``, else the teacher's, else the student's."""
+    """The one tokenizer of a run: ``--tokenizer_name``, else the teacher's, else the student's; with the chat template
+    that ``--chat_template`` names, which a student keeps.
+    """
+    tokenizer = _tokenizer(cfg)
+    if cfg.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(cfg.chat_template)
+    return tokenizer
+
+
+def read_chat_template(path: str | Path) -> str:
+    """The text of a template's file.
+
+    Raises:
+        InputError: it cannot be read, or is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"chat_template={path}: {error}; expected a file with a Jinja template") from error
+    if not text.strip():
+        raise InputError(f"chat_template={path}: is empty; expected a Jinja template (or leave --chat_template away)")
+    return text
+
+
+def _tokenizer(cfg: RunConfig) -> PreTrainedTokenizerBase:
     if cfg.tokenizer_name is not None:
         return tokenizer_of(cfg.tokenizer_name, "--tokenizer_name")
     teacher = cfg.first_teacher if cfg.uses_teacher else None

@@ -67,6 +67,7 @@ BESIDE = {
 MAY_CHANGE = {
     *("output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens"),
     *("report_to", "tracking_uri", "experiment_name", "run_name", "data_dir", "deepspeed_config", "teacher_placement"),
+    "chat_template",
     *("teacher_tp_size", "teacher_overlap", "pad_to_multiple_of", "model_name", "teacher_name", "student_name"),
     *("tokenizer_name", "impl", "teacher_cache", "data_cache", "dry_run", "batch_size", "gradient_accumulation_steps"),
     *("change_global_batch", "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout"),

@@ -207,7 +207,7 @@ def test_rows_of_a_file_may_hold_the_teachers_text(tmp_path):
     (tmp_path / "own.eval.jsonl").write_text(json.dumps(row))
     examples = load_mixture((str(tmp_path / "own.jsonl"),), "train", data_dir=None).examples
     assert [example.teacher_rationale for example in examples] == [None, "b\nc"]
-    for bad, message in ((3, "'teacher_rationale' is 3"), ("#### 1", "the rationale holds '####'")):
+    for bad, message in ((3, "'teacher_rationale' is 3"), ("#### 1", "the teacher_rationale holds '####'")):
         (tmp_path / "own.jsonl").write_text(json.dumps({**row, "teacher_rationale": bad}))
         with pytest.raises(InputError, match=f"own.jsonl:1: {message}"):
             load_mixture((str(tmp_path / "own.jsonl"),), "train", data_dir=None)

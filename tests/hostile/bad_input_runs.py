@@ -23,7 +23,7 @@ RUNS: dict[str, Case] = {
         {"datasets": "@/marked.jsonl"}, ("@/marked.jsonl:1: the rationale holds '####'", "skip")),
     "held-out rows": (
         {"datasets": "@/held_out_is_bad.jsonl", "eval_subset_size": "5"},
-        ("held_out_is_bad.eval.jsonl:1: ", "'answer'")),
+        ("held_out_is_bad.eval.jsonl:1: ", "prompt and answer", "--columns")),
     "malformed corpus": (
         {"datasets": "svamp", "data_dir": "@/data"}, ("SVAMP.json:2: 'Answer' is None", "expected a number")),
     "a row of no split": (
