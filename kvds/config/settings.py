@@ -8,6 +8,7 @@ from typing import Any
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES, modes_where
 from kvds.config.selection_methods import SELECTION_METHODS, default_observers
+from kvds.config.values import DATA_FORMATS
 
 
 def setting(
@@ -115,34 +116,23 @@ class DataSettings:
         "your own data's columns: prompt=instruction+input,answer=output; one for all or for each of datasets (auto)",
         (),
     )
-    data_format: str = setting(
-        "of your own rows; auto: by their columns", "auto",
-        choices=("auto", "reasoning", "messages", "completion", "text"),
-    )  # fmt: skip
+    data_format: str = setting("of your own rows; auto: by their columns", "auto", choices=DATA_FORMATS)
     chat_template: str | None = setting("file with a Jinja template; unset: the tokenizer's", None, may_change=True)
     assistant_turns: str = setting("turns of a chat that are learned", "all", choices=("all", "last"))
     streaming: bool = setting("read your own data row by row, stored nowhere, until subset_size are taken", False)
     data_dir: str | None = setting(
-        "folder with the publishers' files; unset: hub names through `datasets`",
-        None,
-        may_change=True,
-        identity=False,
+        "folder with the publishers' files; unset: hub names through `datasets`", None, may_change=True, identity=False,
         common=True,
-    )
+    )  # fmt: skip
     data_cache: str | None = setting(
-        "folder for rows as tokens, which later runs read; never: keep none; unset: kvds below HF_DATASETS_CACHE",
-        None,
-        may_change=True,
-        identity=False,
-    )
+        "folder for rows as tokens, which later runs read; never: keep none; unset: kvds below HF_DATASETS_CACHE", None,
+        may_change=True, identity=False,
+    )  # fmt: skip
     subset_size: int | None = setting("training rows in all; unset: every row", None, least=1)
     max_length: int = setting(
-        "tokens per row; longer rows are left out and counted",
-        512,
-        least=2,
+        "tokens per row; longer rows are left out and counted", 512, least=2, common=True,
         expected="at least 2 tokens, one to read and one to predict",
-        common=True,
-    )
+    )  # fmt: skip
     packing: bool = setting("samples of a micro-batch share rows of max_length tokens; off: a padded row each", False)
     group_by_length: bool = setting("samples of a step are of like length, so that less is padding", False)
     pad_to_multiple_of: int = setting(
