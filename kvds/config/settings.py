@@ -361,6 +361,10 @@ class RunSettings:
         may_change=True,
         identity=False,
     )
+    deterministic: bool = setting(
+        "sum in one order, so that the same run gives the same bits on a GPU as it does on a CPU anyway; by kernels of "
+        "attention and others that are slower", False, may_change=True,
+    )  # fmt: skip
     max_bad_steps: int = setting(
         "steps in a row with a loss or gradient that is not finite before the run stops", 10, least=1, may_change=True
     )

@@ -46,6 +46,7 @@ from kvds.teacher.token_selection import TokenChoice
 from kvds.training.build import RunModels, build_run_models
 from kvds.training.dry_run import this_machine
 from kvds.training.engine import build_engine, check_engine_config
+from kvds.training.fixed_order import fixed_order
 from kvds.training.guard import guarded
 from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
 from kvds.training.kv_course import KVCourse
@@ -74,14 +75,15 @@ def train(cfg: RunConfig, stop: StopRequest | None = None, *, draw_report: bool 
         RunError: it cannot go on.
     """
     raw = load_deepspeed_config(cfg.deepspeed_config)
-    device = init_distributed()
-    torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-    _quiet_logs()
-    with lines_above_bars(), guarded(cfg, stop) as guard:
-        guard.run = run = TrainingRun(cfg, raw, device, guard.stop)
-        guard.stop.save_first()
-        run.fit()
-        run.finish(draw_report=draw_report)
+    with fixed_order(cfg.deterministic):
+        device = init_distributed()
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        _quiet_logs()
+        with lines_above_bars(), guarded(cfg, stop) as guard:
+            guard.run = run = TrainingRun(cfg, raw, device, guard.stop)
+            guard.stop.save_first()
+            run.fit()
+            run.finish(draw_report=draw_report)
     return run.output_dir
 
 

@@ -71,7 +71,7 @@ MAY_CHANGE = {
     *("teacher_tp_size", "teacher_overlap", "pad_to_multiple_of", "model_name", "teacher_name", "student_name"),
     *("tokenizer_name", "impl", "teacher_cache", "data_cache", "dry_run", "batch_size", "gradient_accumulation_steps"),
     *("change_global_batch", "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout"),
-    *("tokens_per_batch", "compile", "save_at_end"),
+    *("tokens_per_batch", "compile", "save_at_end", "deterministic"),
     "max_lossy_rows",
 }
 NO_IDENTITY = {

@@ -183,6 +183,7 @@ FLAGS = {
     ),
     "--tf32 maybe": ("--tf32 maybe", "true or false", "--no_tf32"),
     "--save_at_end maybe": ("--save_at_end maybe", "true or false", "--no_save_at_end"),
+    "--deterministic maybe": ("--deterministic maybe", "true or false", "--no_deterministic"),
     "--teacher_overlap maybe": ("--teacher_overlap maybe", "true or false", "--no_teacher_overlap"),
     "--teacher_overlap --teacher_cache kvds":
         ("teacher_overlap=true", "--no_teacher_overlap with --teacher_cache", "no teacher runs"),
