@@ -112,9 +112,9 @@ def depth_map(source: KVShape, target: KVShape) -> list[int]:
 
 
 class Inputs:
-    """Random states in the layout in which they are captured, and maps, of one cell."""
+    """Random states (or, not ``filled``, whatever is there) in the layout in which they are captured, and maps."""
 
-    def __init__(self, cell: Cell, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, cell: Cell, dtype: torch.dtype, device: str, filled: bool = True) -> None:
         source, target = cell.shapes
         rows, length, selected = cell.positions
         generator = torch.Generator(device).manual_seed(0)
@@ -122,7 +122,8 @@ class Inputs:
         def states(shape: KVShape, trained: bool) -> list[Tensor]:
             size = (rows, length, shape.num_key_value_heads, shape.head_dim)
             layers = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.num_hidden_layers)]
-            return [layer.normal_(generator=generator).transpose(1, 2).requires_grad_(trained) for layer in layers]
+            made = [layer.normal_(generator=generator) if filled else layer for layer in layers]
+            return [layer.transpose(1, 2).requires_grad_(trained) for layer in made]
 
         def weight(*size: int) -> Tensor:
             values = torch.randn(size, generator=generator, device=device) / size[-2] ** 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class LossProblem:
         """What needs a gradient, as autograd would have it here."""
         on = torch.is_grad_enabled()
         flags = {name: on and _requires(getattr(self, name)) for name in PARAMETERS}
-        return Wanted(on and any(map(_requires, self.source)), on and any(map(_requires, self.target)), **flags)
+        moves = attrgetter("requires_grad")
+        return Wanted(on and any(map(moves, self.source)), on and any(map(moves, self.target)), **flags)
 
 
 def _requires(tensor: Tensor | None) -> bool:

@@ -1,7 +1,13 @@
-"""What kernels are given, grouped: the same for the plain Triton kernels and for those in Gluon. Imports no triton."""
+"""What kernels are given, grouped: the same for the plain Triton kernels and for those in Gluon. Imports no triton.
+
+Forms, which kernels are compiled for, come out of caches, one object for equal ones: they compare by identity, since a
+launch looks them up.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,8 +65,79 @@ class Tokens(NamedTuple):
     valid: Any
 
 
-@dataclass(frozen=True)
-class FusedForm:
+class Axis(NamedTuple):
+    """An axis of what programs sum up: a step along it is so many problems, and so many elements, away."""
+
+    length: int
+    problems: int
+    elements: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """One array out of all programs' sums: row-major over ``axes``, summed over the axes ``over`` and over programs.
+
+    Of a launch, number ``stage``, each program has ``size`` elements; this array begins at ``start`` there, and at
+    ``at`` in the output.
+    """
+
+    stage: int
+    size: int
+    start: int
+    at: int
+    axes: tuple[Axis, ...]
+    over: tuple[Axis, ...]
+
+    @property
+    def count(self) -> int:
+        """Elements of the array."""
+        return math.prod(axis.length for axis in self.axes)
+
+    @property
+    def terms(self) -> int:
+        """What each of them is summed from, of one program of each problem."""
+        return math.prod(axis.length for axis in self.over)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldForm:
+    """What the folding kernel is compiled for: where, among summed arrays, it finds products' gradients ``d_mix [L_y,
+    H_y, L_x, H_x]`` (None: there are none) and losses ``[L_y]`` (None likewise), and where those of the weights go.
+    ``elements``: H_y·D_y; ``own_heads``: each layer has head weights of its own."""
+
+    layers_y: int
+    heads_y: int
+    layers_x: int
+    heads_x: int
+    elements: int
+    own_heads: bool
+    d_mix: int | None
+    losses: int | None
+    layer_mix: int
+    head_mix: int
+
+
+class _Form:
+    """What a kernel is compiled for, and what each of its programs sums up: arrays one behind the other."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each array."""
+        raise NotImplementedError
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each of them begins."""
+        return (0, *itertools.accumulate(self.sizes))[:-1]
+
+    @property
+    def size(self) -> int:
+        """All of them."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class FusedForm(_Form):
     """What the fused kernel is compiled for."""
 
     element: Any
@@ -91,24 +168,13 @@ class FusedForm:
         return self.dim_x <= self.dim_y
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Of a program's sums: d_mix, d_proj, d_bias, losses (of each chain)."""
+    def sizes(self) -> tuple[int, ...]:
+        """Of d_mix, d_proj, d_bias, losses (of each chain)."""
         return 64 * 64, self.dim_x * self.dim_y, 64 * self.dim_y, 64 if self.mix_first else 128
 
-    @property
-    def starts(self) -> tuple[int, int, int, int]:
-        """Where each of them begins."""
-        mix, proj, bias, _ = self.sizes
-        return 0, mix, mix + proj, mix + proj + bias
 
-    @property
-    def size(self) -> int:
-        """All of them."""
-        return sum(self.sizes)
-
-
-@dataclass(frozen=True)
-class ProjectForm:
+@dataclass(frozen=True, eq=False)
+class ProjectForm(_Form):
     """What the kernel for a ``dim_proj`` of each row is compiled for. ``layers_y``: all target layers."""
 
     element: Any
@@ -121,50 +187,97 @@ class ProjectForm:
     target_grad: bool
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Of a program's sums: d_proj, d_bias and losses, both of each chain."""
+    def sizes(self) -> tuple[int, ...]:
+        """Of d_proj, d_bias and losses, both of each chain."""
         return self.dim_x * self.dim_y, 128, 128
-
-    @property
-    def starts(self) -> tuple[int, int, int]:
-        """Where each of them begins."""
-        return 0, self.sizes[0], self.sizes[0] + 128
-
-    @property
-    def size(self) -> int:
-        """All of them."""
-        return sum(self.sizes)
 
 
 @dataclass(frozen=True)
-class StageForm:
-    """What a stage's kernel is compiled for: a problem's shape, its tile, and what is to be done.
+class Stage:
+    """One launch: ``problems`` independent sets of source rows mixed (and projected) into sets of target rows.
 
-    ``mode``: ``loss`` (read the target, compare), ``store`` (write the projection to it) or ``given`` (read the
-    projection's gradient from it). ``in_columns``: a tile's tokens stand side by side, not below each other.
-    ``flat``: a side is a workspace that holds only the tokens of this launch.
+    Attributes:
+        kind: ``dense`` (one problem: all layers and heads), ``layers`` (a problem per target layer, all its heads),
+            ``heads`` (a problem per source head, all layers) or ``rows`` (a problem per target layer and head, no
+            mixing).
+        problems: Their number.
+        head_problems: How many of them lie side by side along the heads.
+        layers_x, heads_x, layers_y, heads_y: Of one problem.
+        projects: Whether ``dim_proj`` is applied.
+        shared_proj: Whether all problems have the same one.
+        dims_first: Whether the projection comes before the mixing.
     """
 
-    element: Any
-    wide: Any
-    precision: str
+    kind: str
+    problems: int
     head_problems: int
     layers_x: int
     heads_x: int
     layers_y: int
     heads_y: int
-    dim_x: int
-    dim_y: int
+    projects: bool
+    shared_proj: bool = True
+    dims_first: bool = False
+
+    @property
+    def rows_x(self) -> int:
+        """Source rows per token of one problem."""
+        return self.layers_x * self.heads_x
+
+    @property
+    def rows_y(self) -> int:
+        """Target rows per token of one problem."""
+        return self.layers_y * self.heads_y
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether it only mixes, and so many rows that a tile's tokens had better stand side by side than below each
+        other."""
+        return not self.projects and (self.kind != "layers" or max(self.rows_x, self.rows_y) >= 16)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows are mixed at all."""
+        return self.kind != "rows"
+
+    def parts(self, bits: int) -> int:
+        """How many numbers of so many bits a mixing weight is written as. Where states are mixed twice, layers before
+        heads, there is a second one for what rounding took from the first: four roundings of 16 bits in a row would be
+        too many."""
+        return 2 if self.kind == "heads" and bits == 16 else int(self.mixes)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of a launch: ``tokens`` per tile, padded rows and dimensions, and how it is compiled.
+
+    ``programs``: how many of them fit a multiprocessor's registers. ``delayed``: a tile's gradients are computed beside
+    the next tile's residual.
+    """
+
     tokens: int
     block_x: int
     block_y: int
     block_dx: int
     block_dy: int
-    mix_parts: int
-    projects: bool
-    in_columns: bool
-    dims_first: bool
+    num_warps: int
+    num_stages: int
+    programs: int
     delayed: bool
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StageForm(_Form, Stage, Tile):
+    """What a stage's kernel is compiled for: a problem's shape, its tile, and what is to be done.
+
+    ``mode``: ``loss`` (read the target, compare), ``store`` (write the projection to it) or ``given`` (read the
+    projection's gradient from it). ``flat``: a side is a workspace that holds only the tokens of this launch.
+    """
+
+    element: Any
+    wide: Any
+    dim_x: int
+    dim_y: int
     mode: str
     loss: str
     normalize: bool
@@ -176,40 +289,23 @@ class StageForm:
     source_flat: bool
     target_flat: bool
     aligned: bool
-    stages: int
 
     @property
-    def rows_x(self) -> int:
-        """Source rows of a token of one problem."""
-        return self.layers_x * self.heads_x
+    def precision(self) -> str:
+        """Of products."""
+        return "ieee" if self.element.primitive_bitwidth == 32 else "tf32"
 
     @property
-    def rows_y(self) -> int:
-        """Target rows of a token of one problem."""
-        return self.layers_y * self.heads_y
+    def mix_parts(self) -> int:
+        """How many numbers a mixing weight is written as."""
+        return self.parts(self.element.primitive_bitwidth)
 
     @property
-    def mixes(self) -> bool:
-        """Whether rows are mixed at all."""
-        return self.mix_parts > 0
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Of a program's sums: d_mix, d_proj, d_bias, losses."""
+    def sizes(self) -> tuple[int, ...]:
+        """Of d_mix, d_proj, d_bias, losses."""
         return (
             self.block_y * self.block_x * self.mix_grad,
             self.block_dx * self.block_dy * self.proj_grad,
             self.block_y * self.block_dy * self.bias_grad,
             self.block_y * (self.mode == "loss"),
         )
-
-    @property
-    def starts(self) -> tuple[int, int, int, int]:
-        """Where each of them begins."""
-        mix, proj, bias, _ = self.sizes
-        return 0, mix, mix + proj, mix + proj + bias
-
-    @property
-    def size(self) -> int:
-        """All of them."""
-        return sum(self.sizes)

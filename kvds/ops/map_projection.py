@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -21,10 +23,10 @@ def _check_states(name: str, states: Sequence[Tensor], index: Tensor | None) -> 
     if not states:
         raise InputError(f"{name}: expected at least one layer")
     first = states[0]
-    if first.dim() != 4 or any(layer.shape != first.shape for layer in states):
+    if first.dim() != 4 or len(set(map(attrgetter("shape"), states))) > 1:
         found = [tuple(layer.shape) for layer in states[:3]]
         raise InputError(f"{name}: expected layers of one shape [batch, heads, tokens, head_dim], got {found}")
-    if any(layer.dtype != first.dtype or layer.device != first.device for layer in states):
+    if len(set(map(attrgetter("dtype", "device"), states))) > 1:
         raise InputError(f"{name}: expected layers of one dtype on one device")
     batch, heads, tokens, dim = first.shape
     if index is not None and (index.dim() != 2 or index.shape[0] != batch or index.dtype != torch.int64):
@@ -43,20 +45,29 @@ def _check_maps(
             fits = int(layer_mix.min()) >= 0 and int(layer_mix.max()) < layers_x
     else:
         fits = layer_mix.dim() in (1, 2) and layer_mix.shape[-1] == layers_x
-    if not fits or not layer_mix.numel():
+    if not fits or not layer_mix.shape[0]:
         form = f"[L_y, {layers_x}], [{layers_x}] with source[i] alone for target i, or int64 [L_y] of source layers"
         raise InputError(f"layer_mix: expected {form}, got {layer_mix.dtype} {tuple(layer_mix.shape)}")
-    layers = layer_mix.shape[0]
-    heads, dim = head_mix.shape[-2] if head_mix.dim() >= 2 else 0, dim_proj.shape[-1]
+    return _fitting(
+        layer_mix.shape[0], heads_x, dim_x, head_mix.shape, dim_proj.shape, None if bias is None else bias.shape
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _fitting(
+    layers: int, heads_x: int, dim_x: int, head_mix: torch.Size, dim_proj: torch.Size, bias: torch.Size | None
+) -> tuple[int, int, int]:
+    """Layers, heads and dimension of the target where shapes fit together."""
+    heads, dim = head_mix[-2] if len(head_mix) >= 2 else 0, dim_proj[-1] if dim_proj else 0
     shapes = {
         "head_mix": (head_mix, {(heads, heads_x), (layers, heads, heads_x)}),
         "dim_proj": (dim_proj, {(dim_x, dim), (layers, dim_x, dim), (layers, heads, dim_x, dim)}),
     }
     if bias is not None:
         shapes["bias"] = (bias, {(layers, heads, dim)})
-    for name, (tensor, allowed) in shapes.items():
-        if tuple(tensor.shape) not in allowed:
-            raise InputError(f"{name}: expected one of {sorted(allowed, key=len)}, got {tuple(tensor.shape)}")
+    for name, (shape, allowed) in shapes.items():
+        if shape not in allowed:
+            raise InputError(f"{name}: expected one of {sorted(allowed, key=len)}, got {tuple(shape)}")
     return layers, heads, dim
 
 

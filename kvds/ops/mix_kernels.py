@@ -55,7 +55,7 @@ def mix_kernel(sides, weights, positions, mask, token_first, token_last, splits,
     inside_x = row_x < F.rows_x
     inside_y = row_y < F.rows_y
     tiles = (token_last - token_first + F.tokens - 1) // F.tokens
-    for tile in tl.range(split, tiles, splits, num_stages=F.stages):
+    for tile in tl.range(split, tiles, splits, num_stages=F.num_stages):
         token, dim, there, keep = _columns(token_first + tile * F.tokens, token_first, token_last, mask, F)
         x_at = _tile(sides.source, places_x, inside_x, token, dim, token_first, token_last, positions, F.source_flat, F)
         x = tl.load(x_at, mask=inside_x[:, None] & keep[None, :], other=0)
@@ -81,7 +81,7 @@ def unmix_kernel(sides, weights, positions, mask, partial, token_first, token_la
     inside_y = row_y < F.rows_y
     d_mix = tl.full((F.block_y, F.block_x), 0, F.wide)
     tiles = (token_last - token_first + F.tokens - 1) // F.tokens
-    for tile in tl.range(split, tiles, splits, num_stages=F.stages):
+    for tile in tl.range(split, tiles, splits, num_stages=F.num_stages):
         token, dim, there, keep = _columns(token_first + tile * F.tokens, token_first, token_last, mask, F)
         y_at = _tile(sides.target, places_y, inside_y, token, dim, token_first, token_last, positions, F.target_flat, F)
         d_mixed = tl.load(y_at, mask=inside_y[:, None] & keep[None, :], other=0)

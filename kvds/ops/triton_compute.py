@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvds.ops.gradients import PARAMETERS, LossProblem, Result, Wanted
-from kvds.ops.triton_launch import Call, count_kept, make_sides, rescale, run_stages, stages_of
-from kvds.ops.triton_plan import fits_fused, for_hopper
+from kvds.ops.kernel_arguments import Maps, Stage, Weights
+from kvds.ops.triton_launch import (
+    Call,
+    SidesOfStage,
+    count_kept,
+    make_sides,
+    mixing_weights,
+    prepare_plain,
+    rescale,
+    run_rounds,
+)
+from kvds.ops.triton_plan import chunk_tokens, fits_fused, for_hopper, plan_stages
+from kvds.ops.triton_sums import Left, sum_up
 
 
 def _gradient_place(states: Sequence[Tensor], index: Tensor | None, buffers: list[Tensor]) -> tuple[Tensor, ...]:
@@ -38,15 +49,96 @@ def _nothing(problem: LossProblem, wanted: Wanted) -> Result:
     return Result(per_layer.sum(), per_layer, source, target, parameters)
 
 
+class _Done(NamedTuple):
+    """What all stages over all tokens leave to be summed up, and the maps that folding needs."""
+
+    left: list[Left | None]
+    maps: Maps
+
+
+def _maps(problem: LossProblem) -> Maps:
+    """As kernels read them, in any dtype: rounding is theirs."""
+    layer_mix, head_mix, dim_proj = (t.contiguous() for t in (problem.layer_mix, problem.head_mix, problem.dim_proj))
+    bias, scale = (None if t is None else t.contiguous() for t in (problem.bias, problem.scale))
+    return Maps(layer_mix, head_mix, 0 if head_mix.dim() == 2 else head_mix.stride(0), dim_proj, bias, scale)
+
+
+def _weights(problem: LossProblem, maps: Maps, stages: Sequence[Stage]) -> list[Weights]:
+    """Of each stage. The last one projects."""
+    *mixing, final = stages
+    dtype, dim_proj, bias = problem.source[0].dtype, maps.dim_proj, maps.bias
+    found = [Weights(*mixing_weights(stage, maps, problem.sparse, dtype), None, 0, None, None) for stage in mixing]
+    if final.kind == "rows" and dim_proj.dim() == 3:  # one for each problem
+        dim_proj = dim_proj[:, None].expand(-1, problem.heads[1], -1, -1).contiguous()
+    if bias is not None:
+        bias = bias.to(dtype)  # every tile reads it
+    mix, mix_stride = mixing_weights(final, maps, problem.sparse, dtype) if final.mixes else (None, 0)
+    step = 0 if final.shared_proj else dim_proj.shape[-1] * dim_proj.shape[-2]
+    return [*found, Weights(mix, mix_stride, dim_proj, step, bias, maps.scale)]
+
+
+def _run_stages(
+    problem: LossProblem, call: Call, wanted: Wanted, states: Sequence[Sequence[Tensor] | None], hopper: bool
+) -> _Done:
+    """All stages over all tokens, in rounds of launches where there are intermediates.
+
+    ``states``: source, target (or the output, or its gradient), and the places of their gradients. ``hopper``: the
+    kernels for compute capability 9.0 take what they can.
+    """
+    dims, heads = problem.dims, problem.heads
+    *mixing, final = stages = plan_stages(
+        (len(problem.source), len(problem.target)), heads, dims, sparse=problem.sparse,
+        proj_dim=problem.dim_proj.dim(), rows_alone=hopper,
+    )  # fmt: skip
+    like = problem.source[0]
+    chunk = chunk_tokens(stages, call.layers_y, heads, dims, like.element_size(), call.tokens)
+    spaces = [like.new_empty(call.layers_y, heads[stage.kind != "heads"], chunk, dims[0]) for stage in mixing]
+    indexes = [problem.source_index, problem.target_index] * 2 + [None] * len(spaces)
+    source, target, source_grad, target_grad, *between = make_sides([*states, *(s.unbind(0) for s in spaces)], indexes)
+    assert source is not None and target is not None
+    inputs: list = [source, *between]  # of each stage
+    backward = call.mode != "store" and wanted.through_projection
+    back = (inputs[-1] if mixing else source_grad) if backward else None
+    sides = SidesOfStage(inputs[-1], target, back, target_grad)
+    special = hopper and sides.aligned
+    maps = _maps(problem)
+    if special and fits_fused(wanted, stages):
+        from kvds.ops import gluon_launch  # Gluon is experimental: elsewhere nobody needs it
+
+        launches = [gluon_launch.prepare_fused(final, dims, call, sides, maps)]
+        run_rounds(launches, call.tokens, chunk)
+        return _Done([launches[0].left], maps)
+    weights = _weights(problem, maps, stages)
+    if special and final.kind == "rows":
+        from kvds.ops import gluon_launch
+
+        project = gluon_launch.prepare_project(final, dims, call, sides, weights[-1], chunk)
+    else:
+        of_final = wanted if final.mixes else replace(wanted, layer_mix=False, head_mix=False)
+        project = prepare_plain(final, dims, call, sides, weights[-1], of_final, chunk)
+    ahead, back_again = [], []
+    only_mix = Wanted(layer_mix=wanted.mix)
+    for k, stage in enumerate(mixing):
+        way, same = SidesOfStage(inputs[k], inputs[k + 1], None, None), (dims[0], dims[0])
+        ahead.append(prepare_plain(stage, same, call._replace(mode="store"), way, weights[k], Wanted(), chunk))
+        if backward:
+            way = way._replace(source_grad=inputs[k] if k else source_grad)
+            given = call._replace(mode="given")
+            back_again.append(prepare_plain(stage, same, given, way, weights[k], only_mix, chunk))
+    launches = [*ahead, project, *reversed(back_again)]
+    run_rounds(launches, call.tokens, chunk)
+    return _Done([*(launch.left for launch in back_again), project.left], maps)
+
+
 def compute_triton(problem: LossProblem, wanted: Wanted) -> Result:
     """Losses and the wanted gradients, in one pass over the states where they take one launch."""
     if problem.tokens == 0:
         return _nothing(problem, wanted)
-    source_index, target_index, mask = (
-        None if tensor is None else tensor.contiguous()
-        for tensor in (problem.source_index, problem.target_index, problem.mask)
-    )
-    problem = replace(problem, source_index=source_index, target_index=target_index, mask=mask)
+    indexes = problem.source_index, problem.target_index
+    if not all(index is None or index.is_contiguous() for index in indexes):
+        source_index, target_index = (None if index is None else index.contiguous() for index in indexes)
+        problem = replace(problem, source_index=source_index, target_index=target_index)
+    mask = None if problem.mask is None else problem.mask.contiguous()
     with torch.cuda.device_of(problem.source[0]):  # Triton launches on the current device
         valid = None if mask is None else count_kept(mask)
         call = Call(
@@ -54,36 +146,16 @@ def compute_triton(problem: LossProblem, wanted: Wanted) -> Result:
             len(problem.target), problem.heads[1] * problem.dims[1],
         )  # fmt: skip
         buffers: list[Tensor] = []
-        d_source = _gradient_place(problem.source, source_index, buffers) if wanted.source else None
-        d_target = _gradient_place(problem.target, target_index, buffers) if wanted.target else None
+        d_source = _gradient_place(problem.source, problem.source_index, buffers) if wanted.source else None
+        d_target = _gradient_place(problem.target, problem.target_index, buffers) if wanted.target else None
         states = (problem.source, problem.target, d_source, d_target)
-        project_rows = None
-        if for_hopper(problem, wanted):
-            from kvds.ops import gluon_launch  # Gluon is experimental: elsewhere nobody needs it
-
-            project_rows = gluon_launch.launch_project
-            if fits_fused(wanted, stages_of(problem)):
-                sides = make_sides(states, (source_index, target_index) * 2)
-                if all(side is None or side.aligned for side in sides):
-                    parameters, flat, losses = gluon_launch.run_fused(problem, call, wanted, sides)
-                    per_layer, loss, lacking = losses.split([len(problem.target), 1, 1])
-                    missing = None if call.normalize else lacking[0]
-                    return Result(
-                        loss[0], per_layer, d_source, d_target, parameters, [*buffers, flat], missing, rescale
-                    )
-        parameters, per_layer = run_stages(problem, call, wanted, states, project_rows)
-        assert per_layer is not None
-        missing = None
-        if not call.normalize and wanted.any:
-            counted = per_layer.new_full((), call.tokens) if valid is None else valid.clamp_min(1).float()
-            missing = 1 / (counted * (call.elements * call.layers_y))
-    if parameters:
-        flat = torch.cat([gradient.reshape(-1) for gradient in parameters.values()])
-        parts = flat.split([gradient.numel() for gradient in parameters.values()])
-        shaped = (part.view(getattr(problem, name).shape) for name, part in zip(parameters, parts, strict=True))
-        parameters = dict(zip(parameters, shaped, strict=True))
-        buffers.append(flat)
-    return Result(per_layer.mean(), per_layer, d_source, d_target, parameters, buffers, missing, rescale)
+        left, maps = _run_stages(problem, call, wanted, states, for_hopper(problem, wanted))
+        sums = sum_up(left, problem, maps, wanted, valid, loss=True)
+    assert sums.loss is not None and sums.per_layer is not None
+    if sums.buffer is not None:
+        buffers.append(sums.buffer)
+    missing = None if call.normalize else sums.lacking
+    return Result(sums.loss, sums.per_layer, d_source, d_target, sums.parameters, buffers, missing, rescale)
 
 
 class _Projection(torch.autograd.Function):
@@ -126,7 +198,8 @@ def _pass(
     )
     call = Call(mode, other.dtype, problem.tokens, problem.positions, None, None, "mse", len(target), 1)
     with torch.cuda.device_of(other):
-        return run_stages(problem, call, wanted, (problem.source, target, place, None))[0]
+        left, maps = _run_stages(problem, call, wanted, (problem.source, target, place, None), hopper=False)
+        return sum_up(left, problem, maps, wanted, None, loss=False).parameters
 
 
 def map_projection_triton(

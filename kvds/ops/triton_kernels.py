@@ -1,4 +1,4 @@
-"""The plain Triton kernels: a stage's projection, loss and gradients; sums of partial results and their folding.
+"""The plain Triton kernel: a stage's projection, loss and gradients.
 
 A stage's kernel works on tiles of rows. A *problem* is a set of source layers and heads that is mixed into a set of
 target layers and heads; its rows are (token, layer, head). With ``x [BLOCK_X, D_x]`` the source rows of a tile,
@@ -211,7 +211,7 @@ def map_projection_kernel(
         g_before = tl.full((F.block_y, F.block_dy), 0, F.element)
 
     tiles = (token_last - token_first + F.tokens - 1) // F.tokens
-    for tile in tl.range(split, tiles + splits if F.delayed else tiles, splits, num_stages=F.stages):
+    for tile in tl.range(split, tiles + splits if F.delayed else tiles, splits, num_stages=F.num_stages):
         start = token_first + tile * F.tokens
         token_x, present_x, keep_x = _tile_tokens(start, token_first, token_last, row_x, inside_x, mask, F.rows_x, F)
         token_y, present_y, keep_y = _tile_tokens(start, token_first, token_last, row_y, inside_y, mask, F.rows_y, F)
@@ -299,7 +299,8 @@ def map_projection_kernel(
             store_x = keep_x if sides.source.index is not None else present_x
             tl.store(dx_rows[:, None] + dim_x, (d_x * norm).to(F.element), mask=store_x[:, None] & columns_x)
 
-    out = partial + tl.program_id(0).to(tl.int64) * F.size
+    if F.size > 0:
+        out = partial + tl.program_id(0).to(tl.int64) * F.size
     if F.mix_grad:
         add_sums(out, d_mix * norm, token_first, F.block_y, F.block_x)
     if F.proj_grad:
@@ -309,91 +310,3 @@ def map_projection_kernel(
     if F.mode == "loss":
         at = out + F.starts[3] + row_y
         tl.store(at, losses * layer_norm + tl.load(at, mask=row_y // F.block_y < token_first, other=0))
-
-
-@triton.jit(do_not_specialize=["splits"])
-def sum_partials_kernel(partial, out, splits, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """``out[problem] = Σ_split partial[problem, split]`` in a fixed order. Grid: (problems, cdiv(SIZE, BLOCK))."""
-    problem = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), partial.dtype.element_ty)
-    for start in tl.range(0, splits, ROWS):
-        split = start + tl.arange(0, ROWS)
-        total += tl.load(
-            partial + (problem * splits + split)[:, None] * SIZE + column[None, :],
-            mask=(split < splits)[:, None] & (column < SIZE)[None, :],
-            other=0,
-        )
-    tl.store(out + problem * SIZE + column, tl.sum(total, axis=0), mask=column < SIZE)
-
-
-@triton.jit
-def scale_kernel(buffers, sizes, factor, BLOCK: tl.constexpr):
-    """``buffer *= factor`` in place, of each; a factor of 1, known only on the device, costs no traffic."""
-    by = tl.load(factor)
-    if by != 1:
-        program = tl.program_id(0).to(tl.int64)
-        for k in tl.static_range(len(buffers)):
-            for start in tl.range(program * BLOCK, sizes[k], tl.num_programs(0) * BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                value = tl.load(buffers[k] + at, mask=at < sizes[k])
-                tl.store(buffers[k] + at, (value * by).to(buffers[k].dtype.element_ty), mask=at < sizes[k])
-
-
-@triton.jit(do_not_specialize=["size"])
-def count_kernel(mask, count, size, BLOCK: tl.constexpr):
-    """How many of ``size`` are True: one program, which is done before a sum of several launches would begin."""
-    total = tl.zeros((BLOCK,), tl.int32)
-    for start in tl.range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(mask + at, mask=at < size, other=0).to(tl.int32)
-    tl.store(count, tl.sum(total, 0).to(tl.int64))
-
-
-@triton.jit(do_not_specialize=["count"])
-def fold_kernel(
-    sums, maps, count, valid, d_layer_mix, d_head_mix, losses, F: tl.constexpr,
-    HEADS: tl.constexpr, LAYERS: tl.constexpr, SOURCE_HEADS: tl.constexpr, OWN_HEADS: tl.constexpr,
-):  # fmt: skip
-    """From a FusedForm's sums, the gradients of both mixing weights and the losses: ``losses [L_y + 2]``, per layer,
-    their mean, and 1 / (elements that count), which gradients that are not normalised lack.
-
-    Program i takes target layer i; one more takes what all layers share. HEADS, LAYERS, SOURCE_HEADS: H_y, L_x, H_x
-    rounded up to powers of two; OWN_HEADS: each layer has head weights of its own.
-    """
-    layer = tl.program_id(0)
-    j = tl.arange(0, HEADS)[:, None, None]
-    source_layer = tl.arange(0, LAYERS)[None, :, None]
-    h = tl.arange(0, SOURCE_HEADS)[None, None, :]
-    there = (j < F.heads_y) & (source_layer < F.layers_x) & (h < F.heads_x)
-    d_mix_at = sums + j * 64 + source_layer * F.heads_x + h  # of layer 0
-    head_at = j * F.heads_x + h
-    head_there = (j < F.heads_y) & (h < F.heads_x)
-    one_layer = tl.arange(0, LAYERS)[None, :, None]
-    layer_there = one_layer < F.layers_x
-    row = tl.arange(0, 128)
-    loss_rows = tl.load(sums + F.starts[3] + row, mask=row < F.sizes[3], other=0)
-    if layer < F.layers_y:
-        d_mix = tl.load(d_mix_at + layer * (F.heads_y * 64), mask=there, other=0)
-        heads = tl.load(maps.head_mix + layer * maps.head_stride + head_at, mask=head_there, other=0).to(tl.float32)
-        d_layers = tl.sum(tl.sum(d_mix * heads, 2), 0)
-        at = tl.arange(0, LAYERS)
-        tl.store(d_layer_mix + layer * F.layers_x + at, d_layers, mask=at < F.layers_x)
-        if OWN_HEADS:
-            weight = tl.load(maps.layer_mix + layer * F.layers_x + one_layer, mask=layer_there, other=0).to(tl.float32)
-            d_heads = tl.sum(d_mix * weight, 1, keep_dims=True)
-            tl.store(d_head_mix + layer * (F.heads_y * F.heads_x) + head_at, d_heads, mask=head_there)
-        own = (row % 64) // F.heads_y == layer
-        tl.store(losses + layer, tl.sum(tl.where(own, loss_rows, 0.0), 0))
-    else:
-        if not OWN_HEADS:
-            d_all = tl.full((HEADS, LAYERS, SOURCE_HEADS), 0, tl.float32)
-            for i in range(F.layers_y):
-                weight = tl.load(maps.layer_mix + i * F.layers_x + one_layer, mask=layer_there, other=0).to(tl.float32)
-                d_all += tl.load(d_mix_at + i * (F.heads_y * 64), mask=there, other=0) * weight
-            tl.store(d_head_mix + head_at, tl.sum(d_all, 1, keep_dims=True), mask=head_there)
-        counted = count
-        if valid is not None:
-            counted = tl.maximum(tl.load(valid), 1)
-        tl.store(losses + F.layers_y, tl.sum(loss_rows, 0) / F.layers_y)
-        tl.store(losses + F.layers_y + 1, 1 / (counted.to(tl.float32) * (F.heads_y * F.dim_y * F.layers_y)))

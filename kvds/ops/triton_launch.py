@@ -1,30 +1,23 @@
-"""Launches of the plain Triton kernels: address tables, arguments, and the walk through the stages of a plan."""
+"""Launches of the plain Triton kernels, and what kernels are given of the states."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvds.ops.gradients import LossProblem, Wanted
-from kvds.ops.kernel_arguments import ProjectForm, Rows, Sides, StageForm, Weights
+from kvds.ops.gradients import Wanted
+from kvds.ops.kernel_arguments import Maps, Rows, Sides, Stage, StageForm, Weights
 from kvds.ops.mix_kernels import mix_kernel, unmix_kernel
-from kvds.ops.triton_kernels import count_kernel, map_projection_kernel, scale_kernel, sum_partials_kernel
-from kvds.ops.triton_plan import (
-    Stage,
-    Tile,
-    capability,
-    choose_tile,
-    chunk_tokens,
-    count_splits,
-    interpreting,
-    plan_stages,
-)
+from kvds.ops.sum_kernels import count_kernel, scale_kernel, weights_kernel
+from kvds.ops.triton_kernels import map_projection_kernel
+from kvds.ops.triton_plan import capability, choose_tile, count_splits, interpreting
+from kvds.ops.triton_sums import Left
 
 ELEMENTS = {
     torch.bfloat16: tl.bfloat16,
@@ -40,59 +33,75 @@ def processors(device: torch.device) -> int:
     return 2 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """Per-layer tensors as kernels see them. ``aligned``: whether every row starts at a multiple of 16 bytes;
     ``flat``: a workspace ``[layers][heads, tokens, dim]`` of the launch's own tokens."""
 
     rows: Rows
     aligned: bool
-    flat: bool = False
+    flat: bool
 
 
-SidesOfStage = tuple[Side, Side, Side | None, Side | None]
-"""Source, target (or the output, or its gradient), and the places of their gradients."""
+class SidesOfStage(NamedTuple):
+    """Source, target (or the output, or its gradient), and the places of their gradients."""
+
+    source: Side
+    target: Side
+    source_grad: Side | None
+    target_grad: Side | None
+
+    @property
+    def aligned(self) -> bool:
+        """All of them."""
+        return all(side is None or side.aligned for side in self)
+
+    @property
+    def arguments(self) -> Sides:
+        """As kernels take them."""
+        source, target, source_grad, target_grad = self
+        return Sides(source.rows, target.rows, (source_grad or source).rows, (target_grad or target).rows)
+
+
+@functools.lru_cache(maxsize=256)
+def _table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Addresses on a device: one copy. From step to step tensors come to lie where others lay: tables are kept, for the
+    ``stream`` that filled them."""
+    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
 
 
 def make_sides(groups: Sequence[Sequence[Tensor] | None], indexes: Sequence[Tensor | None]) -> list[Side | None]:
-    """Address tables of several groups of per-layer tensors, with one copy to the device.
+    """Address tables of several groups of per-layer tensors, one behind the other.
 
     Of a group each tensor is ``[B, H, T, D]``, or ``[H, T, D]`` if it is a workspace.
     """
     addresses: list[int] = []
-    shapes = []  # of each group: first and last address, strides of batch and token, whether all is aligned, flat
+    # Of each group: first and last address, strides of batch and token, whether all is aligned, flat.
+    shapes: list[tuple[int, int, int, int, bool, bool] | None] = []
     for group in groups:
         if not group:
+            shapes.append(None)
             continue
-        flat, size, begin = group[0].dim() == 3, group[0].element_size(), len(addresses)
-        batch, head, token, _ = (0, *group[0].stride()) if flat else group[0].stride()
-        heads = [h * head * size for h in range(group[0].shape[-3])]
-        bits = (batch | head | token) * size
-        for layer in group:
-            start = layer.data_ptr()
-            bits |= start
-            addresses += [start + offset for offset in heads]
+        first = group[0]
+        flat, size, begin = first.dim() == 3, first.element_size(), len(addresses)
+        batch, head, token, _ = (0, *first.stride()) if flat else first.stride()
+        starts = list(map(Tensor.data_ptr, group))
+        bits = functools.reduce(int.__or__, starts, (batch | head | token) * size)
+        heads = [h * head * size for h in range(first.shape[-3])]
+        addresses += [start + offset for start in starts for offset in heads]
         shapes.append((begin, len(addresses), batch, token, bits % 16 == 0, flat))
         if len(addresses) % 2:  # every table starts at a multiple of 16 bytes
             addresses.append(0)
     device = next(group[0].device for group in groups if group)
-    cuda = device.type == "cuda"
-    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=cuda)
-    if cuda:
-        table = table.to(device, non_blocking=True)
-    made = iter(shapes)
-    sides: list[Side | None] = []
-    for group, index in zip(groups, indexes, strict=True):
-        if not group:
-            sides.append(None)
-            continue
-        begin, end, batch, token, aligned, flat = next(made)
-        sides.append(Side(Rows(table[begin:end], index, batch, token), aligned, flat))
-    return sides
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    table = _table(tuple(addresses), device, stream)
+    return [
+        None if shape is None else Side(Rows(table[shape[0] : shape[1]], index, *shape[2:4]), *shape[4:])
+        for shape, index in zip(shapes, indexes, strict=True)
+    ]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What all launches of one pass share.
 
     Attributes:
@@ -128,77 +137,96 @@ class Call:
         return self.dtype != torch.float16
 
 
+class Launch(NamedTuple):
+    """A kernel that is ready to run over ranges of tokens, and what it leaves, or None.
+
+    ``arguments(first, last)``: all of them. What ranges differ in, the kernel is not specialised on; sums that programs
+    leave include those of the tokens before ``first``.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: Callable[[int, int], tuple]
+    num_warps: int
+    left: Left | None
+
+
+def run_rounds(launches: Sequence[Launch], tokens: int, chunk: int) -> None:
+    """All of them over a chunk of tokens, then over the next one."""
+    compiled: list[Any] = [None] * len(launches)
+    for first in range(0, tokens, chunk):
+        last = min(first + chunk, tokens)
+        for k, (kernel, programs, arguments, num_warps, _) in enumerate(launches):
+            grid = programs, 1, 1
+            if compiled[k] is None:  # which finds the compiled kernel; the interpreter has none
+                compiled[k] = kernel[grid](*arguments(first, last), num_warps=num_warps)
+            else:
+                compiled[k][grid](*arguments(first, last))
+
+
+@functools.cache
 def _form(
-    stage: Stage, tile: Tile, dims: tuple[int, int], call: Call, sides: SidesOfStage, weights: Weights, wanted: Wanted
-) -> StageForm:
+    stage: Stage, dims: tuple[int, int], dtype: torch.dtype, hopper: bool, *, any_gradient: bool,
+    mode: str, loss: str, normalize: bool, source_grad: bool, target_grad: bool, mix_grad: bool, proj_grad: bool,
+    bias_grad: bool, source_flat: bool, target_flat: bool, aligned: bool,
+) -> StageForm:  # fmt: skip
     """What a stage's kernel is compiled for."""
-    source, target, source_grad, target_grad = sides
+    tile = choose_tile(stage, dims, dtype.itemsize, gradients=any_gradient, hopper=hopper)
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    blocks = vars(tile) | {"delayed": tile.delayed and mode == "loss"}
     return StageForm(
-        element=ELEMENTS[call.dtype], wide=ELEMENTS[call.wide],
-        precision="ieee" if call.dtype == torch.float32 else "tf32", head_problems=stage.head_problems,
-        layers_x=stage.layers_x, heads_x=stage.heads_x, layers_y=stage.layers_y, heads_y=stage.heads_y,
-        dim_x=dims[0], dim_y=dims[1], tokens=tile.tokens, block_x=tile.block_x, block_y=tile.block_y,
-        block_dx=tile.block_dim_x, block_dy=tile.block_dim_y,
-        mix_parts=0 if weights.mix is None else weights.mix.shape[1], projects=stage.projects,
-        in_columns=stage.in_columns,
-        dims_first=stage.dims_first, delayed=tile.delayed and call.mode == "loss", mode=call.mode, loss=call.loss,
-        normalize=call.normalize, source_grad=source_grad is not None, target_grad=target_grad is not None,
-        mix_grad=wanted.mix, proj_grad=wanted.dim_proj, bias_grad=wanted.bias, source_flat=source.flat,
-        target_flat=target.flat, aligned=all(side is None or side.aligned for side in sides), stages=tile.num_stages,
+        **vars(stage), **blocks, element=ELEMENTS[dtype], wide=wide,
+        dim_x=dims[0], dim_y=dims[1], mode=mode, loss=loss, normalize=normalize, source_grad=source_grad,
+        target_grad=target_grad, mix_grad=mix_grad, proj_grad=proj_grad, bias_grad=bias_grad, source_flat=source_flat,
+        target_flat=target_flat, aligned=aligned,
     )  # fmt: skip
 
 
-def launch(
+def prepare_plain(
     stage: Stage,
     dims: tuple[int, int],
     call: Call,
     sides: SidesOfStage,
     weights: Weights,
     wanted: Wanted,
-    token_range: tuple[int, int],
-    partial: Tensor | None = None,
-) -> tuple[Tensor, StageForm]:
-    """Run one stage over a range of tokens; returns each program's sums ``[problems, splits, form.size]``, with those
-    of the tokens before, in ``partial``, added."""
-    source, target, source_grad, target_grad = sides
-    device = source.rows.table.device
-    gradients = wanted.any or source_grad is not None or target_grad is not None
-    tile = choose_tile(stage, dims, call.dtype.itemsize, gradients=gradients, hopper=capability(device) >= (9, 0))
-    form = _form(stage, tile, dims, call, sides, weights, wanted)
-    if partial is None:
-        splits = count_splits(stage, tile, token_range[1] - token_range[0], processors(device))
+    tokens: int,
+) -> Launch:
+    """A stage by the plain kernels, for ranges of up to ``tokens``. Of ``wanted`` only maps' gradients count: for those
+    of the states there are places or not."""
+    device = sides.source.rows.table.device
+    gradients = sides.source_grad is not None, sides.target_grad is not None
+    form = _form(
+        stage, dims, call.dtype, capability(device) >= (9, 0), any_gradient=wanted.any or any(gradients),
+        mode=call.mode, loss=call.loss, normalize=call.normalize, source_grad=gradients[0], target_grad=gradients[1],
+        mix_grad=wanted.mix, proj_grad=wanted.dim_proj, bias_grad=wanted.bias, source_flat=sides.source.flat,
+        target_flat=sides.target.flat, aligned=sides.aligned,
+    )  # fmt: skip
+    splits = count_splits(stage, form, tokens, processors(device), sums=wanted.any)
+    partial = left = None
+    if form.size:
         partial = torch.empty((stage.problems, splits, form.size), dtype=call.wide, device=device)
-    splits = partial.shape[1]
-    programs = stage.problems * splits
-    rows = Sides(source.rows, target.rows, (source_grad or source).rows, (target_grad or target).rows)
+        left = Left(partial, splits, form)
+    rows, mask, positions = sides.arguments, call.mask, call.positions
+    start: tuple
+    end: tuple = splits, form
     if not stage.in_columns:
-        map_projection_kernel[(programs,)](
-            rows, weights, call.tokens, call.positions, call.mask, call.valid, partial,
-            *token_range, splits, call.elements, call.layers_y, form, num_warps=tile.num_warps,
-        )  # fmt: skip
+        start = rows, weights, call.tokens, positions, mask, call.valid, partial
+        kernel, end = map_projection_kernel, (splits, call.elements, call.layers_y, form)
     elif call.mode == "store":
-        mix_kernel[(programs,)](
-            rows, weights, call.positions, call.mask, *token_range, splits, form, num_warps=tile.num_warps
-        )
+        kernel, start = mix_kernel, (rows, weights, positions, mask)
     else:
-        unmix_kernel[(programs,)](
-            rows, weights, call.positions, call.mask, partial, *token_range, splits, form, num_warps=tile.num_warps
-        )
-    return partial, form
+        kernel, start = unmix_kernel, (rows, weights, positions, mask, partial)
+    return Launch(kernel, stage.problems * splits, lambda a, b: (*start, a, b, *end), form.num_warps, left)
 
 
-def sum_partials(partial: Tensor, out: Tensor | None = None) -> Tensor:
-    """``[problems, splits, size]`` to ``[problems, size]``, or into ``out``."""
-    problems, splits, size = partial.shape
-    if out is None:
-        if splits == 1 or not size:
-            return partial[:, 0]
-        out = partial.new_empty(problems, size)
-    block, rows = (128, 16) if splits > 16 else (512, 4)
-    sum_partials_kernel[(problems, triton.cdiv(size, block))](
-        partial, out, splits, SIZE=size, BLOCK=block, ROWS=rows, num_warps=4
-    )
-    return out
+def mixing_weights(stage: Stage, maps: Maps, sparse: bool, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """``[problems, parts, rows_y, rows_x]`` in the dtype in which states are multiplied, and the stride of problems."""
+    problems = stage.problems if stage.kind == "layers" else 1
+    parts = stage.parts(8 * dtype.itemsize)
+    mix = torch.empty(problems, parts, stage.rows_y, stage.rows_x, dtype=dtype, device=maps.head_mix.device)
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    weights_kernel[(problems,)](maps, mix, stage, sparse, parts, wide, num_warps=4)
+    return mix, 0 if problems == 1 else mix.stride(0)
 
 
 def count_kept(mask: Tensor) -> Tensor:
@@ -213,163 +241,3 @@ def rescale(buffers: Sequence[Tensor], factor: Tensor) -> None:
     sizes = tuple(buffer.numel() for buffer in buffers)
     programs = max(1, min(triton.cdiv(max(sizes), 4096), 1024))
     scale_kernel[(programs,)](tuple(buffers), sizes, factor, BLOCK=4096)
-
-
-@dataclass(frozen=True)
-class StageSums:
-    """Sums over all tokens, per problem: ``mix [P, R_y, R_x]``, ``proj [P, D_x, D_y]``, ``bias [P, R_y, D_y]``,
-    ``loss [P, R_y]``, in fp32. None: not wanted."""
-
-    mix: Tensor | None = None
-    proj: Tensor | None = None
-    bias: Tensor | None = None
-    loss: Tensor | None = None
-
-
-def _unpack(partial: Tensor | None, form: StageForm | ProjectForm | None) -> StageSums:
-    """Out of their padding; a tile of several tokens has a block of d_mix for each on the diagonal."""
-    if partial is None or form is None:
-        return StageSums()
-    sums = sum_partials(partial)
-    if isinstance(form, ProjectForm):
-        proj, bias, loss = sums.split(form.sizes, dim=1)
-        bias = bias.view(len(sums), -1, form.dim_y).sum(1, keepdim=True)  # of two chains
-        return StageSums(None, proj.view(-1, form.dim_x, form.dim_y), bias, loss.sum(1, keepdim=True))
-    mix, proj, bias, loss = sums.split(form.sizes, dim=1)
-    tokens, rows_y, rows_x = form.tokens, form.rows_y, form.rows_x
-
-    def rows(part: Tensor, columns: int) -> Tensor:
-        part = part.view(len(sums), form.block_y, -1)[:, : tokens * rows_y, :columns]
-        return part if tokens == 1 else part.unflatten(1, (tokens, rows_y)).sum(1)
-
-    def diagonal(part: Tensor) -> Tensor:
-        square = part.view(len(sums), form.block_y, form.block_x)
-        if tokens == 1 or form.in_columns:
-            return square[:, :rows_y, :rows_x]
-        square = square[:, : tokens * rows_y, : tokens * rows_x]
-        blocks = square.unflatten(2, (tokens, rows_x)).unflatten(1, (tokens, rows_y))
-        return blocks.diagonal(dim1=1, dim2=3).sum(-1)
-
-    return StageSums(
-        diagonal(mix) if form.mix_grad else None,
-        proj.view(-1, form.block_dx, form.block_dy)[:, : form.dim_x, : form.dim_y] if form.proj_grad else None,
-        rows(bias, form.dim_y) if form.bias_grad else None,
-        rows(loss, 1)[..., 0] if form.mode == "loss" else None,
-    )
-
-
-def stages_of(problem: LossProblem, rows_alone: bool = False) -> list[Stage]:
-    """The plan for a problem."""
-    return plan_stages(
-        (len(problem.source), len(problem.target)), problem.heads, problem.dims,
-        sparse=problem.sparse, head_mix_dim=problem.head_mix.dim(), proj_dim=problem.dim_proj.dim(),
-        rows_alone=rows_alone,
-    )  # fmt: skip
-
-
-def _stage_weights(stages: list[Stage], problem: LossProblem, wide: torch.dtype) -> list[Weights]:
-    """What each stage is given. Mixing weights come in the dtype in which they are multiplied. Where states are mixed
-    twice, layers before heads, the first weights stand in two parts, the second being what the first one's rounding
-    left out: four roundings of 16 bits in a row would be too many."""
-    dtype = problem.source[0].dtype
-    layer_mix, heads = problem.layer_mix.detach().to(wide), problem.layer_heads(wide)
-    dim_proj = problem.dim_proj.detach()
-    if stages[-1].kind == "rows" and dim_proj.dim() == 3:
-        dim_proj = dim_proj[:, None].expand(-1, problem.heads[1], -1, -1)  # one for each problem
-    bias = None if problem.bias is None else problem.bias.detach().to(dtype).contiguous()
-    scale = None if problem.scale is None else problem.scale.detach().contiguous()
-    found = []
-    for stage in stages:
-        mix = None
-        if stage.kind == "dense":
-            product = layer_mix[:, None, :, None] * heads[:, :, None, :]  # [L_y, H_y, L_x, H_x]
-            mix = product.reshape(1, 1, stage.rows_y, stage.rows_x).to(dtype)
-        elif stage.kind == "heads":
-            high = layer_mix.to(dtype)
-            parts = [high] if dtype.itemsize > 2 else [high, (layer_mix - high).to(dtype)]
-            mix = torch.stack(parts)[None]
-        elif stage.kind == "layers":
-            mix = heads[:, None].to(dtype).contiguous()
-        stride = 0 if mix is None or len(mix) == 1 else mix.stride(0)
-        if stage.projects:
-            step = 0 if stage.shared_proj else dim_proj.shape[-1] * dim_proj.shape[-2]
-            found.append(Weights(mix, stride, dim_proj.contiguous(), step, bias, scale))
-        else:
-            found.append(Weights(mix, stride, None, 0, None, None))
-    return found
-
-
-def _gradients(stages: list[Stage], sums: list[StageSums], problem: LossProblem) -> dict[str, Tensor]:
-    """Of the parameters, from those of the stages' weights."""
-    found: dict[str, Tensor | None] = {"dim_proj": sums[-1].proj, "bias": sums[-1].bias}
-    for stage, part in zip(stages, sums, strict=True):
-        if part.mix is None:
-            continue
-        if stage.kind == "dense":
-            mix = part.mix[0].unflatten(1, (stage.layers_x, stage.heads_x)).unflatten(0, (stage.layers_y, -1))
-            found["layer_mix"] = (mix * problem.layer_heads(mix.dtype)[:, :, None, :]).sum((1, 3))
-            found["head_mix"] = (mix * problem.layer_mix.detach().to(mix.dtype)[:, None, :, None]).sum(2)
-        else:
-            found["layer_mix" if stage.kind == "heads" else "head_mix"] = (
-                part.mix.sum(0) if stage.kind == "heads" else part.mix
-            )
-    return problem.fold(found)
-
-
-def run_stages(
-    problem: LossProblem,
-    call: Call,
-    wanted: Wanted,
-    states: Sequence[Sequence[Tensor] | None],
-    project_rows: Callable[..., tuple[Tensor, ProjectForm]] | None = None,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """All stages over all tokens: gradients of the parameters, and losses per layer in mode ``loss``.
-
-    ``states``: source, target (or the output, or its gradient), and the places of their gradients. ``project_rows``:
-    launches the last stage where each row has a projection of its own; None: the plain kernel does.
-    """
-    dims, heads = problem.dims, problem.heads
-    *mixing, final = stages = stages_of(problem, rows_alone=project_rows is not None)
-    weights = _stage_weights(stages, problem, call.wide)
-    like = problem.source[0]
-    chunk = chunk_tokens(stages, call.layers_y, heads, dims, like.element_size(), call.tokens)
-    spaces = [like.new_empty(call.layers_y, heads[stage.kind != "heads"], chunk, dims[0]) for stage in mixing]
-    indexes = [problem.source_index, problem.target_index] * 2
-    groups = [*states, *(space.unbind(0) for space in spaces)]
-    source, target, source_grad, target_grad, *between = make_sides(groups, [*indexes, *(None for _ in spaces)])
-    assert source is not None and target is not None
-    inputs: list = [source, *between]  # of each stage
-    outputs: list = [*between, target]
-    backward = call.mode != "store" and wanted.through_projection
-    only_mix = Wanted(layer_mix=wanted.mix)
-    last_wanted = replace(wanted, source=False, target=False)
-    if not final.mixes:
-        last_wanted = replace(last_wanted, layer_mix=False, head_mix=False)
-    if final.kind != "rows" or not all(side is None or side.aligned for side in (target, target_grad)):
-        project_rows = None
-    sides: SidesOfStage
-    partials: list[Tensor | None] = [None] * len(stages)
-    forms: list[StageForm | ProjectForm | None] = [None] * len(stages)
-    last = len(stages) - 1
-    for first in range(0, call.tokens, chunk):
-        tokens = (first, min(first + chunk, call.tokens))
-        for k, stage in enumerate(mixing):
-            sides = (inputs[k], outputs[k], None, None)
-            launch(stage, (dims[0],) * 2, replace(call, mode="store"), sides, weights[k], Wanted(), tokens, None)
-        back = (inputs[last] if mixing else source_grad) if backward else None
-        sides = (inputs[last], target, back, target_grad)
-        if project_rows is not None:
-            partials[last], forms[last] = project_rows(final, dims, call, sides, weights[last], tokens, partials[last])
-        else:
-            partials[last], forms[last] = launch(
-                final, dims, call, sides, weights[last], last_wanted, tokens, partials[last]
-            )
-        for k in reversed(range(last if backward else 0)):
-            sides = (inputs[k], outputs[k], inputs[k] if k else source_grad, None)
-            given = replace(call, mode="given")
-            partials[k], forms[k] = launch(
-                mixing[k], (dims[0],) * 2, given, sides, weights[k], only_mix, tokens, partials[k]
-            )
-    sums = [_unpack(partial, form) for partial, form in zip(partials, forms, strict=True)]
-    loss = sums[-1].loss
-    return _gradients(stages, sums, problem), None if loss is None else loss.reshape(call.layers_y, -1).sum(1)

@@ -11,12 +11,13 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from operator import methodcaller
 
 import torch
 from torch import Tensor
 
 from kvds.ops.gradients import LossProblem, Wanted
+from kvds.ops.kernel_arguments import Stage, Tile
 
 MAX_ROWS = 128
 """Rows (layers times heads of a problem) that one tile holds."""
@@ -28,104 +29,34 @@ TILE_ROWS = 64
 """Rows that a tile is filled up to with further tokens."""
 WORKSPACE_BYTES = 40 * 2**20
 """Intermediates of one chunk of tokens, at least."""
-WORKSPACE_SHARE = 0.023
+WORKSPACE_SHARE = 0.024
 """And as a share of what the einsum holds, within a limit."""
 MAX_WORKSPACE_BYTES = 256 * 2**20
 MIN_TILES_PER_PROGRAM = 4
 """Below this a program's partial weight gradients cost more to write than its tiles to read."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One launch: ``problems`` independent sets of source rows mixed (and projected) into sets of target rows.
-
-    Attributes:
-        kind: ``dense`` (one problem: all layers and heads), ``layers`` (a problem per target layer, all its heads),
-            ``heads`` (a problem per source head, all layers) or ``rows`` (a problem per target layer and head, no
-            mixing).
-        problems: Their number.
-        head_problems: How many of them lie side by side along the heads.
-        layers_x, heads_x, layers_y, heads_y: Of one problem.
-        projects: Whether ``dim_proj`` is applied.
-        shared_proj: Whether all problems have the same one.
-        shared_mix: Whether all problems have the same mixing weights.
-        dims_first: Whether the projection comes before the mixing.
-    """
-
-    kind: str
-    problems: int
-    head_problems: int
-    layers_x: int
-    heads_x: int
-    layers_y: int
-    heads_y: int
-    projects: bool
-    shared_proj: bool = True
-    shared_mix: bool = False
-    dims_first: bool = False
-
-    @property
-    def rows_x(self) -> int:
-        """Source rows per token of one problem."""
-        return self.layers_x * self.heads_x
-
-    @property
-    def rows_y(self) -> int:
-        """Target rows per token of one problem."""
-        return self.layers_y * self.heads_y
-
-    @property
-    def in_columns(self) -> bool:
-        """Whether it only mixes, and so many rows that a tile's tokens had better stand side by side than below each
-        other."""
-        return not self.projects and (self.kind != "layers" or max(self.rows_x, self.rows_y) >= 16)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether rows are mixed at all."""
-        return self.kind != "rows"
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Block sizes of a launch: ``tokens`` per tile, padded rows and dimensions, and how it is compiled.
-
-    ``programs``: how many of them fit a multiprocessor's registers. ``delayed``: a tile's gradients are computed beside
-    the next tile's residual.
-    """
-
-    tokens: int
-    block_x: int
-    block_y: int
-    block_dim_x: int
-    block_dim_y: int
-    num_warps: int
-    num_stages: int
-    programs: int
-    delayed: bool = False
-
-
 def _power_of_two(value: int) -> int:
     return max(16, 1 << (value - 1).bit_length())
 
 
+@functools.cache
 def plan_stages(
     layers: tuple[int, int],
     heads: tuple[int, int],
     dims: tuple[int, int],
     *,
     sparse: bool,
-    head_mix_dim: int,
     proj_dim: int,
     rows_alone: bool = False,
-) -> list[Stage]:
+) -> tuple[Stage, ...]:
     """Launches from source to projection; the last one projects. Pairs are (source, target).
 
     ``rows_alone``: a kernel is there that projects row by row so fast that a ``dim_proj`` per layer is worth a launch
     of its own.
     """
     (layers_x, layers_y), (heads_x, heads_y) = layers, heads
-    shared_heads, shared_proj = head_mix_dim == 2 and not sparse, proj_dim == 2
+    shared_proj = proj_dim == 2
     per_head = proj_dim == 4 or (rows_alone and proj_dim == 3)
     rows = max(layers_x * heads_x, layers_y * heads_y)
     dense = ("dense", 1, 1, layers_x, heads_x, layers_y, heads_y)
@@ -133,17 +64,18 @@ def plan_stages(
     by_head = ("heads", heads_x, heads_x, layers_x, 1, layers_y, 1)
     by_row = Stage("rows", layers_y * heads_y, heads_y, 1, 1, 1, 1, projects=True, shared_proj=False)
     if not sparse and shared_proj and rows <= MAX_FUSED_ROWS:
-        return [Stage(*dense, projects=True, shared_mix=True, dims_first=dims[0] > dims[1])]
+        return (Stage(*dense, projects=True, dims_first=dims[0] > dims[1]),)
     if not sparse and per_head and rows <= MAX_ROWS:
-        return [Stage(*dense, projects=False, shared_mix=True), by_row]
-    mix_layers = [] if sparse else [Stage(*by_head, projects=False, shared_mix=True)]
+        return Stage(*dense, projects=False), by_row
+    mix_layers = () if sparse else (Stage(*by_head, projects=False),)
     if not per_head and max(heads) <= MAX_FUSED_ROWS:
-        return [*mix_layers, Stage(*by_layer, projects=True, shared_proj=shared_proj, shared_mix=shared_heads)]
+        return *mix_layers, Stage(*by_layer, projects=True, shared_proj=shared_proj)
     if shared_proj or not per_head:
         by_row = Stage("rows", by_row.problems, heads_y, 1, 1, 1, 1, projects=True, shared_proj=shared_proj)
-    return [*mix_layers, Stage(*by_layer, projects=False, shared_mix=shared_heads), by_row]
+    return *mix_layers, Stage(*by_layer, projects=False), by_row
 
 
+@functools.cache
 def choose_tile(stage: Stage, dims: tuple[int, int], itemsize: int, *, gradients: bool, hopper: bool = True) -> Tile:
     """Blocks for a launch of a stage; ``dims`` are those of its source and its target, ``itemsize`` bytes an element.
 
@@ -181,18 +113,26 @@ def _mixing_tile(stage: Stage, dim: int, itemsize: int, *, gradients: bool) -> T
     block_x, block_y, block_dim = (_power_of_two(size) for size in (stage.rows_x, stage.rows_y, dim))
     tokens = max(1, 4 * TILE_ROWS // max(block_x, block_y) // itemsize)
     num_stages, programs = (2, 2) if gradients else (1, 4)
-    return Tile(tokens, block_x, block_y, block_dim, block_dim, 4, num_stages if itemsize == 2 else 1, programs)
+    return Tile(tokens, block_x, block_y, block_dim, block_dim, 4, num_stages if itemsize == 2 else 1, programs, False)
 
 
-def count_splits(stage: Stage, tile: Tile, tokens: int, processors: int) -> int:
-    """Programs per problem."""
+def count_splits(stage: Stage, tile: Tile, tokens: int, processors: int, *, sums: bool = True) -> int:
+    """Programs per problem. ``sums``: whether each of them writes weight gradients."""
     tiles = -(-tokens // tile.tokens)
     wanted = max(1, processors * tile.programs // stage.problems)
-    return max(1, min(wanted, -(-tiles // MIN_TILES_PER_PROGRAM)))
+    return max(1, min(wanted, -(-tiles // MIN_TILES_PER_PROGRAM) if sums else tiles))
+
+
+def even_splits(rows: int, tiles: int, processors: int) -> int:
+    """Programs per row, so that no multiprocessor waits long for the last of them: of up to 12, the fewest that come
+    within 4 % of the best."""
+    choices = range(1, max(2, min(12, tiles) + 1))
+    busy = {n: rows * n / (-(-rows * n // processors) * processors) for n in choices}
+    return next(n for n in choices if busy[n] >= max(busy.values()) - 0.04)
 
 
 def chunk_tokens(
-    stages: list[Stage], layers_y: int, heads: tuple[int, int], dims: tuple[int, int], itemsize: int, tokens: int
+    stages: Sequence[Stage], layers_y: int, heads: tuple[int, int], dims: tuple[int, int], itemsize: int, tokens: int
 ) -> int:
     """Tokens per round of launches: all of them if there are no intermediates."""
     if len(stages) == 1:
@@ -220,7 +160,7 @@ def for_hopper(problem: LossProblem, wanted: Wanted) -> bool:
     )
 
 
-def fits_fused(wanted: Wanted, stages: list[Stage]) -> bool:
+def fits_fused(wanted: Wanted, stages: Sequence[Stage]) -> bool:
     """Whether the fused kernel for compute capability 9.0 can take a problem of fitting states. With a gradient for a
     source wider than its target the registers would not do."""
     dense = len(stages) == 1 and stages[0].kind == "dense"
@@ -239,8 +179,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def _uniform(states: Sequence[Tensor]) -> bool:
-    strides = states[0].stride()
-    return strides[3] == 1 and all(layer.stride() == strides for layer in states)
+    return states[0].stride()[3] == 1 and len(set(map(methodcaller("stride"), states))) == 1
 
 
 @functools.cache
@@ -275,6 +214,6 @@ def unsupported(
         return f"{max(len(source), layers_y)} layers, {max(heads)} heads: expected at most {MAX_ROWS} of each"
     if not all(_uniform(states) for states in (source, target) if states is not None):
         return "layers of different strides, or not contiguous along head_dim"
-    if max(layer.shape[0] * layer.shape[2] for layer in source) >= 2**31:
+    if first.shape[0] * first.shape[2] >= 2**31:
         return "2^31 tokens or more"
     return None

@@ -31,7 +31,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one program may ask for."""
 
 QWEN2, MHA, GQA = ((24, 2, 64), (28, 2, 128)), ((16, 16, 64), (32, 32, 128)), ((32, 8, 64), (80, 8, 128))
-SMALL = ("sum_partials_kernel", "scale_kernel", "fold_kernel", "count_kernel")
+SMALL = ("weights_kernel", "sum_kernel", "scale_kernel", "fold_kernel", "count_kernel")
 KERNELS = ("map_projection_kernel", "mix_kernel", "unmix_kernel", "fused_kernel", "project_kernel", *SMALL)
 TRAIN = {"mask": True, "index": False, "bias": True, "scale": True}
 
@@ -90,9 +90,8 @@ class Recorder:
 
 def launches_of(problem: Problem, arch: int) -> list[tuple[Any, tuple, dict]]:
     """(kernel, arguments, keyword arguments) of the loss forward and backward and of the projection, on ``arch``."""
-    from kvds.ops import gluon_launch, triton_launch, triton_plan
+    from kvds.ops import gluon_launch, triton_compute, triton_launch, triton_plan, triton_sums
     from kvds.ops.gradients import LossProblem, loss_with_gradients
-    from kvds.ops.triton_compute import compute_triton, map_projection_triton
 
     (source, target), moves, dtype, dim_form, head_form, sparse, features = problem
     (lx, hx, dx), (ly, hy, dy) = source, target
@@ -122,7 +121,7 @@ def launches_of(problem: Problem, arch: int) -> list[tuple[Any, tuple, dict]]:
     launches: list = []
     originals = {
         (module, name): getattr(module, name)
-        for module in (triton_launch, triton_plan, gluon_launch)
+        for module in (triton_launch, triton_plan, triton_sums, gluon_launch)
         for name in (*KERNELS, "processors", "capability")
         if hasattr(module, name)
     }
@@ -132,10 +131,10 @@ def launches_of(problem: Problem, arch: int) -> list[tuple[Any, tuple, dict]]:
             setattr(module, name, stand_ins.get(name) or Recorder(original, launches))
         x, y = tuple(states(ly if sparse else lx, hx, dx, "source")), tuple(states(ly, hy, dy, "target"))
         asked = LossProblem(x, y, *maps, index, index, mask, scale, features.get("loss", "mse"))  # type: ignore[arg-type]
-        loss, _ = loss_with_gradients(compute_triton, asked)
+        loss, _ = loss_with_gradients(triton_compute.compute_triton, asked)
         if loss.requires_grad:
             loss.backward()
-        map_projection_triton(x, *maps, index)  # type: ignore[arg-type]
+        triton_compute.map_projection_triton(x, *maps, index)  # type: ignore[arg-type]
     finally:
         for (module, name), original in originals.items():
             setattr(module, name, original)

@@ -6,6 +6,7 @@ python -m pytest tests/ops/test_hopper_gpu.py -m gpu
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from kvds.ops import gluon_launch
 
     calls: list[str] = []
-    original = gluon_launch.run_fused
-    monkeypatch.setattr(gluon_launch, "run_fused", lambda *a: (calls.append("fused"), original(*a))[1])
+    original = gluon_launch.prepare_fused
+    monkeypatch.setattr(gluon_launch, "prepare_fused", lambda *a: (calls.append("fused"), original(*a))[1])
     return calls
 
 
@@ -113,8 +114,13 @@ def project_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from kvds.ops import gluon_launch
 
     calls: list[str] = []
-    original = gluon_launch.launch_project
-    monkeypatch.setattr(gluon_launch, "launch_project", lambda *a: (calls.append("project"), original(*a))[1])
+    original = gluon_launch.prepare_project
+
+    def prepare(*given: Any) -> Any:
+        launch = original(*given)
+        return launch._replace(arguments=lambda *tokens: (calls.append("project"), launch.arguments(*tokens))[1])
+
+    monkeypatch.setattr(gluon_launch, "prepare_project", prepare)
     return calls
 
 

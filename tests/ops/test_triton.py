@@ -109,17 +109,23 @@ def test_gradients_beside_the_next_tiles_residual(form: dict, monkeypatch: pytes
         tile = triton_plan.choose_tile(stage, dims, itemsize, **where)
         return dataclasses.replace(tile, delayed=stage.projects and not stage.dims_first)
 
-    monkeypatch.setattr("kvds.ops.triton_launch.choose_tile", delayed)
+    from kvds.ops import triton_launch
+
+    monkeypatch.setattr(triton_launch, "choose_tile", delayed)
+    monkeypatch.setattr(triton_launch, "_form", triton_launch._form.__wrapped__)  # no form from before
     compare(make(dims=(4, 5), **form))
 
 
 def test_stages_that_mix_heads_and_layers_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     # More rows than one tile holds: layers are mixed per head, then heads per layer, then projected per row.
+    from kvds.ops import triton_compute
+
     monkeypatch.setattr(triton_plan, "MAX_ROWS", 3)
     monkeypatch.setattr(triton_plan, "MAX_FUSED_ROWS", 1)
+    monkeypatch.setattr(triton_compute, "plan_stages", triton_plan.plan_stages.__wrapped__)  # no plan from before
     for form in ({"dim_form": 2}, {"dim_form": 3, "head_form": 3}, {"dim_form": 4, "slots": 3}):
         p = make(**(SMALL | {"layers": (3, 1), "heads": (2, 2)}), **form)
-        stages = triton_plan.plan_stages((3, 1), (2, 2), (5, 4), sparse=False, head_mix_dim=2, proj_dim=4)
+        stages = triton_compute.plan_stages((3, 1), (2, 2), (5, 4), sparse=False, proj_dim=4)
         assert [stage.kind for stage in stages] == ["heads", "layers", "rows"]
         compare(p)
 
@@ -218,7 +224,7 @@ def test_layers_mixed_before_heads_lose_nothing_of_their_weights() -> None:
     source = [torch.ones(2, 2, 3, 16, dtype=torch.float16, requires_grad=True) for _ in range(2)]
     eye = torch.eye(16).expand(2, 16, 16).contiguous()
     heads = torch.eye(2).expand(2, 2, 2).contiguous()
-    assert len(triton_plan.plan_stages((2, 2), (2, 2), (16, 16), sparse=False, head_mix_dim=3, proj_dim=3)) == 2
+    assert len(triton_plan.plan_stages((2, 2), (2, 2), (16, 16), sparse=False, proj_dim=3)) == 2
     out = map_projection(source, mix, heads, eye, impl="triton")
     gradients = torch.autograd.grad(out, source, torch.ones_like(out))
     for value in (out, *gradients):
