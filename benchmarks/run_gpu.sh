@@ -16,6 +16,8 @@
 #   scaling    bench_scaling.py on 1, 2, … GPUs, every placement                 9 min
 #   stages     bench_scaling.py, 256 rows per GPU, ZeRO-3, 0, 1 and 2            9 min
 #   gsm8k_large  A/B at 72 M → 15 M parameters on GSM8K, spread over all GPUs    9 min
+#   pretrained benchmarks/pretrained.sh: the pretrained pair in $KVDS_PAIR (default    9 min
+#              outputs/pretrained_pair, launch/pretrained_pair.sh makes it)
 # --data: the folder with gsm8k/, tokenizers/ and models/ (default ../shared/data); --to: where results go (default
 # benchmarks/results); --wheels: a folder of wheels to use beside the machine's own torch (made by launch/wheelhouse.sh).
 # A stage that fails does not stop the next; the exit code says whether any did.
@@ -28,11 +30,11 @@ while [ $# -gt 0 ]; do
     --data) data=$2 && shift 2 ;;
     --to) to=$2 && shift 2 ;;
     --wheels) wheels=$2 && shift 2 ;;
-    tests | sanitizer | ops | head | ncu | step | forms | losses | trl | layers | scaling | stages | gsm8k_large) stages+=("$1") && shift ;;
-    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -26 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
+    tests | sanitizer | ops | head | ncu | step | forms | losses | trl | layers | scaling | stages | gsm8k_large | pretrained) stages+=("$1") && shift ;;
+    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -28 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -26 ${BASH_SOURCE[0]})" >&2; exit 2; }
+[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -28 ${BASH_SOURCE[0]})" >&2; exit 2; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "run_gpu: torch sees no GPU" >&2; exit 2; }
 mkdir -p "$to"
 
@@ -91,6 +93,9 @@ run_stage() {
     gsm8k_large)
       timeout 540 python -m kvds.cli ab launch/recipes/experiments/gsm8k_large.yaml --set data_dir="$data" \
         --devices "$(seq -s, 0 $((gpus - 1)))" --workers $((2 * gpus)) --in_process --max_minutes 8 --output "$to/ab" ;;
+    pretrained)
+      timeout 540 bash benchmarks/pretrained.sh --data "$data" --to "$to/pretrained" --pair "${KVDS_PAIR:-outputs/pretrained_pair}" \
+        --minutes 8 --workers 3 ;;
   esac
 }
 

@@ -29,6 +29,13 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[Rule]:
             shown = "none" if default is None else default
             expected = f"{shown} {under} (or --alignment_mode {owner})"
             yield name == owner or found == default, setting, found, expected
+    if settings.value_metric == "output":
+        expected = f"states {under} (values that a map leads to are {modes_where(lambda m: m.parts == 'v')}'s)"
+        yield mode.parts == "v", "value_metric", "output", expected
+        expected = "states with --kv_parts k (no values are matched)"
+        yield settings.kv_parts != "k", "value_metric", "output", expected
+        expected = "states with --direction teacher_to_student (the metric is that of the fixed target)"
+        yield settings.direction == "student_to_teacher", "value_metric", "output", expected
     method = SELECTION_METHODS[settings.kv_method]
     expected = f"{listed(methods_without_keys(), 'or')} {under} (no keys are captured to choose by)"
     yield mode.takes_kv or not method.reads_keys, "kv_method", settings.kv_method, expected

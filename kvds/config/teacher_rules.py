@@ -17,6 +17,9 @@ def teacher_rules(cfg: AllSettings) -> Iterator[Rule]:
     yield from _several(cfg)
     if cfg.teacher_cache is not None:
         yield from cache_rules(cfg, cfg.teacher_cache)
+    expected = "states with a teacher in parts, which no rank holds whole (--teacher_placement replicated)"
+    whole = cfg.teacher_placement == "replicated" or cfg.value_metric == "states"
+    yield whole, "value_metric", cfg.value_metric, expected
     yield from _heads(cfg)
     yield from _overlap(cfg)
 
@@ -46,6 +49,7 @@ def cache_rules(cfg: AllSettings, folder: str | Path) -> Iterator[Rule]:
         (not mode.takes_kv, f"--alignment_mode {cfg.alignment_mode}: a cache holds keys and values"),
         (cfg.align_tokens == "segment", "--align_tokens segment: a cache holds positions"),
         (cfg.teacher_kv == "shuffled", "--teacher_kv shuffled, which exchanges whole rows"),
+        (cfg.value_metric != "states", f"--value_metric {cfg.value_metric}: a cache holds values as they are"),
         (bool(cfg.teacher_names), "--teacher_names: a cache is that of one teacher"),
     ):
         yield not found, "teacher_cache", str(folder), f"no --teacher_cache with {flag}"

@@ -99,6 +99,7 @@ class KVDistiller(DistillationModule):
         self._settings, self._choice = settings, TokenChoice(settings, seed)
         self._make_teacher = partial(
             Teacher, teacher, rope=settings.kv_rope, reads=mode.teacher_reads, parts=state_names(settings),
+            value_metric=settings.value_metric,
             wants_hidden=settings.logit_kd_weight > 0, observe=self._choice.observing,
             shuffled=settings.teacher_kv == "shuffled",
         )  # fmt: skip

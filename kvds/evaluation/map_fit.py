@@ -55,7 +55,13 @@ def fit_before_and_after(run_dir: Path, rows: int) -> Fit:
     loader = load_run_data(cfg, tokenizer, rank=0, world_size=1).eval_loader
     assert loader is not None
     after = _lone_aligner(run_dir / ALIGNER_FILE)
-    teacher = Teacher(_model(cfg, "teacher"), device=device, rope=cfg.kv_rope, reads=after.teacher_reads)
+    teacher = Teacher(
+        _model(cfg, "teacher"),
+        device=device,
+        rope=cfg.kv_rope,
+        reads=after.teacher_reads,
+        value_metric=after.settings.value_metric,
+    )
     fit: Fit = {}
     if (run_dir / ALIGNER_START_FILE).is_file():
         start = _lone_aligner(run_dir / ALIGNER_START_FILE)

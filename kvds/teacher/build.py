@@ -71,6 +71,7 @@ def build_teachers(
                 wants_hidden=cfg.logit_kd_weight > 0, parts=state_names(cfg),
                 observe=observe, shuffled=cfg.teacher_kv == "shuffled",
                 tensor_parallel=cfg.teacher_tp_size if shared else 1, compiled=cfg.compile,
+                value_metric=cfg.value_metric,
             )
         )  # fmt: skip
     return teachers

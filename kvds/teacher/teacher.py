@@ -17,6 +17,7 @@ from kvds.kv import (
     Capture,
     KVCapture,
     KVShape,
+    KVStates,
     Observed,
     ObservingRows,
     Selection,
@@ -32,6 +33,7 @@ from kvds.kv.states import KV_PARTS
 from kvds.models.buffers import buffers_kept
 from kvds.models.compiled_layers import compile_as_asked, refuse_uncompiled
 from kvds.models.own_logits import head_of, is_plain_head
+from kvds.teacher.output_metric import in_output_metric, output_roots
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Teacher:
         tensor_parallel: Ranks that share one model, each with some of its heads; 1 = none. Then keys and values alone
             are wanted, and all ranks of a group call at the same time.
         compiled: ``--compile``.
+        value_metric: ``"output"``: values are given in the metric of the attention output, see
+            :mod:`kvds.teacher.output_metric`; of a whole model only.
     """
 
     def __init__(
@@ -110,8 +114,10 @@ class Teacher:
         shuffled: bool = False,
         tensor_parallel: int = 1,
         compiled: str = "off",
+        value_metric: str = "states",
     ) -> None:
         model.requires_grad_(False).eval()
+        self._roots = output_roots(model, model.config) if value_metric == "output" else None
         self.config, self._dtype = model.config, next(model.parameters()).dtype
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
         self._reads, self._observe, self._shuffled = reads, observe, shuffled
@@ -174,6 +180,9 @@ class Teacher:
         return TeacherOutput(states, hidden if self._wants_hidden else None, observed)
 
     def _finished(self, states: States, batch: TokenBatch, steps: int) -> States:
+        if self._roots is not None and isinstance(states, KVStates) and states.values:
+            self._roots = [root.to(states.values[0].device) for root in self._roots]
+            states = states._replace(values=in_output_metric(states.values, self._roots))
         if self._shuffled:
             states = shuffled_states(states, batch.attention_mask, batch.sample_ids >= 0)  # type: ignore[type-var]
         if batch.reasoning_step_ids is not None:

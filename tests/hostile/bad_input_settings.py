@@ -68,6 +68,12 @@ FLAGS = {
     "--kv_weight_until 1.5": ("kv_weight_until=1.5", "a share above 0, at most 1", "--kv_weight_until 1.0"),
     "--kv_weight hold:0.5 --kv_weight_until 0.5": ("kv_weight_until=0.5", "1 with --kv_weight hold:SHARE"),
     "--kv_weight 1 --task_weight 0 --kv_weight_until 0.5": ("kv_weight_until=0.5", "--task_weight 1"),
+    "--value_metric outputs": ("value_metric=outputs", "states, output", "did you mean output"),
+    "--value_metric output --alignment_mode hidden": ("value_metric=output", "states with --alignment_mode hidden"),
+    "--value_metric output --kv_parts k": ("value_metric=output", "states with --kv_parts k"),
+    "--value_metric output --direction teacher_to_student":
+        ("value_metric=output", "states with --direction teacher_to_student"),
+    "--value_metric output --teacher_placement zero3": ("value_metric=output", "--teacher_placement replicated"),
     "--kv_let_go maybe": ("--kv_let_go maybe", "true or false", "--no_kv_let_go"),
     "--kv_weight -1": ("kv_weight=-1", "at least 0", "auto:2.0"),
     "--kv_weight heavy": ("kv_weight=heavy", "at least 0", "auto:2.0"),
