@@ -28,24 +28,29 @@ from kvds.config.recipe import load_recipe
 from kvds.durable_files import UNFINISHED, put_in_place
 from kvds.errors import InputError, one_line
 from kvds.kv.row_attention import plain_attention
+from kvds.models.adapters import ADAPTER_FOLDER, adapters_of, merge_adapters, read_adapters, save_adapters
 from kvds.models.generation import GENERATION_FILE, fit_generation, source_generation
+from kvds.models.weight_files import ADAPTER_FILE
 
 STUDENT_FOLDER = "student"
 
 
-def gather_parameters(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+def gather_parameters(module: nn.Module, *, keep: bool, trained: bool = False) -> dict[str, Tensor]:
     """Whole CPU copies of a module's parameters and persistent buffers, one name per shared tensor; all ranks call it.
 
     Args:
         module: Part of the engine's module; its parameters may be sharded by ZeRO-3.
         keep: Whether this rank wants the copies (the others only take part in gathering).
+        trained: Parameters that train alone, and no buffers.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
+        if trained and not parameter.requires_grad:
+            continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if keep:
                 state[name] = parameter.detach().cpu().clone()
-    if keep:
+    if keep and not trained:
         transient = {
             f"{prefix}.{name}" if prefix else name
             for prefix, child in module.named_modules()
@@ -56,7 +61,11 @@ def gather_parameters(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 
 def plain_student(
-    config: PreTrainedConfig, state: dict[str, Tensor], generation: GenerationConfig | None = None
+    config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    generation: GenerationConfig | None = None,
+    *,
+    adapters: Any = None,
 ) -> nn.Module:
     """A transformers model of its own with the gathered weights: for evaluation, generation and export.
 
@@ -64,6 +73,7 @@ def plain_student(
         config: The student's.
         state: Its weights.
         generation: Of the model that it was made of; None: what ``config`` alone says.
+        adapters: Configuration of adapters among the weights, which are merged; None without any.
     """
     dtype = next(iter(state.values())).dtype
     config = copy.deepcopy(config)  # the training model keeps its own
@@ -72,7 +82,10 @@ def plain_student(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if generation is not None:
         model.generation_config = copy.deepcopy(generation)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    if adapters is None:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    else:
+        missing, unexpected = merge_adapters(model, adapters, state)
     model.tie_weights()
     tied = (
         set(getattr(model, "_tied_weights_keys", None) or {}) if config.get_text_config().tie_word_embeddings else set()
@@ -113,8 +126,8 @@ def _write_generation(generation: GenerationConfig, folder: Path) -> None:
 
 
 def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path) -> Path:
-    """Turn a DeepSpeed checkpoint of a run into a plain ``student/`` and ``map_aligner.pt`` under ``output``; one
-    process.
+    """Turn a DeepSpeed checkpoint of a run into a plain ``student/`` and ``map_aligner.pt`` under ``output``, and where
+    adapters were trained ``adapter/``; one process.
 
     Args:
         run_dir: The run's ``--output_dir``.
@@ -157,8 +170,12 @@ def export_checkpoint(run_dir: str | Path, step: int | None, output: str | Path)
     student = {k.removeprefix("student."): v.to(dtype) for k, v in state.items() if k.startswith("student.")}
     output.mkdir(parents=True, exist_ok=True)
     settings = run_dir / "config.yaml"
+    adapters = read_adapters(plan)
+    if adapters is not None:
+        save_adapters(adapters, student, output / ADAPTER_FOLDER)
+    student = _without_tied_copies(config, student)
     save_student(
-        plain_student(config, _without_tied_copies(config, student), source_generation(str(plan.absolute()))),
+        plain_student(config, student, source_generation(str(plan.absolute())), adapters=adapters),
         AutoTokenizer.from_pretrained(plan),
         output / STUDENT_FOLDER,
         max_new_tokens=load_recipe(settings).get("max_new_tokens") if settings.is_file() else None,
@@ -209,5 +226,8 @@ def save_architecture(run_dir: Path, student: Any, tokenizer: PreTrainedTokenize
     if not student.generation_config._from_model_config:
         _write_generation(student.generation_config, folder)
     tokenizer.save_pretrained(folder)
+    (folder / ADAPTER_FILE).unlink(missing_ok=True)
+    if (adapters := adapters_of(student)) is not None:
+        adapters.save_pretrained(folder)
     if aligner is not None:
         torch.save(aligner_config_dict(aligner), folder / "aligner.pt")

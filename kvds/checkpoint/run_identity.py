@@ -18,6 +18,7 @@ from kvds.data.run_data import RunData
 from kvds.data.token_files import rows_identity
 from kvds.errors import InputError
 from kvds.identity.contents import architecture_identity, differences, tokenizer_identity
+from kvds.models.adapters import adapter_config, adapter_identity
 from kvds.models.architecture import ModelConfigs
 from kvds.models.weights_identity import NOT_HERE, weights_identity
 
@@ -60,6 +61,8 @@ def run_identity(
         "student architecture": architecture_identity(models.student),
         "student weights": weights(cfg.student, cfg.student_init, cfg.seed, "--student_name"),
     }
+    if (adapters := adapter_config(cfg)) is not None:
+        parts["student adapters"] = adapter_identity(adapters)
     for number, config in enumerate(models.teachers):
         who = "teacher" if len(models.teachers) == 1 else f"teacher {number + 1}"
         parts[f"{who} architecture"] = architecture_identity(config)

@@ -9,7 +9,7 @@ import argparse
 import logging
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.errors import InputError
@@ -88,6 +88,12 @@ def _check_layers(cfg: RunConfig) -> None:
             check_layers(folder, config, f"--{flag}_name={name}", remedy=f"or --{flag}_init random")
 
 
+def _adapted(plan: Any) -> str:
+    """How many of the student's parameters adapters are, where these alone train."""
+    size = plan.student_size
+    return "" if size.trained == size.total else f" ({size.trained:,} of adapters, which alone train)"
+
+
 def _size(count: float) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= size / 10:
@@ -112,7 +118,7 @@ def plan_lines(plan: RunPlan, phases: Phases, flops_per_second: float) -> Iterat
     yield from (
         f"{where}, {cfg.deepspeed_config}, teacher {cfg.teacher_placement if plan.teacher_size else 'none'}, "
         f"micro-batch {largest.rows} × {largest.tokens} tokens ({plan.rows.note})",
-        f"student {plan.student_size.total:,} parameters, aligner {plan.aligner_parameters:,}"
+        f"student {plan.student_size.total:,} parameters{_adapted(plan)}, aligner {plan.aligner_parameters:,}"
         + (f", teacher {plan.teacher_size.total:,}" if plan.teacher_size else ""),
         "",
         "per GPU, held between steps" if machine.gpus else "held between steps",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvds.config.adapter_settings import AdapterSettings
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings):
+class AllSettings(ModelSettings, AdapterSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings):
     """The sections as one; nothing is checked here (:class:`kvds.config.RunConfig` does)."""
 
     @property
@@ -69,6 +70,11 @@ class AllSettings(ModelSettings, DataSettings, AlignmentSettings, OptimizationSe
             return self.map_start
         fitted = self.student_init == "pretrained" and ALIGNMENT_MODES[self.alignment_mode].mapped
         return "ridge" if fitted else "random"
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether adapters on the student are trained in place of the whole of it."""
+        return self.lora_r is not None or self.lora_config is not None
 
     @property
     def uses_kv(self) -> bool:

@@ -8,8 +8,8 @@ from kvds.errors import InputError
 
 # Package → extra of pyproject.toml that brings it.
 EXTRAS = {
-    "lm_eval": "tasks", "matplotlib": "plots", "mlflow": "mlflow", "scipy": "statistics", "shtab": "completion",
-    "tensorboard": "tensorboard", "wandb": "wandb",
+    "bitsandbytes": "quantization", "lm_eval": "tasks", "matplotlib": "plots", "mlflow": "mlflow", "peft": "lora",
+    "scipy": "statistics", "shtab": "completion", "tensorboard": "tensorboard", "wandb": "wandb",
 }  # fmt: skip
 
 

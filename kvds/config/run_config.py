@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from kvds.config.adapter_rules import adapter_rules
+from kvds.config.adapter_settings import AdapterSettings
 from kvds.config.alignment_rules import mode_rules
 from kvds.config.all_settings import AllSettings
 from kvds.config.batch_rules import batch_rules
@@ -26,7 +28,7 @@ from kvds.durable_files import write_durably
 
 __all__ = ["SECTIONS", "AlignmentSettings", "RunConfig", "parse_overrides", "split_dataset_weight"]
 
-SECTIONS = (ModelSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings)
+SECTIONS = (ModelSettings, AdapterSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,5 +73,6 @@ def _rules(cfg: RunConfig) -> Iterator[Rule]:
         row_rules,
         teacher_rules,
         file_rules,
+        adapter_rules,
     ):
         yield from rules(cfg)

@@ -10,6 +10,8 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES, modes_where
 from kvds.config.selection_methods import SELECTION_METHODS, default_observers
 from kvds.config.values import DATA_FORMATS
 
+SHARE_BELOW_ONE = "a share from 0 to below 1"
+
 
 def setting(
     doc: str,
@@ -96,6 +98,9 @@ class ModelSettings:
     )  # fmt: skip
     teacher_tp_size: int = setting(
         "tensor_parallel: ranks that share one teacher, best of one node", 2, may_change=True
+    )
+    teacher_quantization: str = setting(
+        "the teacher's matrices in 8 or 4 bits, through bitsandbytes on a GPU", "none", choices=("none", "8bit", "4bit")
     )
     teacher_overlap: bool = setting(
         "run a replicated teacher one micro-batch ahead, on a GPU on a stream of its own beside the student's backward "
@@ -313,7 +318,7 @@ class OptimizationSettings:
         0.0,
         least=0,
         below=1,
-        expected="a share from 0 to below 1",
+        expected=SHARE_BELOW_ONE,
     )
     max_grad_norm: float | None = setting(
         "clip the gradient to this norm, 0: never; unset: the DeepSpeed configuration's",

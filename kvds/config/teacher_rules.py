@@ -22,6 +22,7 @@ def teacher_rules(cfg: AllSettings) -> Iterator[Rule]:
     yield whole, "value_metric", cfg.value_metric, expected
     yield from _heads(cfg)
     yield from _overlap(cfg)
+    yield from _quantization(cfg)
 
 
 def _several(cfg: AllSettings) -> Iterator[Rule]:
@@ -69,6 +70,21 @@ def _heads(cfg: AllSettings) -> Iterator[Rule]:
     ):
         expected = f"replicated, zero3 or zero3_offload with {flag}: only keys and values are exchanged"
         yield not found, "teacher_placement", "tensor_parallel", expected
+
+
+def _quantization(cfg: AllSettings) -> Iterator[Rule]:
+    if cfg.teacher_quantization == "none":
+        return
+    for found, flag in (
+        (
+            cfg.teacher_placement != "replicated",
+            f"--teacher_placement {cfg.teacher_placement}: it is whole on each rank",
+        ),
+        (cfg.teacher_cache is not None, "--teacher_cache: no teacher runs"),
+        (cfg.teacher_init == "random", "--teacher_init random: weights are quantised as they are read"),
+        (cfg.compile == "on", "--compile on: compiled layers read plain weights"),
+    ):
+        yield not found, "teacher_quantization", cfg.teacher_quantization, f"none with {flag}"
 
 
 def _overlap(cfg: AllSettings) -> Iterator[Rule]:

@@ -49,10 +49,12 @@ class Born:
     Attributes:
         module: Its output holds them.
         heads: From that output to ``[B, heads, T, head_dim]``, a view.
+        projection: What multiplies hidden states, where a norm follows it.
     """
 
     module: nn.Module
     heads: Callable[[Tensor], Tensor]
+    projection: nn.Module
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def attention_layout(attention: Any, family: Family) -> AttentionLayout:
     dim = _first(attention, _HEAD_DIMS, "the size of a head")
     if family.fused:
         fused = _first(attention, (family.fused,), "the projection of queries, keys and values")
-        born = [Born(fused, _part_of(number, attention.config, dim, family)) for number in range(3)]
+        born = [Born(fused, _part_of(number, attention.config, dim, family), fused) for number in range(3)]
     else:
         if getattr(attention, "is_kv_shared_layer", False):
             raise _not_found(attention, "keys and values of its own: it reads those of a layer before")
@@ -118,7 +120,7 @@ def _separate(attention: Any, name: str, dim: int, family: Family) -> Born:
     norms = [getattr(attention, f"{name}_{norm}", None) for norm in _NORMS]
     norm = next((module for module in norms if module is not None), None)
     if norm is not None and family.norm_by_head:
-        return Born(norm, lambda output: output)
+        return Born(norm, lambda output: output, projection)
 
     def heads(output: Tensor) -> Tensor:
         # An output with heads already keeps them, whatever their number: the caller compares it with what is promised.
@@ -126,7 +128,7 @@ def _separate(attention: Any, name: str, dim: int, family: Family) -> Born:
             output = output.unflatten(-1, (-1, dim))
         return output.transpose(1, 2)
 
-    return Born(projection if norm is None else norm, heads)
+    return Born(projection if norm is None else norm, heads, projection)
 
 
 def _part_of(number: int, config: Any, dim: int, family: Family) -> Callable[[Tensor], Tensor]:

@@ -198,6 +198,13 @@ def compile_layers(
     return len(chosen)
 
 
+def _plain(model: nn.Module) -> bool:
+    """Whether the pieces, which read weights and biases of projections, compute what these do."""
+    layer: Any = decoder_layers(model)[0]
+    used = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+    return all(type(module) is nn.Linear for module in used)
+
+
 def compile_as_asked(
     model: nn.Module, setting: str, device: torch.device, *, flag: str, layers: Sequence[nn.Module] | None = None
 ) -> bool:
@@ -219,6 +226,8 @@ def compile_as_asked(
     reason = why_not_compiled(config, config._attn_implementation)
     if not reason and layers is not None and not layers:
         reason = "ZeRO-3 gathers its layers in parts, as the DeepSpeed file says"
+    if not reason and not _plain(model):
+        reason = "its projections are no plain ones: adapters or quantised weights"
     if reason:
         refuse_uncompiled(setting, reason, flag=flag)
         log.info("compile=%s: the %s stays as it is: %s", setting, flag, reason)

@@ -54,6 +54,7 @@ def load_model(
     flag: str,
     option: str = "",
     engine_config: dict[str, Any] | None = None,
+    quantization: Any = None,
 ) -> nn.Module:
     """A causal language model in ``dtype``.
 
@@ -70,6 +71,7 @@ def load_model(
         option: What names it on the command line; unset: ``--FLAG_name``.
         engine_config: The DeepSpeed configuration under which pretrained weights are loaded in shards (stage 3), or
             None.
+        quantization: From :func:`kvds.models.quantized.quantization_config`, for pretrained weights; None: as they are.
 
     Raises:
         InputError: its weights are not those of the configuration, see :func:`kvds.models.weight_check.check_weights`.
@@ -93,8 +95,9 @@ def load_model(
     check_weights(folder, config, f"{place}={name}", remedy=remedy)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of a node's ranks one; what it finds ends all
         check_finite(folder, f"{place}={name}", remedy=remedy)
+    quantized = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cuda"}}
     with _partitioned_loading(engine_config):
         return from_hub(
             AutoModelForCausalLM, str(folder), "model with weights", place,
-            config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+            config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, **quantized,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from kvds.config import RunConfig
 from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
 from kvds.errors import InputError
 from kvds.kv import group_slices
+from kvds.models.adapters import adapter_config
 from kvds.models.architecture import load_config
 from kvds.models.loading import TORCH_DTYPES
 from kvds.plan.rows import RowPlan, plan_rows
@@ -85,7 +86,7 @@ class RunPlan:
     @cached_property
     def student_size(self) -> ModelSize:
         """Parameters of the student."""
-        return model_size(self.student_config)
+        return model_size(self.student_config, adapter_config(self.cfg))
 
     @cached_property
     def teacher_size(self) -> ModelSize | None:
@@ -163,8 +164,9 @@ class RunPlan:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint."""
-        count = self.student_size.total + self.aligner_parameters
-        return checkpoint_bytes(self.cfg, count, self.raw["zero_optimization"]["stage"], self.element)
+        size, stage = self.student_size, self.raw["zero_optimization"]["stage"]
+        trained, frozen = size.trained + self.aligner_parameters, size.total - size.trained
+        return checkpoint_bytes(self.cfg, trained, stage, self.element, frozen=frozen)
 
     @property
     def disk(self) -> int | None:

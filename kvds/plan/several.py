@@ -119,8 +119,9 @@ class SeveralTeachersPlan:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint, in which no teacher is."""
-        count = self.student_size.total + self.aligner_parameters
-        return checkpoint_bytes(self.cfg, count, self.plans[0].raw["zero_optimization"]["stage"], self.element)
+        size, stage = self.student_size, self.plans[0].raw["zero_optimization"]["stage"]
+        trained, frozen = size.trained + self.aligner_parameters, size.total - size.trained
+        return checkpoint_bytes(self.cfg, trained, stage, self.element, frozen=frozen)
 
     @property
     def fits(self) -> bool:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from kvds.align import ALIGNERS
 from kvds.config import RunConfig
 from kvds.kv import KVShape
+from kvds.models.adapters import add_adapters
+from kvds.models.quantized import BITS
 
 _ADAM_NUMBERS = 2  # first and second moment
 _FP32 = 4
@@ -26,30 +28,46 @@ class ModelSize:
         layer: Of the largest layer (or the embedding, where that is larger).
         backbone: Those that a forward without head multiplies with: all but embeddings, head and vectors.
         head: Of the language-model head.
+        trained: Of adapters, where these alone train; else as ``total``.
     """
 
     total: int
     layer: int
     backbone: int
     head: int
+    trained: int
 
 
-def model_size(config: PreTrainedConfig) -> ModelSize:
-    """Counted on the meta device: no memory, no weights."""
+def model_size(config: PreTrainedConfig, adapters: Any = None) -> ModelSize:
+    """Counted on the meta device: no memory, no weights.
+
+    Args:
+        config: Of the model.
+        adapters: From :func:`kvds.models.adapters.adapter_config`; None: all of it trains.
+    """
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        if adapters is not None:
+            add_adapters(model, adapters, seed=0)
     counted = {id(p): p.numel() for p in model.parameters()}
+    trained = sum({id(p): p.numel() for p in model.parameters() if p.requires_grad}.values())
     head = model.get_output_embeddings().weight
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(head)}
     matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in tables)
     layer = matrices // config.num_hidden_layers
-    return ModelSize(sum(counted.values()), max(layer, head.numel()), matrices, head.numel())
+    return ModelSize(sum(counted.values()), max(layer, head.numel()), matrices, head.numel(), trained)
 
 
 def aligner_size(student: KVShape, teacher: KVShape, cfg: RunConfig) -> int:
     """Learned numbers of the aligner; a frozen one has none."""
     frozen = cfg.aligner_update == "frozen"
     return 0 if frozen else ALIGNERS[cfg.alignment_mode].parameter_count(student, teacher, cfg)
+
+
+def teacher_weights(cfg: RunConfig, size: ModelSize, element: int) -> int:
+    """Bytes of a whole teacher: matrices of its layers in the bits asked for, all else in ``element`` bytes."""
+    bits = BITS.get(cfg.teacher_quantization, 8 * element)
+    return size.backbone * bits // 8 + element * (size.total - size.backbone)
 
 
 @dataclass(frozen=True)
@@ -116,16 +134,18 @@ def state_memory(
     stage = zero["stage"]
     count = student.total + aligner
     shard = -(-count // ranks)
+    trained = student.trained + aligner
+    trained_shard = -(-trained // ranks)
     low = element < _FP32  # bf16: an fp32 copy is trained
     weights = element * (shard if stage == 3 else count)
     optimizer_numbers = _ADAM_NUMBERS if cfg.optimizer == "adamw" else 0
-    owned = shard if stage >= 1 else count
+    owned = trained_shard if stage >= 1 else trained
     # Stage 3 copies the weights for the optimizer in any precision; below, fp32 weights are trained in place.
     master = _FP32 * owned if stage == 3 or low or stage in (1, 2) else 0
     optimizer = _FP32 * optimizer_numbers * owned
     kept = {"fp32": 4, "bf16": 2, "fp16": 2}[raw.get("data_types", {}).get("grad_accum_dtype") or
                                              ("fp32" if element == _FP32 else "bf16")]  # fmt: skip
-    gradients = {3: kept * shard, 2: kept * shard, 1: kept * count, 0: element * count}[stage]
+    gradients = {3: kept * trained_shard, 2: kept * trained_shard, 1: kept * trained, 0: element * trained}[stage]
     bucket = element * int(zero.get("reduce_bucket_size", 500_000_000))
     buckets = 0 if stage == 0 else bucket * (2 if stage < 3 and zero.get("overlap_comm") else 1)
     gathered = 0
@@ -138,7 +158,7 @@ def state_memory(
     teacher_bytes = teacher_gathered = host = 0
     if teacher is not None:
         shares = {"replicated": 1, "tensor_parallel": min(ranks, cfg.teacher_tp_size)}.get(cfg.teacher_placement, ranks)
-        teacher_bytes = element * -(-teacher.total // shares)
+        teacher_bytes = -(-teacher_weights(cfg, teacher, element) // shares)
         sharded = cfg.teacher_placement in ("zero3", "zero3_offload")
         if sharded and (ranks > 1 or cfg.teacher_placement == "zero3_offload"):
             teacher_gathered = element * min(teacher.total, live, 2 * teacher.layer + ahead)

@@ -181,6 +181,8 @@ class StepPlanner:
         self._mode = ALIGNMENT_MODES[cfg.alignment_mode]
         self._hidden = self._mode.teacher_reads == "hidden"
         asked = cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda")
+        # With adapters a step is planned as without: they read what is kept already, and add a few columns to it.
+        asked = asked and not cfg.uses_adapters
         self._compiled = asked and not why_not_compiled(student, run_attention(cfg.attn_implementation))
         # Positions that no key decides are chosen before the teacher's forward, which keeps them alone, and of them the
         # parts that are compared.

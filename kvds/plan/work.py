@@ -53,8 +53,9 @@ def epoch_work(
     tokens, labelled = rows.padded_tokens, rows.labelled_tokens
     length = rows.largest.tokens
     size, shape = student
-    passes = 3 + int(cfg.gradient_checkpointing)
-    students = passes * tokens * (2.0 * size.backbone + _attention(shape, length)) + 3 * 2.0 * size.head * labelled
+    once = 2 if cfg.uses_adapters else 3  # of frozen weights no gradient is computed
+    passes = once + int(cfg.gradient_checkpointing)
+    students = passes * tokens * (2.0 * size.backbone + _attention(shape, length)) + once * 2.0 * size.head * labelled
     teachers = aligners = 0.0
     if teacher is not None:
         size, teacher_shape = teacher
@@ -66,7 +67,7 @@ def epoch_work(
     return Work(students, teachers, aligners)
 
 
-def checkpoint_bytes(cfg: RunConfig, count: int, stage: int, element: int) -> int:
+def checkpoint_bytes(cfg: RunConfig, count: int, stage: int, element: int, *, frozen: int = 0) -> int:
     """One DeepSpeed checkpoint, all ranks' files: fp32 weights, the optimizer's moments; below stage 3 the model, too.
 
     Args:
@@ -74,8 +75,9 @@ def checkpoint_bytes(cfg: RunConfig, count: int, stage: int, element: int) -> in
         count: Trained parameters.
         stage: Of ZeRO.
         element: Bytes of a weight.
+        frozen: Parameters that no optimizer moves, which are there as they are.
     """
-    return count * (4 * (3 if cfg.optimizer == "adamw" else 1) + (element if stage < 3 else 0))
+    return count * (4 * (3 if cfg.optimizer == "adamw" else 1) + (element if stage < 3 else 0)) + element * frozen
 
 
 def disk_bytes(cfg: RunConfig, checkpoint: int, student: int, steps: int) -> int:

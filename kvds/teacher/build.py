@@ -17,6 +17,7 @@ from kvds.config.engine_config import teacher_engine_config
 from kvds.data.batches import TokenBatch
 from kvds.kv import ObservingRows
 from kvds.models.loading import TORCH_DTYPES, load_model
+from kvds.models.quantized import check_quantizable, quantization_config
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher
 from kvds.teacher.tensor_parallel import check_heads
@@ -51,6 +52,7 @@ def build_teachers(
             CachedTeacher(folder, dtype=dtype, device=device, fingerprint=made_of(config), verify=first)
             for config in configs
         ]
+    check_quantizable(cfg, device)
     shared = cfg.teacher_placement == "tensor_parallel"
     if shared:
         for config in configs:
@@ -62,7 +64,7 @@ def build_teachers(
         model = load_model(
             cfg.all_teachers[number], config, init=cfg.teacher_init, dtype=dtype,
             attn_implementation=cfg.attn_implementation, seed=cfg.teacher_seed(number), flag="teacher",
-            engine_config=placed,
+            engine_config=placed, quantization=quantization_config(cfg.teacher_quantization, dtype),
         )  # fmt: skip
         teachers.append(
             Teacher(

@@ -21,6 +21,7 @@ from kvds.distillation.head_chunks import agreed_chunks, logit_divergence
 from kvds.distillation.module import DistillationModule
 from kvds.distributed.process_group import from_first_rank
 from kvds.kv import KVShape
+from kvds.models.adapters import adapter_config, add_adapters, check_adapted
 from kvds.models.architecture import ModelConfigs
 from kvds.models.compiled_layers import check_compilable
 from kvds.models.loading import TORCH_DTYPES, load_model
@@ -138,6 +139,9 @@ def build_run_models(
         cfg.student or "", model_configs.student, init=cfg.student_init, dtype=dtype,
         attn_implementation=cfg.attn_implementation, seed=cfg.seed, flag="student", engine_config=engine_config,
     )  # fmt: skip
+    if (adapters := adapter_config(cfg)) is not None:
+        add_adapters(student, adapters, seed=cfg.seed)
+        check_adapted(student, cfg)
     if not any(hasattr(p, "ds_id") for p in student.parameters()):
         student.to(device)
     student.train()

@@ -21,6 +21,7 @@ from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.distributed.process_group import all_reduce_sum
 from kvds.evaluation.kv_loss import held_out_kv_loss
 from kvds.evaluation.model import evaluate_model
+from kvds.models.adapters import ADAPTER_FOLDER, adapters_of, save_adapters
 
 
 class RunResults:
@@ -47,7 +48,9 @@ class RunResults:
         """The student as a plain model on this rank, for generation: under ZeRO-3 no rank could generate alone."""
         student = self._engine.module.student
         whole = gather_parameters(student, keep=True)
-        return plain_student(student.config, whole, student.generation_config).to(self._device)
+        return plain_student(student.config, whole, student.generation_config, adapters=adapters_of(student)).to(
+            self._device
+        )
 
     def evaluate(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Corpus, or ``all`` → metric → value, of ``model`` on the held-out rows."""
@@ -67,8 +70,15 @@ class RunResults:
         return results
 
     def export(self, model: nn.Module, aligner_config: dict[str, Any] | None, folder: Path) -> None:
-        """Write ``student/`` and, where there is an aligner, ``map_aligner.pt`` to the run's ``folder``."""
+        """Write ``student/`` to the run's ``folder``, where there is an aligner ``map_aligner.pt``, and where adapters
+        were trained ``adapter/``.
+        """
         main_rank, aligner = dist.get_rank() == 0, self._engine.module.aligner
+        adapters = adapters_of(self._engine.module.student)
+        if adapters is not None:
+            trained = gather_parameters(self._engine.module.student, keep=main_rank, trained=True)
+            if main_rank:
+                save_adapters(adapters, trained, folder / ADAPTER_FOLDER)
         aligner_state = None if aligner is None else gather_parameters(aligner, keep=main_rank)
         if main_rank:
             save_student(model, self._tokenizer, folder / STUDENT_FOLDER, max_new_tokens=self._cfg.max_new_tokens)

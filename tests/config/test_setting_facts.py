@@ -16,6 +16,9 @@ REQUIRED = {"model_name": "gpt2", "output_dir": "outputs/x"}
 SHARE, RATE = "a share from 0 to below 1", "a number above 0, such as 5e-5"
 # The number on the edge, the nearest that is refused, and the answer.
 BOUNDS = {
+    "lora_r": [(1, 0, "a whole number, at least 1")],
+    "lora_alpha": [(1, 0, "a whole number, at least 1")],
+    "lora_dropout": [(0.0, -1e-9, SHARE), (1 - 1e-9, 1.0, SHARE)],
     "logit_kd_beta": [(0.01, 0.0, "a number between 0 and 1"), (0.99, 1.0, "a number between 0 and 1")],
     "logit_kd_top_k": [(0, -1, "a finite number, at least 0")],
     "max_length": [(2, 1, "at least 2 tokens, one to read and one to predict")],
@@ -59,6 +62,8 @@ BOUNDS = {
 }
 # What gives a setting its meaning where another would refuse the edge.
 BESIDE = {
+    "lora_alpha": {"lora_r": 4},
+    "lora_dropout": {"lora_r": 4},
     "logit_kd_beta": {"logit_kd_loss": "jsd"},
     "relation_heads": {"alignment_mode": "relation"},
     "attention_loss_weight": {"alignment_mode": "structural_kv"},

@@ -75,7 +75,7 @@ def test_aligner_size_is_that_of_the_module(recipe):
 
 def test_state_memory_by_hand(recipe, tmp_path):
     raw = load_deepspeed_config(REPOSITORY / "ds_configs/zero3.json")
-    student, teacher = ModelSize(800, 100, 600, 100), ModelSize(4000, 500, 3000, 500)
+    student, teacher = ModelSize(800, 100, 600, 100, 800), ModelSize(4000, 500, 3000, 500, 4000)
     common = {"student": student, "aligner": 200, "teacher": teacher, "element": 2, "device": "cuda"}
 
     one = state_memory(config(recipe), raw, ranks=1, **common)
@@ -105,6 +105,21 @@ def test_state_memory_by_hand(recipe, tmp_path):
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_alone_are_planned_to_train(recipe):
+    whole, adapted = (
+        RunPlan(config(recipe, **changes), Machine(1, 1, 80 * 2**30)) for changes in ({}, {"lora_r": "8"})
+    )
+    size = adapted.student_size
+    # Of each layer two halves of rank 8 for q, o (896 × 896), k, v (896 × 128) and the MLP (896 × 4864).
+    assert size.trained == 24 * 8 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    assert size.total == whole.student_size.total + size.trained
+    held, before = adapted.states(), whole.states()
+    assert held.optimizer == 8 * (size.trained + adapted.aligner_parameters)
+    assert held.weights > before.weights and held.held < 0.4 * before.held
+    assert adapted.checkpoint < 0.2 * whole.checkpoint
+    assert adapted.peak < whole.peak
 
 
 def test_kv_bytes_by_hand():
