@@ -16,8 +16,8 @@ REQUIRED = {"model_name": "gpt2", "output_dir": "outputs/x"}
 SHARE, RATE = "a share from 0 to below 1", "a number above 0, such as 5e-5"
 # The number on the edge, the nearest that is refused, and the answer.
 BOUNDS = {
-    "lora_r": [(1, 0, "a whole number, at least 1")],
-    "lora_alpha": [(1, 0, "a whole number, at least 1")],
+    "lora_r": [(1, 0, "at least 1")],
+    "lora_alpha": [(1, 0, "at least 1")],
     "lora_dropout": [(0.0, -1e-9, SHARE), (1 - 1e-9, 1.0, SHARE)],
     "logit_kd_beta": [(0.01, 0.0, "a number between 0 and 1"), (0.99, 1.0, "a number between 0 and 1")],
     "logit_kd_top_k": [(0, -1, "a finite number, at least 0")],
