@@ -125,7 +125,7 @@ class RankWatch:
     def leave(self, reason: str) -> None:
         """End all ranks with exit code 85, since this one was asked to stop and there is nothing to save."""
         verdict = self._asked = {"rank": self._rank, "code": EXIT_CODE, "text": early_words(reason)}
-        if self._thread is not None:
+        if self._store is not None:
             with contextlib.suppress(Exception):
                 _within(_SUSPICIOUS_SECONDS, self._store.compare_set, "verdict", "none", json_text(verdict))
         self._end(verdict)

@@ -96,8 +96,9 @@ def guarded(cfg: RunConfig, stop: StopRequest | None = None) -> Iterator[RunGuar
         marker.unlink(missing_ok=True)  # an earlier start's; whoever looks for it asks about this one
 
     owner = FolderOwner(folder, on_lost=end)
-    watch = RankWatch(cfg.rank_timeout, on_lost=lost).start()
-    stop.leave_by(watch.leave)
+    watch = RankWatch(cfg.rank_timeout, on_lost=lost)
+    stop.leave_by(watch.leave)  # before another rank can wait for a word of this one
+    watch.start()
     try:
         from_first_rank(take)
         try:

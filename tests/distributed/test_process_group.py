@@ -1,14 +1,18 @@
 """Ranks that do not meet say so in one line; one that was asked to stop is not taken for lost with another."""
 
+import json
 import os
 
 import deepspeed
 import pytest
 from torch import distributed as dist
 
+from kvds.config import RunConfig
+from kvds.distributed.preemption import StopRequest, leave_at_once
 from kvds.distributed.process_group import init_distributed
 from kvds.distributed.rank_watch import RankWatch
 from kvds.errors import RunError
+from kvds.training.guard import guarded
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,7 @@ def test_a_rank_that_was_asked_to_stop_leaves_with_rank_0_whose_store_is_gone(as
     watch = RankWatch(5)
     watch._who[0] = {"pid": 2**22 + 1, "host": os.uname().nodename, "since": "1"}
     monkeypatch.setattr(watch, "_exchange", broken)
+    assert watch._store is None  # a rank that has not come so far has nobody to tell
     if asked:
         monkeypatch.setattr(watch, "_end", lambda verdict: None)
         watch.leave("SIGUSR1 arrived")
@@ -77,3 +82,39 @@ def test_a_rank_that_was_asked_to_stop_leaves_with_rank_0_whose_store_is_gone(as
         watch._watch()
     assert left.value.args == (85 if asked else 1,)
     assert ("rank 0 is dead" in capsys.readouterr().err) is not asked
+
+
+def test_a_rank_that_is_asked_to_stop_while_it_joins_tells_the_others(monkeypatch, tmp_path):
+    """Its watch has met the others already, or is just about to: they must not take it for dead."""
+    told = []
+
+    class Store:
+        def compare_set(self, key: str, expected: str, value: str) -> bytes:
+            told.append((key, expected, json.loads(value)["code"]))
+            return value.encode()
+
+        def add(self, key: str, amount: int) -> int:
+            return 1
+
+    class Left(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    def signalled(watch: RankWatch) -> RankWatch:
+        watch._store = Store()
+        stop.ask("SIGTERM arrived")
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(RankWatch, "start", signalled)
+    monkeypatch.setattr(StopRequest, "join", lambda self: None)
+    stop = StopRequest()
+    stop._leave = leave_at_once
+    cfg = RunConfig(model_name="gpt2", output_dir=str(tmp_path))
+    with pytest.raises(Left) as left, guarded(cfg, stop):
+        pass
+    assert left.value.args == (85,) and told == [("verdict", "none", 85)]
