@@ -314,12 +314,8 @@ class OptimizationSettings:
     optimizer: str = setting("optimizer", "adamw", choices=("adamw", "sgd"))
     lr_scheduler_type: str = setting("schedule after warm-up", "linear", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = setting(
-        "share of the steps in which the learning rate rises",
-        0.0,
-        least=0,
-        below=1,
-        expected=SHARE_BELOW_ONE,
-    )
+        "share of the steps in which the learning rate rises", 0.0, least=0, below=1, expected=SHARE_BELOW_ONE,
+    )  # fmt: skip
     max_grad_norm: float | None = setting(
         "clip the gradient to this norm, 0: never; unset: the DeepSpeed configuration's",
         None,
@@ -378,13 +374,9 @@ class RunSettings:
         "steps in a row with a loss or gradient that is not finite before the run stops", 10, least=1, may_change=True
     )
     rank_timeout: int = setting(
-        "seconds without a sign of life from one rank after which the others end",
-        120,
-        least=5,
-        expected="at least 5 seconds",
-        may_change=True,
-        identity=False,
-    )
+        "seconds without a sign of life from one rank after which the others end", 120, least=5,
+        expected="at least 5 seconds", may_change=True, identity=False,
+    )  # fmt: skip
     report_to: tuple[str, ...] = setting(
         "trackers beside metrics.jsonl, each through its own library", ("mlflow",),
         choices=("mlflow", "tensorboard", "wandb", "none"), may_change=True, identity=False, common=True,
