@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvds.config.adapter_settings import AdapterSettings
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
+from kvds.config.weight_settings import WeightSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllSettings(ModelSettings, AdapterSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings):
+class AllSettings(ModelSettings, WeightSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings):
     """The sections as one; nothing is checked here (:class:`kvds.config.RunConfig` does)."""
 
     @property

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from kvds.config.adapter_rules import adapter_rules
-from kvds.config.adapter_settings import AdapterSettings
 from kvds.config.alignment_rules import mode_rules
 from kvds.config.all_settings import AllSettings
 from kvds.config.batch_rules import batch_rules
@@ -24,11 +23,12 @@ from kvds.config.setting_rules import Rule, check, setting_rules
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 from kvds.config.teacher_rules import teacher_rules
 from kvds.config.values import parse_overrides, split_dataset_weight
+from kvds.config.weight_settings import WeightSettings
 from kvds.durable_files import write_durably
 
 __all__ = ["SECTIONS", "AlignmentSettings", "RunConfig", "parse_overrides", "split_dataset_weight"]
 
-SECTIONS = (ModelSettings, AdapterSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings)
+SECTIONS = (ModelSettings, WeightSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings)
 
 
 @dataclass(frozen=True, kw_only=True)

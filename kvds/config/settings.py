@@ -99,9 +99,6 @@ class ModelSettings:
     teacher_tp_size: int = setting(
         "tensor_parallel: ranks that share one teacher, best of one node", 2, may_change=True
     )
-    teacher_quantization: str = setting(
-        "the teacher's matrices in 8 or 4 bits, through bitsandbytes on a GPU", "none", choices=("none", "8bit", "4bit")
-    )
     teacher_overlap: bool = setting(
         "run a replicated teacher one micro-batch ahead, on a GPU on a stream of its own beside the student's backward "
         "pass; the same losses, and one more micro-batch of the teacher's keys and values in memory", False,

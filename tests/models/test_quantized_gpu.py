@@ -15,6 +15,7 @@ from kvds.models.quantized import quantization_config
 from kvds.teacher.teacher import Teacher
 
 pytestmark = pytest.mark.gpu
+QUANTIZED = ("qwen2",)
 
 
 @pytest.mark.parametrize(("bits", "bound"), [("8bit", 0.05), ("4bit", 0.3)])

@@ -1,4 +1,4 @@
-"""Settings of adapters on the student, a section of a run's configuration."""
+"""Settings of weights: which of the student's train, and in how many bits the teacher's are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from kvds.config.settings import SHARE_BELOW_ONE, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
-    """Whether adapters are trained in place of the whole student."""
+class WeightSettings:
+    """Adapters in place of the whole student, and a teacher in few bits."""
 
     lora_r: int | None = setting(
         "rank of LoRA adapters (peft) on the student, which alone train, beside the map; unset: all of it does", None,
@@ -21,3 +21,6 @@ class AdapterSettings:
         "names of the projections that get adapters; all-linear: every one but the head", ("all-linear",)
     )
     lora_config: str | None = setting("adapter_config.json of peft, or its folder, in place of lora_r", None)
+    teacher_quantization: str = setting(
+        "the teacher's matrices in 8 or 4 bits, through bitsandbytes on a GPU", "none", choices=("none", "8bit", "4bit")
+    )
