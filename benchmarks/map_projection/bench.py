@@ -4,7 +4,8 @@
     python -m benchmarks.map_projection.bench --quick          # a CPU, about a minute
     python -m benchmarks.map_projection.bench --pairs qwen2 --tokens 32768 --minutes 2
 
-Modes: ``forward`` (the loss alone) and ``full`` (loss and gradients of the student's states and of every map).
+Modes: ``full`` (loss and gradients of the student's states and of every map), ``forward`` (the loss alone) and
+``project`` (``map_projection`` alone: its output is written instead of a target read).
 Directions: ``student_to_teacher`` (the source is the student) and ``teacher_to_student``. Buffers are rotated so that
 no provider finds its input in the L2 cache. ``ms`` is the time on the device with work queued ahead of it, as in a
 training step; ``host_ms`` is how long the host is busy with the call. GB/s and the share of the copy bandwidth count
@@ -34,7 +35,7 @@ from torch import Tensor
 from benchmarks.map_projection.roofline import draw_roofline
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
 from kvds.kv import KVShape
-from kvds.ops import map_projection_loss
+from kvds.ops import map_projection, map_projection_loss
 
 PAIRS = {
     "qwen2": (KVShape(28, 2, 128, 12), KVShape(24, 2, 64, 14)),  # Qwen2-1.5B -> Qwen2-0.5B
@@ -129,6 +130,7 @@ class Inputs:
             values = torch.randn(size, generator=generator, device=device) / size[-2] ** 0.5
             return values.requires_grad_(full)
 
+        self.mode = cell.mode
         full, student_is_source = cell.mode == "full", cell.direction == "student_to_teacher"
         self.source = states(source, full and student_is_source)
         self.target = states(target, full and not student_is_source)
@@ -153,6 +155,8 @@ class Inputs:
 
     def run(self, impl: str) -> Any:
         """One call; in mode full its gradients are returned, as ``backward`` would leave them."""
+        if self.mode == "project":
+            return map_projection(self.source, **self.maps, bias=self.bias, source_index=self.index, impl=impl)
         loss, _ = map_projection_loss(
             self.source, self.target, self.maps["layer_mix"], self.maps["head_mix"], self.maps["dim_proj"],
             bias=self.bias, source_index=self.index, target_index=self.index, mask=self.mask, scale=self.scale,
@@ -336,7 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--layer_maps", nargs="+", choices=("dense", "sparse"))
     parser.add_argument("--proj", nargs="+", choices=("shared", "per_head"))
-    parser.add_argument("--modes", nargs="+", choices=("forward", "full"), default=["full", "forward"])
+    parser.add_argument("--modes", nargs="+", choices=("full", "forward", "project"), default=["full", "forward"])
     parser.add_argument("--providers", nargs="+", choices=IMPLEMENTATIONS)
     parser.add_argument("--budget", type=float, default=1.0, help="share of the positions that is selected")
     parser.add_argument("--seconds", type=float, default=0.15, help="time spent on repetitions of one cell")
@@ -385,13 +389,8 @@ def main() -> None:
     heading = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {facts['git_revision']}; "
     heading += f"copy {bandwidth:.0f} GB/s, matrix product {rate:.1f} TFLOP/s; `{facts['command']}`"
     args.output.with_suffix(".md").write_text(f"# map_projection_loss\n\n{heading}\n\n{table}\n")
-    draw_roofline(
-        rows + (earlier_rows(args.before) if args.before else []),
-        bandwidth,
-        rate,
-        str(facts["device"]),
-        args.output.with_suffix(".png"),
-    )
+    earlier = earlier_rows(args.before) if args.before else []
+    draw_roofline(rows + earlier, bandwidth, rate, str(facts["device"]), args.output.with_suffix(".png"))
     print(table)
     print(f"{left_out} cells not started within {args.minutes} minutes; {args.output}")
 

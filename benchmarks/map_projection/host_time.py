@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--layer_maps", nargs="+", choices=("dense", "sparse"), default=["dense"])
     parser.add_argument("--proj", nargs="+", choices=("shared", "per_head"), default=["shared", "per_head"])
-    parser.add_argument("--modes", nargs="+", choices=("full", "forward"), default=["full", "forward"])
+    parser.add_argument("--modes", nargs="+", choices=("full", "forward", "project"), default=["full", "forward"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--profile", type=int, default=0, metavar="LINES", help="of cProfile's table, for each form")

@@ -247,6 +247,7 @@ def _rows(
     """Rows of a split as tokens, those that fit, and all as text."""
     from kvds.data.encoding import compare_rows, encode_examples
     from kvds.data.mixture import first_per_corpus, load_mixture
+    from kvds.data.ready_rows import ready_rows
     from kvds.data.text_fidelity import check_texts
     from kvds.models.architecture import row_length
 
@@ -260,6 +261,7 @@ def _rows(
             arguments.datasets, "train", subset_size=arguments.rows, seed=arguments.seed, held_out=held_out, **how
         )
         examples = mixture.examples[: arguments.rows]
+    examples = ready_rows(examples, tokenizer, min(lengths)).examples
     samples = list(encode_examples(examples, tokenizer, min(lengths)).samples)
     what = "held-out" if split == "eval" else "training"
     check_texts(

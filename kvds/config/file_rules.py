@@ -63,31 +63,19 @@ def path_rules(cfg: AllSettings) -> Iterator[Rule]:
     expected = "a folder, which need not be there yet (or --data_cache never)"
     yield not os.path.isfile(cfg.data_cache or ""), "data_cache", cfg.data_cache, expected
     template = cfg.chat_template
-    yield (
-        template is None or os.path.isfile(template),
-        "chat_template",
-        template,
-        "an existing file with a Jinja template",
-    )
+    expected = "an existing file with a Jinja template"
+    yield template is None or os.path.isfile(template), "chat_template", template, expected
     for spec in cfg.datasets:
         name = split_dataset_weight(spec)[0]
         places = [Path(name), Path(cfg.data_dir or ".") / name]
         if name.endswith(_DATA_FILES):
+            there = os.path.exists if name.endswith(".parquet") else os.path.isfile  # Spark's parquet is a folder
             expected = "an existing file of rows (see --data_format), also below --data_dir"
-            yield (
-                any(map(os.path.exists if name.endswith(".parquet") else os.path.isfile, places)),
-                "datasets",
-                spec,
-                expected,
-            )
+            yield any(map(there, places)), "datasets", spec, expected
         elif name.startswith(("./", "../", "/", "~")):
             places = [Path(str(place).rpartition("@")[0] or place) for place in places] + places
-            yield (
-                any(map(os.path.isdir, places)),
-                "datasets",
-                spec,
-                "an existing folder of data (or OWNER/NAME of the hub)",
-            )
+            expected = f"an existing folder of data, or a file of {', '.join(_DATA_FILES)} (or OWNER/NAME of the hub)"
+            yield any(map(os.path.isdir, places)), "datasets", spec, expected
     if cfg.resume not in ("auto", "never"):
         yield os.path.isdir(cfg.resume), "resume", cfg.resume, "auto, never or the folder of a run (--resume auto)"
 

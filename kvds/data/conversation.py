@@ -97,7 +97,10 @@ def _turn(turn: Any, place: str) -> Message:
     if not isinstance(trace, str):
         raise BadRow(f"{place} has the reasoning {trace!r:.60}; expected a text")
     if not trace.strip():
-        trace, content = split_trace(content) if content.lstrip().startswith("<think>") else ("", content)
+        opened = content.lstrip().startswith("<think>")
+        if opened and "</think>" not in content:
+            raise BadRow(f"{place} ({role}) begins with <think>, which never ends; expected </think> and an answer")
+        trace, content = split_trace(content) if opened else ("", content)
         if not content.strip():
             raise BadRow(f"{place} ({role}) says nothing behind </think>; expected an answer there")
     return Message(role, content, trace.strip(), counted=turn.get("weight") not in (0, False))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from kvds.data.example import Example, Segment, answer_text, prompt_text, rationale_text
@@ -184,14 +184,12 @@ def _encode_chats(
     texts = [row.rendered.text for row in rows if row.rendered is not None]
     if len(texts) < len(rows):
         raise AssertionError("a conversation that no chat template has written (ready_rows)")
-    if not rows:
-        return {}
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     end, samples = tokenizer.eos_token_id, {}
-    for position, row, ids, offsets in zip(
-        positions, rows, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
+    for position, row, (ids, offsets) in zip(positions, rows, _with_places(texts, tokenizer), strict=True):
         assert row.rendered is not None
+        begins = {begin for begin, _, _ in row.rendered.spans}
+        if any(first < begin < last for first, last in offsets for begin in begins if begin < last):
+            ids, offsets = _apart(row.rendered.text, sorted(begins), tokenizer)
         segments, steps = [int(Segment.PROMPT)] * len(ids), [0] * len(ids)
         for begin, stop, segment in row.rendered.spans:
             inside = [i for i, (first, _) in enumerate(offsets) if begin <= first < stop]
@@ -208,6 +206,31 @@ def _encode_chats(
         own_steps = tuple(steps) if reasoning_steps else ()
         samples[position] = EncodedSample(tuple(ids), tuple(segments), position, own_steps)
     return samples
+
+
+Places = list[tuple[int, int]]
+
+
+def _with_places(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], Places]]:
+    """Token ids of rendered texts, and where in the text each stands."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
+def _apart(text: str, begins: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Places]:
+    """The tokens of a text of which one would straddle the begin of a segment, such as the line ends around it: a
+    prompt has those that it has where nothing is said yet.
+    """
+    bounds = [0, *(begin for begin in begins if begin), len(text)]
+    ids: list[int] = []
+    places: Places = []
+    parts = [text[begin:end] for begin, end in pairwise(bounds)]
+    for begin, (own, offsets) in zip(bounds, _with_places(parts, tokenizer), strict=False):
+        ids += own
+        places += [(begin + first, begin + last) for first, last in offsets]
+    return ids, places
 
 
 def _with_teachers_text(

@@ -42,8 +42,8 @@ _ALSO = {"messages": ("conversations", "conversation"), "completion": ("response
 # What it is called elsewhere: never taken by itself, as it may mean something else, but proposed.
 _ELSEWHERE = {
     "prompt": ("question", "instruction", "query", "problem", "input", "inputs", "user", "source"),
-    "answer": ("answer", "solution", "final_answer", "label"),
-    "completion": ("output", "response", "target", "targets", "assistant", "generation"),
+    "answer": ("solution", "final_answer", "label"),
+    "completion": ("output", "response", "target", "targets", "assistant", "generation", "chosen"),
     "messages": ("dialog", "dialogue", "chat", "turns", "history"),
     "text": ("content", "document", "body", "story"),
 }
@@ -155,7 +155,7 @@ def _unknown(row: Row, source: str, form: str, found: Mapping[str, str]) -> str:
     asked = FORMS if form == "auto" else (form,)
     wanted = "; ".join(f"{one}: {' and '.join(_NEEDED[one])}" for one in asked)
     guesses = {
-        name: found.get(name) or next((str(column) for column in row if str(column).lower() in names), "")
+        name: found.get(name) or next((str(column) for column in row if str(column).lower() in (name, *names)), "")
         for name, names in _ELSEWHERE.items()
     }
     proposed = "prompt=COLUMN,answer=COLUMN"

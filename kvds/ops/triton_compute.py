@@ -22,7 +22,7 @@ from kvds.ops.triton_launch import (
     rescale,
     run_rounds,
 )
-from kvds.ops.triton_plan import chunk_tokens, fits_fused, for_hopper, plan_stages
+from kvds.ops.triton_plan import chunk_tokens, plan_stages, tell_plain, why_not_hopper, why_plain
 from kvds.ops.triton_sums import Left, sum_up
 
 
@@ -77,18 +77,15 @@ def _weights(problem: LossProblem, maps: Maps, stages: Sequence[Stage]) -> list[
     return [*found, Weights(mix, mix_stride, dim_proj, step, bias, maps.scale)]
 
 
-def _run_stages(
-    problem: LossProblem, call: Call, wanted: Wanted, states: Sequence[Sequence[Tensor] | None], hopper: bool
-) -> _Done:
+def _run_stages(problem: LossProblem, call: Call, wanted: Wanted, states: Sequence[Sequence[Tensor] | None]) -> _Done:
     """All stages over all tokens, in rounds of launches where there are intermediates.
 
-    ``states``: source, target (or the output, or its gradient), and the places of their gradients. ``hopper``: the
-    kernels for compute capability 9.0 take what they can.
+    ``states``: source, target (or the output, or its gradient), and the places of their gradients.
     """
     dims, heads = problem.dims, problem.heads
     *mixing, final = stages = plan_stages(
         (len(problem.source), len(problem.target)), heads, dims, sparse=problem.sparse,
-        proj_dim=problem.dim_proj.dim(), rows_alone=hopper,
+        proj_dim=problem.dim_proj.dim(), rows_alone=call.mode == "loss" and why_not_hopper(problem, wanted) is None,
     )  # fmt: skip
     like = problem.source[0]
     chunk = chunk_tokens(stages, call.layers_y, heads, dims, like.element_size(), call.tokens)
@@ -100,16 +97,18 @@ def _run_stages(
     backward = call.mode != "store" and wanted.through_projection
     back = (inputs[-1] if mixing else source_grad) if backward else None
     sides = SidesOfStage(inputs[-1], target, back, target_grad)
-    special = hopper and sides.aligned
+    reason = why_plain(problem, wanted, stages, sides.aligned) if call.mode == "loss" else "a projection without loss"
+    if reason is not None:
+        tell_plain(reason)
     maps = _maps(problem)
-    if special and fits_fused(wanted, stages):
+    if reason is None and final.kind == "dense":
         from kvds.ops import gluon_launch  # Gluon is experimental: elsewhere nobody needs it
 
         launches = [gluon_launch.prepare_fused(final, dims, call, sides, maps)]
         run_rounds(launches, call.tokens, chunk)
         return _Done([launches[0].left], maps)
     weights = _weights(problem, maps, stages)
-    if special and final.kind == "rows":
+    if reason is None:
         from kvds.ops import gluon_launch
 
         project = gluon_launch.prepare_project(final, dims, call, sides, weights[-1], chunk)
@@ -149,7 +148,7 @@ def compute_triton(problem: LossProblem, wanted: Wanted) -> Result:
         d_source = _gradient_place(problem.source, problem.source_index, buffers) if wanted.source else None
         d_target = _gradient_place(problem.target, problem.target_index, buffers) if wanted.target else None
         states = (problem.source, problem.target, d_source, d_target)
-        left, maps = _run_stages(problem, call, wanted, states, for_hopper(problem, wanted))
+        left, maps = _run_stages(problem, call, wanted, states)
         sums = sum_up(left, problem, maps, wanted, valid, loss=True)
     assert sums.loss is not None and sums.per_layer is not None
     if sums.buffer is not None:
@@ -165,12 +164,7 @@ class _Projection(torch.autograd.Function):
     def forward(ctx: Any, source_index: Tensor | None, *tensors: Any) -> Tensor:
         ctx.source_index = source_index
         ctx.save_for_backward(*tensors)
-        layers, positions = len(tensors[0]), (tensors[4] if source_index is None else source_index[:, None]).shape[2]
-        heads, dim = tensors[1].shape[-2], tensors[2].shape[-1]
-        out = tensors[4].new_empty(layers, tensors[4].shape[0], heads, positions, dim)
-        if out.numel():
-            _pass("store", tensors, source_index, out, Wanted(), None)
-        return out
+        return _project(source_index, tensors)
 
     @staticmethod
     @once_differentiable
@@ -187,6 +181,16 @@ class _Projection(torch.autograd.Function):
         )
 
 
+def _project(source_index: Tensor | None, tensors: Sequence[Any]) -> Tensor:
+    """``[L_y, B, H_y, M, D_y]`` of ``layer_mix, head_mix, dim_proj, bias, *source``."""
+    layers, positions = len(tensors[0]), (tensors[4] if source_index is None else source_index[:, None]).shape[2]
+    heads, dim = tensors[1].shape[-2], tensors[2].shape[-1]
+    out = tensors[4].new_empty(layers, tensors[4].shape[0], heads, positions, dim)
+    if out.numel():
+        _pass("store", tensors, source_index, out, Wanted(), None)
+    return out
+
+
 def _pass(
     mode: str, tensors: Sequence[Any], source_index: Tensor | None, other: Tensor, wanted: Wanted, place: Any
 ) -> dict[str, Tensor]:
@@ -198,7 +202,7 @@ def _pass(
     )
     call = Call(mode, other.dtype, problem.tokens, problem.positions, None, None, "mse", len(target), 1)
     with torch.cuda.device_of(other):
-        left, maps = _run_stages(problem, call, wanted, (problem.source, target, place, None), hopper=False)
+        left, maps = _run_stages(problem, call, wanted, (problem.source, target, place, None))
         return sum_up(left, problem, maps, wanted, None, loss=False).parameters
 
 
@@ -212,4 +216,7 @@ def map_projection_triton(
 ) -> Tensor:
     """``[L_y, B, H_y, M, D_y]``; arguments as in :func:`kvds.ops.map_projection`."""
     index = None if source_index is None else source_index.contiguous()
-    return _Projection.apply(index, layer_mix, head_mix, dim_proj, bias, *source)
+    tensors = layer_mix, head_mix, dim_proj, bias, *source
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return _project(index, tensors)  # without the node, which costs the host as much as the launches
+    return _Projection.apply(index, *tensors)

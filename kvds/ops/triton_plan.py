@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from operator import methodcaller
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from kvds.ops.gradients import LossProblem, Wanted
 from kvds.ops.kernel_arguments import Stage, Tile
+
+log = logging.getLogger(__name__)
 
 MAX_ROWS = 128
 """Rows (layers times heads of a problem) that one tile holds."""
@@ -148,23 +151,41 @@ HOPPER_DIMS = {(64, 64), (64, 128), (128, 64)}
 """Of source and target: what the kernels for compute capability 9.0 have registers for."""
 
 
-def for_hopper(problem: LossProblem, wanted: Wanted) -> bool:
-    """Whether the kernels for compute capability 9.0 exactly can take a problem's states. Where nothing needs a
-    gradient the plain ones are as fast."""
-    return (
-        wanted.any
-        and problem.source[0].dtype.itemsize == 2
-        and problem.dims in HOPPER_DIMS
-        and not interpreting()
-        and capability(problem.source[0].device) == (9, 0)
-    )
+def why_plain(problem: LossProblem, wanted: Wanted, stages: Sequence[Stage], aligned: bool) -> str | None:
+    """Why the plain kernels project and compare, and none of those for compute capability 9.0; None: one of those does.
+
+    ``aligned``: whether all rows of all sides start at multiples of 16 bytes.
+    """
+    reason = why_not_hopper(problem, wanted)
+    if reason is not None or stages[-1].kind == "rows":
+        return reason if reason is not None or aligned else "rows of states start off multiples of 16 bytes"
+    if len(stages) > 1 or stages[0].kind != "dense":
+        return f"more than {MAX_FUSED_ROWS} rows (layers times heads) of one projection, or a sparse layer map"
+    if stages[0].dims_first and wanted.source:
+        return "the source, which is wider than its target, gets a gradient"  # for which registers would not do
+    return None if aligned else "rows of states start off multiples of 16 bytes"
 
 
-def fits_fused(wanted: Wanted, stages: Sequence[Stage]) -> bool:
-    """Whether the fused kernel for compute capability 9.0 can take a problem of fitting states. With a gradient for a
-    source wider than its target the registers would not do."""
-    dense = len(stages) == 1 and stages[0].kind == "dense"
-    return dense and not (stages[0].dims_first and wanted.source)
+def why_not_hopper(problem: LossProblem, wanted: Wanted) -> str | None:
+    """Why no kernel for compute capability 9.0 exactly can take a problem's states; None: they can be taken."""
+    first = problem.source[0]
+    if not wanted.any:
+        return "nothing gets a gradient"  # then the plain ones are as fast
+    if first.dtype.itemsize != 2:
+        return f"states in {first.dtype}: expected bfloat16 or float16"
+    if problem.dims not in HOPPER_DIMS:
+        return f"head_dim {problem.dims[0]} to {problem.dims[1]}: expected 64 or 128, not both 128"
+    if interpreting():
+        return "kernels are interpreted"
+    if capability(first.device) != (9, 0):
+        return f"compute capability {'.'.join(map(str, capability(first.device)))}: expected 9.0"
+    return None
+
+
+@functools.cache
+def tell_plain(reason: str) -> None:
+    """Once for each reason, to who listens to the log."""
+    log.info("kvds.ops: the plain Triton kernels take a call: %s", reason)
 
 
 def interpreting() -> bool:

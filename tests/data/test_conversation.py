@@ -71,6 +71,7 @@ TOOL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
         ([{**ASKED, "content": [{"type": "image"}]}, SAID], "turn 1 (user) has parts of the kind image"),
         ([ASKED, {**SAID, "reasoning": 3}], "'m' turn 2 has the reasoning 3; expected a text"),
         ([ASKED, {**SAID, "content": "<think>r</think>"}], "turn 2 (assistant) says nothing behind </think>"),
+        ([ASKED, {**SAID, "content": "<think>r"}], "'m' turn 2 (assistant) begins with <think>, which never ends"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_turn(messages, message):

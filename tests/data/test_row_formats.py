@@ -73,6 +73,7 @@ def test_a_prompt_with_its_answer_may_be_said_to_be_a_chat():
          "which is which (--columns prompt=question,answer=answer)"),
         ({"instruction": "i", "output": "o"}, {}, "(--columns prompt=instruction,completion=output)"),
         ({"dialog": []}, {}, "(--columns messages=dialog)"),
+        ({"Prompt": "p", "Chosen": "c"}, {}, "(--columns prompt=Prompt,completion=Chosen)"),
         ({"content": "t"}, {}, "(--columns text=content)"),
         ({"x": 1}, {}, "(--columns prompt=COLUMN,answer=COLUMN)"),
         ({}, {}, "its columns (no column at all) are those of no format"),

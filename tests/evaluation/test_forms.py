@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kvds.cli import main
-from kvds.data.encoding import encode_examples
+from kvds.data.encoding import compare_rows, encode_examples
 from kvds.data.example import Example, written_answer
 from kvds.data.mixture import load_mixture
 from kvds.data.ready_rows import ready_rows
@@ -19,6 +19,8 @@ from tests.harness.chat_tokenizers import chat_tokenizer, qwen2_tokenizer, turns
 
 CHAT = turns("system: S", "user: a", "assistant: b", "user: c?", "assistant: d e", reasoning="r")
 ROWS = [{"messages": CHAT}, {"messages": turns("user: x", "assistant: y")}]
+# Tokens of what is said would swallow the line end before it.
+BLANKS = [{"messages": turns("user: a", "assistant: \n\n\n  b\n")}]
 
 
 @pytest.fixture
@@ -44,8 +46,11 @@ def model_of(tokenizer):
 @pytest.mark.parametrize("which", ["bytes", "qwen2"])
 def test_the_prompt_of_generation_is_the_templates(tmp_path, which):
     tokenizer = qwen2_tokenizer() if which == "qwen2" else chat_tokenizer()
-    samples = encode_examples(examples_of(tmp_path, ROWS, tokenizer), tokenizer, 200).samples
-    for row, sample in zip(ROWS, samples, strict=True):
+    rows = ROWS + BLANKS
+    examples = examples_of(tmp_path, rows, tokenizer)
+    samples = encode_examples(examples, tokenizer, 200).samples
+    assert compare_rows(samples, examples, tokenizer).lossy == 0
+    for row, sample in zip(rows, samples, strict=True):
         asked = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"][:-1]]
         expected = tokenizer.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)["input_ids"]
         assert list(sample.input_ids[: prompt_length(sample)]) == expected

@@ -142,6 +142,7 @@ FLAGS = {
     "--datasets rows/missing.jsonl": ("datasets=rows/missing.jsonl", "an existing file of rows", "--data_format"),
     "--datasets rows/missing.parquet": ("datasets=rows/missing.parquet", "an existing file of rows", "--data_dir"),
     "--datasets ./nowhere": ("datasets=./nowhere", "an existing folder", "OWNER/NAME"),
+    "--datasets ./rows.jsonl.gz": ("datasets=./rows.jsonl.gz", "a file of .json, .jsonl", "OWNER/NAME"),
     "--columns prompt": ("columns=prompt", "prompt is not NAME=COLUMN", "prompt=question,answer=answer"),
     "--columns prompt=a,question=b": ("columns=prompt=a,question=b", "question=b is not NAME=COLUMN", "completion"),
     "--columns prompt=a,prompt=b": ("columns=prompt=a,prompt=b", "NAME once"),

@@ -8,6 +8,7 @@ from decimal import Decimal
 from hypothesis import strategies as st
 
 from kvds.data.corpora import CORPORA
+from kvds.data.example import is_blank
 
 Parts = tuple[str, str, str, str | None]
 
@@ -32,9 +33,9 @@ JSON = st.recursive(
 TEXT = (
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="#<>"), min_size=1, max_size=30)
     .map(str.strip)
-    .filter(bool)
+    .filter(lambda text: not is_blank(text))
 )
-LINE = TEXT.map(lambda text: " ".join(text.split())).filter(bool)
+LINE = TEXT.map(lambda text: " ".join(text.split())).filter(lambda text: not is_blank(text))
 
 
 @st.composite

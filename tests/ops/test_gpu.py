@@ -176,6 +176,22 @@ def test_projection_alone(sparse: bool) -> None:
     assert all(found[name] <= min(FROBENIUS, 2 * eager[name] + 1e-5) for name in found), (found, eager)
 
 
+@pytest.mark.parametrize("tokens", [1, 37, 2048])
+@pytest.mark.parametrize("dim_form", [2, 4], ids=["shared", "per_head"])
+def test_projection_without_gradients(dim_form: int, tokens: int) -> None:
+    """What a handoff calls: no autograd node, and as many programs as there are tiles."""
+    p = make(*PAIRS["qwen2"][::-1], tokens=tokens, slots=None, masked=0.0, dim_form=dim_form, head_form=2)
+    names = ("source", *MAPS)
+    found = {}
+    with torch.no_grad():
+        for name, wide in (("oracle", True), ("reference", False), ("triton", False)):
+            cast = {k: [t.double() for t in p[k]] if k == "source" else p[k].double() for k in names} if wide else p
+            impl = "triton" if name == "triton" else "reference"
+            found[name] = {"out": map_projection(**{k: cast[k] for k in names}, impl=impl)}
+    eager, got = errors(found["reference"], found["oracle"]), errors(found["triton"], found["oracle"])
+    assert got["out"] <= min(FROBENIUS, 2 * eager["out"] + 1e-5), (got, eager)
+
+
 def test_auto_is_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvds.ops import triton_compute
 
