@@ -26,14 +26,7 @@ def draw_picture(path: Path, table: list[dict[str, Any]], facts: dict[str, Any])
     rows = [row for row in table if "seconds_p50" in row][::-1]
     figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(rows) + 1.6))
     left = [0.0] * len(rows)
-    # The map's forward lies inside the student's: shown apart, it is taken out of that.
-    parts = {
-        "teacher": [row["seconds_teacher"] for row in rows],
-        "student forward": [max(0.0, row["seconds_forward"] - row["seconds_align"]) for row in rows],
-        "alignment forward": [row["seconds_align"] for row in rows],
-        "backward": [row["seconds_backward"] for row in rows],
-        "optimizer": [row["seconds_optimizer"] for row in rows],
-    }
+    parts = stacked_parts(rows)
     for name, values in parts.items():
         widths = [1000 * value for value in values]
         axes.barh([row["arm"] for row in rows], widths, left=left, label=name)
@@ -41,11 +34,32 @@ def draw_picture(path: Path, table: list[dict[str, Any]], facts: dict[str, Any])
     for position, row in enumerate(rows):
         axes.text(left[position], position, f" {row['tokens_per_second']:,.0f} tok/s", va="center", fontsize=8)
     axes.set_xlabel(f"ms per step ({facts['clock']}), {facts['pair']}, batch {facts['batch_size']}, {facts['device']}")
-    axes.set_xlim(0, max(left) * 1.18)
-    axes.legend(fontsize=8)
+    axes.set_xlim(0, max(left) * 1.3)  # room for the numbers behind the bars
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, never on them
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def stacked_parts(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds of each part of a step, an entry an arm; a step whose parts nobody timed is one part by itself."""
+    whole = [row["seconds_forward"] > 0 and row["seconds_backward"] == 0 for row in rows]
+
+    def split(seconds: Any) -> list[float]:
+        return [0.0 if alone else seconds(row) for row, alone in zip(rows, whole, strict=True)]
+
+    # The map's forward lies inside the student's: shown apart, it is taken out of that.
+    parts = {
+        "teacher": [row["seconds_teacher"] for row in rows],
+        "student forward": split(lambda row: max(0.0, row["seconds_forward"] - row["seconds_align"])),
+        "alignment forward": split(lambda row: row["seconds_align"]),
+        "backward": split(lambda row: row["seconds_backward"]),
+        "whole step, parts not timed": [
+            row["seconds_forward"] if alone else 0.0 for row, alone in zip(rows, whole, strict=True)
+        ],
+        "optimizer": [row["seconds_optimizer"] for row in rows],
+    }
+    return {name: values for name, values in parts.items() if any(values)}
 
 
 def format_table(table: list[dict[str, Any]], facts: dict[str, Any]) -> str:

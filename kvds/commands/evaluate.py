@@ -1,4 +1,7 @@
-"""Judge a model on held-out rows: cross entropy and perplexity of rationale and answer, exact match of the answer."""
+"""Judge a model on held-out rows: cross entropy and perplexity of rationale and answer, exact match of the answer.
+
+With --tasks, on tasks of lm-evaluation-harness instead.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 from kvds.commands.data_flags import add_data_flags, check_data_flags, reading_of, with_template
 from kvds.commands.output_folder import check_output, owned_output
+from kvds.config.extras import need
 from kvds.config.settings import DataSettings
 from kvds.durable_files import json_text
 from kvds.errors import InputError
@@ -46,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of rows that may lose characters which the tokenizer does not know (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for eval.json and predictions.jsonl")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of lm-evaluation-harness in place of --datasets, such as gsm8k",
+    )
+    parser.add_argument("--include_path", type=Path, metavar="DIR", help="--tasks: folder with task files of your own")
+    parser.add_argument("--num_fewshot", type=int, metavar="N", help="--tasks: examples in a prompt; unset: the task's")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,6 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
             )
     if arguments.output is not None:
         check_output(arguments.output)
+    if arguments.tasks is not None:
+        return _run_tasks(arguments)
+    for flag in ("include_path", "num_fewshot"):
+        if getattr(arguments, flag) is not None:
+            raise InputError(f"--{flag} {getattr(arguments, flag)}: expected it with --tasks alone")
 
     import torch
 
@@ -105,6 +122,37 @@ def run(arguments: argparse.Namespace) -> int:
             print("written:", output / "eval.json", output / "predictions.jsonl")
     asking = any(example.form != "text" for example in examples)
     return 0 if results["all"]["judged"] or not asking else 1
+
+
+def _run_tasks(arguments: argparse.Namespace) -> int:
+    """Print what the harness finds, and write ``tasks.json`` if asked to."""
+    need("kvds eval --tasks", "lm_eval")
+    if arguments.include_path is not None and not arguments.include_path.is_dir():
+        raise InputError(f"--include_path {arguments.include_path}: no such folder; expected task files (*.yaml) in it")
+    if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
+        raise InputError(f"--num_fewshot {arguments.num_fewshot}: expected at least 0")
+
+    import torch
+
+    from kvds.evaluation.harness_tasks import evaluate_tasks
+
+    model, tokenizer = _load(arguments.model, arguments.tokenizer or arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    output = arguments.output
+    with contextlib.nullcontext() if output is None else owned_output(output):
+        results = evaluate_tasks(
+            model, tokenizer, arguments.tasks, include_path=arguments.include_path, num_fewshot=arguments.num_fewshot,
+            limit=arguments.subset_size or None, batch_size=arguments.batch_size,
+        )  # fmt: skip
+        width = max(4, *map(len, results))
+        print(f"{'task':<{width}}  {'metric':<24}  {'value':>10}")
+        for task, values in results.items():
+            for metric, value in values.items():
+                print(f"{task:<{width}}  {metric:<24}  {value:>10.4f}")
+        if output is not None:
+            (output / "tasks.json").write_text(json_text(results, indent=1) + "\n", encoding="utf-8")
+            print("written:", output / "tasks.json")
+    return 0
 
 
 def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[Any, Any]:

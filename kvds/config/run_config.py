@@ -18,6 +18,8 @@ from kvds.config.data_rules import data_rules
 from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.file_rules import file_rules, path_rules
 from kvds.config.loss_rules import selection_rules, weight_rules
+from kvds.config.outcome_rules import outcome_rules, upload_rules
+from kvds.config.outcome_settings import OutcomeSettings
 from kvds.config.row_rules import row_rules
 from kvds.config.setting_rules import Rule, check, setting_rules
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
@@ -28,7 +30,9 @@ from kvds.durable_files import write_durably
 
 __all__ = ["SECTIONS", "AlignmentSettings", "RunConfig", "parse_overrides", "split_dataset_weight"]
 
-SECTIONS = (ModelSettings, WeightSettings, DataSettings, AlignmentSettings, OptimizationSettings, RunSettings)
+SECTIONS = (
+    ModelSettings, WeightSettings, DataSettings, AlignmentSettings, OptimizationSettings, OutcomeSettings, RunSettings,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,7 @@ class RunConfig(AllSettings):
         """
         load_deepspeed_config(self.deepspeed_config)
         check(path_rules(self))
+        check(upload_rules(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe holds them."""
@@ -72,6 +77,7 @@ def _rules(cfg: RunConfig) -> Iterator[Rule]:
         data_rules,
         row_rules,
         teacher_rules,
+        outcome_rules,
         file_rules,
         adapter_rules,
     ):

@@ -12,8 +12,8 @@ import numpy as np
 from kvds.experiment.results import Row
 from kvds.experiment.statistics import bootstrap_interval
 
-# Tableau's ten of matplotlib, then the same dashed.
-_COLOURS, _LINES = 10, ("-", "--", ":", "-.")
+# More lines than this in one pair of axes are told apart by nobody.
+_ARMS_IN_A_ROW = 7
 
 
 def save_arms(
@@ -21,8 +21,9 @@ def save_arms(
 ) -> None:
     """One row per arm: a dot per seed, the mean, and the interval of the mean as a bar."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(7.5, 1.1 + 0.36 * len(numbers)), dpi=130, layout="constrained")
+    figure = Figure(figsize=(7.5, 1.4 + 0.36 * len(numbers)), dpi=130, layout="constrained")
     axis = figure.subplots()
     for row, (arm, values) in enumerate(numbers.items()):
         finite = [number for number in values if math.isfinite(number)]
@@ -35,14 +36,23 @@ def save_arms(
         axis.plot([float(np.mean(finite))], [row + 0.22], "D", color="#D55E00", markersize=5)
     axis.set_yticks(range(len(numbers)), list(numbers))
     axis.invert_yaxis()
-    axis.set_xlabel(f"{title} (dots: seeds; diamond and bar: mean and its 95 % interval)")
+    axis.set_xlabel(title)
+    # Not in the label, which would be cut where it is longer than the axis.
+    shown = [
+        Line2D([], [], marker="o", linestyle="none", color="#0072B2", alpha=0.45, label="a seed"),
+        Line2D([], [], marker="D", color="#D55E00", label="mean and its 95 % interval"),
+    ]
+    figure.legend(handles=shown, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     axis.grid(True, axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Software": None})
 
 
 def save_learning_curves(arms: Mapping[str, Mapping[int, Row]], path: Path) -> None:
-    """Exact match, dev cross entropy and training loss over steps: mean over seeds, band of its 95 % interval."""
+    """Exact match, dev cross entropy and training loss over steps: mean over seeds, band of its 95 % interval.
+
+    A row of axes holds a few arms, on the scales of all.
+    """
     from matplotlib.figure import Figure
 
     panels = [("exact_match", "dev exact match (%)", 100.0), ("cross_entropy", "dev cross entropy (nats/token)", 1.0),
@@ -50,26 +60,33 @@ def save_learning_curves(arms: Mapping[str, Mapping[int, Row]], path: Path) -> N
     found = [row.get("curves", {}).get("exact_match", [[], []])[1] for seeds in arms.values() for row in seeds.values()]
     if not any(any(curve) for curve in found):  # a task that is too hard for all of them
         del panels[0]
-    figure = Figure(figsize=(5 * len(panels), 4.4 + 0.1 * len(arms)), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for axis, (key, label, factor) in zip(axes, panels, strict=True):
-        for position, (arm, seeds) in enumerate(arms.items()):
-            steps, values = aligned_curves([row.get("curves", {}).get(key) for row in seeds.values()])
-            if not len(steps):
-                continue
-            style: dict[str, Any] = {"color": f"C{position % _COLOURS}", "linestyle": _LINES[position // _COLOURS % 4]}
-            axis.plot(steps, factor * values.mean(0), label=arm, **style)
-            if len(values) > 1:
-                band = np.array([bootstrap_interval(column) for column in factor * values.T])
-                axis.fill_between(steps, band[:, 0], band[:, 1], color=style["color"], alpha=0.12, linewidth=0)
-        axis.set_xlabel("optimizer step")
-        axis.set_title(label, fontsize=10)
-        axis.grid(True, alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if key != "exact_match":
-            axis.set_yscale("log")
-    handles, labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    names = list(arms)
+    rows = [names[begin : begin + _ARMS_IN_A_ROW] for begin in range(0, len(names), _ARMS_IN_A_ROW)] or [[]]
+    figure = Figure(figsize=(5 * len(panels) + 2, 0.6 + 3.4 * len(rows)), dpi=120, layout="constrained")
+    axes = figure.subplots(len(rows), len(panels), squeeze=False, sharex=True, sharey="col")
+    for row, shown in enumerate(rows):
+        for axis, (key, label, factor) in zip(axes[row], panels, strict=True):
+            for position, arm in enumerate(shown):
+                steps, values = aligned_curves([seed.get("curves", {}).get(key) for seed in arms[arm].values()])
+                if not len(steps):
+                    continue
+                colour = f"C{position}"
+                axis.plot(steps, factor * values.mean(0), label=arm, color=colour)
+                if len(values) > 1:
+                    band = np.array([bootstrap_interval(column) for column in factor * values.T])
+                    axis.fill_between(steps, band[:, 0], band[:, 1], color=colour, alpha=0.12, linewidth=0)
+            axis.grid(True, alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+            if key != "exact_match":
+                axis.set_yscale("log")
+            if row == 0:
+                axis.set_title(label, fontsize=10)
+            if row == len(rows) - 1:
+                axis.set_xlabel("optimizer step")
+        found = [axis.get_legend_handles_labels() for axis in axes[row]]
+        axes[row][-1].legend(
+            *max(found, key=lambda each: len(each[1])), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8
+        )
     figure.savefig(path, metadata={"Software": None})
 
 

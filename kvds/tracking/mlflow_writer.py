@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvds.tracking.mlflow_database import make_database
+from kvds.tracking.mlflow_database import EXPERIMENT_TAGS, make_database
 
 RUN_ID_FILE = "mlflow_run_id"
 _T = TypeVar("_T")
@@ -194,7 +194,7 @@ class MlflowWriter:
         if self._uri.startswith("sqlite:///"):
             location = (Path(self._uri.removeprefix("sqlite:///")).resolve().parent / "mlflow_artifacts").as_uri()
         try:
-            return client.create_experiment(self._experiment_name, artifact_location=location)
+            return client.create_experiment(self._experiment_name, location, EXPERIMENT_TAGS)
         except Exception:  # two runs that begin together: the other was first
             found = client.get_experiment_by_name(self._experiment_name)
             if found is None:

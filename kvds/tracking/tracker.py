@@ -43,6 +43,10 @@ def ui_command(output_dir: str | Path, tracking_uri: str | None = None) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1"
 
 
+# The curves of the first experiment of a database: MLflow itself would open on the traces of an application.
+UI_PAGE = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
+
+
 class Tracker:
     """Writes a run's metrics, parameters and artifacts. Constructed on rank 0 only.
 

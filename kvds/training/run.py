@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from kvds.align import aligner_config_dict
 from kvds.checkpoint.aligner_file import ALIGNER_START_FILE, save_aligner
 from kvds.checkpoint.export import STUDENT_FOLDER, save_architecture
+from kvds.checkpoint.hub_upload import push_student
 from kvds.checkpoint.loading import load_checkpoint
 from kvds.checkpoint.model_card import save_card_facts, write_model_card
 from kvds.checkpoint.origin import fit_to_origin, read_origin
@@ -30,6 +31,7 @@ from kvds.checkpoint.writer import CheckpointWriter
 from kvds.config import RunConfig
 from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.engine_config import student_engine_config
+from kvds.config.outcome_rules import repository_of
 from kvds.config.resume_rules import as_begun
 from kvds.data.batches import TokenBatch
 from kvds.data.run_data import RunData, load_run_data
@@ -43,6 +45,7 @@ from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.token_budget import with_token_budget
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.token_selection import TokenChoice
+from kvds.training.best_model import BestModel
 from kvds.training.build import RunModels, build_run_models
 from kvds.training.dry_run import this_machine
 from kvds.training.engine import build_engine, check_engine_config
@@ -134,6 +137,8 @@ class TrainingRun:
         self.first_step_seconds: float | None = None
         self.saved_step = 0  # of the newest checkpoint; there is nothing to save before the first step
         self.evaluation_pending = False
+        self.evaluated: tuple[int, dict[str, dict[str, float]]] | None = None  # the last step that was, and its results
+        self.best = BestModel(cfg, self.output_dir, main_rank=self.rank == 0)
         self.meter = IntervalMeter(device)
         self.kv = KVCourse(cfg, self.engine, self.loader, self.inputs, self.total_steps)
         mlflow_run_id = self._restore(resume_step)
@@ -215,6 +220,7 @@ class TrainingRun:
         self.evaluation_pending = state["evaluation_pending"]
         self.meter.restore(state["meters"])
         self.kv.restore(state)
+        self.best.restore(state)
         log.info("resumed from step %d of %d", self.step, self.total_steps)
         return state["mlflow_run_id"]
 
@@ -260,7 +266,7 @@ class TrainingRun:
         with bar:  # closed by what is raised, too: what is told of it begins a line of its own
             if self.evaluation_pending:
                 self._evaluate_on_the_way()
-            while self.step < self.total_steps:
+            while self.step < self.total_steps and not self.best.exhausted:
                 self.stop.check()
                 watch = self.step == 0 or (self.step + 1) % cfg.logging_steps == 0 or self.step + 1 == self.total_steps
                 weights = self._weights()
@@ -299,7 +305,8 @@ class TrainingRun:
                     meter.restart_clock()
                 if self._due(cfg.eval_steps):
                     self._evaluate_on_the_way()
-                if self._due(cfg.save_steps) or (cfg.save_at_end and self.step == self.total_steps):
+                ended = self.step == self.total_steps or self.best.exhausted
+                if self._due(cfg.save_steps) or (cfg.save_at_end and ended):
                     self._save()
                 if self._due(cfg.eval_steps) or self._due(cfg.save_steps):
                     meter.restart_clock()
@@ -331,8 +338,13 @@ class TrainingRun:
     def _evaluate_on_the_way(self) -> None:
         self.run_log.record_nonfinite_steps()
         self.evaluation_pending = True  # what a stop in the middle of it leaves for the resumed run
-        self._evaluate(self.results.plain_student())
+        model = self.results.plain_student()
+        self.best.judge(
+            self.step, self._evaluate(model), lambda folder: self.results.export(model, self.aligner_config, folder)
+        )
         self.evaluation_pending = False
+        if self.best.exhausted:
+            log.info("step %d: no better evaluation since step %s, training ends", self.step, self.best.step)
         self.engine.train()
 
     def save_before_leaving(self) -> None:
@@ -346,6 +358,7 @@ class TrainingRun:
             "evaluation_pending": self.evaluation_pending,
             "meters": self.meter.states(),
             **self.kv.state,
+            **self.best.state,
             "mlflow_run_id": self.run_log.mlflow_run_id,
         }
         # Rank 0 alone tracks; the other ranks' states must not disagree with its file.
@@ -353,13 +366,15 @@ class TrainingRun:
         dist.broadcast_object_list(shared, src=0)
         if self.checkpoints.save(self.step, shared[0]):
             self.saved_step = self.step
+            self.best.saved()
 
     # -- evaluation and export ------------------------------------------------------------------------------------
 
     def _evaluate(self, model: torch.nn.Module) -> dict[str, dict[str, float]]:
-        results = self.results.evaluate(model)
-        self.run_log.record_evaluation(self.step, results)
-        return results
+        if self.evaluated is None or self.evaluated[0] != self.step:  # a run that ends early has done it
+            self.evaluated = self.step, self.results.evaluate(model)
+            self.run_log.record_evaluation(*self.evaluated)
+        return self.evaluated[1]
 
     def finish(self, *, draw_report: bool = True) -> None:
         """Export the student and the aligner, evaluate on held-out rows and write ``eval.json``."""
@@ -369,10 +384,12 @@ class TrainingRun:
         if self.rank == 0:  # should the evaluation be killed, its student is whole
             write_model_card(self.output_dir, student, self.step, results)
         if self.data.eval_examples:
-            results = self._evaluate(model)
+            step, results = self.best.settle(self.step, self._evaluate(model))
             if self.rank == 0:
                 (self.output_dir / "eval.json").write_text(json_text(results, indent=1) + "\n")
-                write_model_card(self.output_dir, student, self.step, results)
+                write_model_card(self.output_dir, student, step, results)
+        if self.rank == 0 and self.cfg.push_to_hub:
+            push_student(student, repository_of(self.cfg), private=self.cfg.hub_private_repo)
         self.run_log.conclude(draw_report=draw_report)
 
     def close(self, status: str) -> None:

@@ -15,7 +15,7 @@ from kvds.config.extras import installed
 from kvds.distillation.module import DistillationModule
 from kvds.evaluation.model import in_words
 from kvds.tracking.provenance import collect_versions, git_revision, write_provenance
-from kvds.tracking.tracker import Tracker, ui_command
+from kvds.tracking.tracker import UI_PAGE, Tracker, ui_command
 from kvds.training.nonfinite_steps import NonfiniteSteps
 
 log = logging.getLogger("kvds")
@@ -148,7 +148,8 @@ class RunLog:
         if (
             "mlflow" in cfg.report_to and installed("mlflow") and (cfg.tracking_uri or "sqlite:").startswith("sqlite:")
         ):  # no server yet
-            log.info("look through them: %s", ui_command(self._output_dir, cfg.tracking_uri))
+            page = f", then {UI_PAGE}" if cfg.tracking_uri is None else ""  # of a shared one the number is not known
+            log.info("look through them: %s%s", ui_command(self._output_dir, cfg.tracking_uri), page)
 
     def _log_artifacts(self, tracker: Tracker) -> None:
         from kvds.tracking.run_report import write_report

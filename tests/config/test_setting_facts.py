@@ -41,6 +41,7 @@ BOUNDS = {
     "weight_decay": [(0.0, -1e-9, "a finite number, at least 0")],
     "attention_loss_weight": [(0.0, -1e-9, "a finite number, at least 0")],
     "kv_weight_until": [(1e-9, 0.0, "a share above 0, at most 1"), (1.0, 1 + 1e-9, "a share above 0, at most 1")],
+    "early_stopping_patience": [(0, -1, "a finite number, at least 0")],
     "keep_checkpoints": [(0, -1, "a finite number, at least 0")],
     "subset_size": [(1, 0, "at least 1 (or leave --subset_size away)")],
     "max_steps": [(1, 0, "at least 1 (or leave --max_steps away)")],
@@ -77,12 +78,12 @@ MAY_CHANGE = {
     *("tokenizer_name", "impl", "teacher_cache", "data_cache", "dry_run", "batch_size", "gradient_accumulation_steps"),
     *("change_global_batch", "keep_checkpoints", "max_minutes", "max_bad_steps", "rank_timeout"),
     *("tokens_per_batch", "compile", "save_at_end", "deterministic"),
-    "max_lossy_rows",
+    *("max_lossy_rows", "early_stopping_patience", "push_to_hub", "hub_model_id", "hub_private_repo"),
 }
 NO_IDENTITY = {
     *("output_dir", "resume", "report_to", "tracking_uri", "experiment_name", "run_name", "save_steps", "data_dir"),
     *("on_bad_row", "max_lossy_rows", "data_cache", "rank_timeout", "keep_checkpoints", "max_minutes"),
-    "save_at_end",
+    *("save_at_end", "push_to_hub", "hub_model_id", "hub_private_repo"),
 }
 
 

@@ -18,7 +18,7 @@ from kvds.errors import InputError
 from kvds.experiment.plan import load_plan, load_tuned, save_tuned
 from kvds.experiment.results import ResultStore
 from kvds.experiment.runner import Experiment, Runner, choose
-from kvds.experiment.tracking import track_experiment
+from kvds.experiment.tracking import mean_curves, means, telling_numbers, track_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -269,7 +269,17 @@ arms:
         assert imread(output / "tiny" / name).std() > 0.02
     client = MlflowClient(f"sqlite:///{output}/tiny/mlflow.db")
     parent = track_experiment(load_plan(tmp_path / "tiny.yaml"), ResultStore(output / "tiny").rows, output / "tiny")
-    children = client.search_runs(["1"], f"tags.mlflow.parentRunId = '{parent}'")
+    runs = client.search_runs(["1"], f"tags.experiment_run = '{parent}'")
+    arms = {run.info.run_id: run for run in runs if "mlflow.parentRunId" not in run.data.tags}
+    children = [run for run in runs if run.info.run_id not in arms]
+    assert client.get_experiment("1").tags["mlflow.experimentKind"] == "custom_model_development"
+    assert {run.data.params["arm"] for run in arms.values()} == {row["arm"] for row in rows} and len(arms) == 2
+    for child in children:  # an arm has the means of what is nested in it
+        arm = arms[child.data.tags["mlflow.parentRunId"]]
+        own = [c for c in children if c.data.tags["mlflow.parentRunId"] == arm.info.run_id]
+        for name, value in arm.data.metrics.items():
+            assert value == pytest.approx(sum(c.data.metrics[name] for c in own) / 2, rel=1e-6)
+        assert arm.data.params["arm"] == child.data.params["arm"] and "mlflow.note.content" in child.data.tags
     assert {(c.data.params["arm"], c.data.params["seed"]) for c in children} == {(r["arm"], r["seed"]) for r in rows}
     child = next(c for c in children if c.info.run_name == "shuffled-seed1")
     [row] = [r for r in rows if (r["arm"], r["seed"]) == ("shuffled", "1")]
@@ -280,3 +290,18 @@ arms:
     capsys.readouterr()
     assert main(argv) == 0 and (output / "tiny" / "runs.jsonl").read_text() == before
     assert main([*argv, "--dry_run"]) == 0 and "0 of 4 runs" in capsys.readouterr().out
+
+
+def test_numbers_that_tell_nothing_apart_are_no_metrics():
+    rows = [
+        {"arm": "a", "seed": 0, "final/cross_entropy": 2.0, "same": 7.0, "auc": 1.0, "again": 1.0, "flag": True},
+        {"arm": "b", "seed": 1, "final/cross_entropy": 1.0, "same": 7.0, "auc": 4.0, "again": 4.0, "flag": False},
+    ]
+    assert telling_numbers(rows) == ["final/cross_entropy", "auc"]
+    assert telling_numbers(rows[:1]) == ["final/cross_entropy", "same", "auc", "again"]
+    assert means(rows, ["auc", "gone"]) == {"auc": 2.5}
+    curves = [
+        {"curves": {"loss": [[1, 2, 3], [4.0, 3.0, None]], "one": [[1], [1.0]]}},
+        {"curves": {"loss": [[2, 1], [5.0, 2.0]]}},
+    ]
+    assert mean_curves(curves) == {"loss": {1: 3.0, 2: 4.0}}

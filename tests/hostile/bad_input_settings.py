@@ -223,6 +223,17 @@ FLAGS = {
     "--tracking_uri ./mlruns": ("tracking_uri=./mlruns", "sqlite:///FILE.db", "unset"),
     "--tracking_uri file:///tmp/x": ("tracking_uri=file:///tmp/x", "sqlite:///FILE.db", "unset"),
     "--report_to wandB": ("report_to=wandB", "mlflow, tensorboard, wandb, none", "did you mean wandb"),
+    "--early_stopping_patience -1": ("early_stopping_patience=-1", "at least 0", "--early_stopping_patience 0"),
+    "--early_stopping_patience 2": ("eval_steps=0", "above 0 with --early_stopping_patience"),
+    "--load_best_model_at_end": ("eval_steps=0", "above 0 with --load_best_model_at_end"),
+    "--load_best_model_at_end --eval_steps 2 --eval_subset_size 0":
+        ("eval_subset_size=0", "above 0 with --load_best_model_at_end"),
+    "--metric_for_best_model accuracy": ("metric_for_best_model=accuracy", "cross_entropy, exact_match, kv_loss"),
+    "--metric_for_best_model kv_loss --alignment_mode none":
+        ("metric_for_best_model=kv_loss", "cross_entropy or exact_match", "without alignment"),
+    "--hub_model_id a/b/c": ("hub_model_id=a/b/c", "NAME or OWNER/NAME"),
+    "--push_to_hub": ("push_to_hub=true", "a way to the hub, but HF_HUB_OFFLINE is set", "hf upload"),
+    "--hub_private_repo maybe": ("--hub_private_repo maybe", "true or false"),
     "--report_to mlflow none": ("report_to=mlflow none", "none by itself", "--report_to mlflow"),
     "--report_to": ("--report_to", "expected at least one argument", "--help"),
     "--logging_steps 0": ("logging_steps=0", "at least 1", "--logging_steps 10"),
