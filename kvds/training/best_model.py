@@ -14,6 +14,7 @@ from kvds.checkpoint.export import STUDENT_FOLDER
 from kvds.config import RunConfig
 from kvds.distributed.process_group import from_first_rank
 from kvds.durable_files import UNFINISHED, put_in_place
+from kvds.models.adapters import ADAPTER_FOLDER
 
 log = logging.getLogger("kvds")
 
@@ -75,7 +76,7 @@ class BestModel:
         if not self._cfg.load_best_model_at_end or self.step is None or self._better(results):
             return step, results
         if self._main_rank:
-            for name in (STUDENT_FOLDER, ALIGNER_FILE):
+            for name in (STUDENT_FOLDER, ALIGNER_FILE, ADAPTER_FOLDER):
                 kept, target = self._of(self.step) / name, self._output_dir / name
                 if kept.exists():
                     unfinished = target.with_name(target.name + UNFINISHED)
