@@ -18,6 +18,7 @@ ANSWER_MARK = "####"
 # Letters that nobody sees, beside blanks: zero-width spaces and joiners, byte order mark, soft hyphen, directions.
 INVISIBLE = "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
 _UNSEEN = re.compile(rf"[\s{INVISIBLE}]*")
+_EDGES = re.compile(rf"\A[\s{INVISIBLE}]+|[\s{INVISIBLE}]+\Z")
 LINE_END = re.compile(r"\r\n|\r|\n")
 _TRACE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _AMOUNT = re.compile(r"([-+]?)(?:\s*\$\s*)?(.*?)(?:\s*[$%])?")
@@ -134,13 +135,13 @@ def plain_number(text: str) -> str | None:
 
 
 def normalise_answer(answer: str) -> str:
-    """An answer in the form in which two are compared; ``""`` for blanks alone.
+    """An answer in the form in which two are compared, without what nobody sees around it; ``""`` for that alone.
 
     Numbers lose ``$`` before and ``$`` or ``%`` behind them, thousands commas, trailing zeros and a full stop:
     ``"$1,080.00."`` → ``"1080"``. Other texts of one line, among them digits behind a leading zero, lose case, repeated
     and outer blanks, and a full stop. Texts of several lines, such as code, keep all but blanks at the ends of lines.
     """
-    answer = unicodedata.normalize("NFC", answer)
+    answer = _EDGES.sub("", unicodedata.normalize("NFC", answer))
     lines = LINE_END.split(answer.strip())
     if len(lines) > 1:
         return "\n".join(line.rstrip() for line in lines)

@@ -87,6 +87,7 @@ STRATEGY, PLAIN = {"question": "q", "facts": ["f"], "answer": True}, {"prompt": 
         (gsm8k, {**GSM8K, "answer": "steps #### many"}, "'answer' is ' many'; expected a number"),
         (gsm8k, {**GSM8K, "answer": 7}, "'answer' is 7; expected a text"),
         (gsm8k, {**GSM8K, "question": " "}, "'question' is ' '; expected a text"),
+        (gsm8k, {**GSM8K, "question": "\u200b\ufeff"}, r"'question' is '\u200b\ufeff'; expected a text"),
         (svamp, {**SVAMP, "Answer": True}, "'Answer' is True; expected a number"),
         (svamp, {**SVAMP, "Answer": float("nan")}, "'Answer' is nan; expected a number"),
         (svamp, {**SVAMP, "Answer": float("-inf")}, "'Answer' is -inf; expected a number"),

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from kvds.data.encoding import EncodedSample, encode_examples
-from kvds.data.example import Example
+from kvds.data.example import Example, is_blank
 from kvds.errors import InputError
 from kvds.evaluation import model as evaluation
 from kvds.evaluation.generation import generation_budget, prompt_length
@@ -78,7 +78,7 @@ def test_a_perfect_student_is_right_on_every_row(kind: str, normalizer: str, row
     # Only what the tokenizer leaves nothing of cannot be judged.
     known = kind in ("bytes", "byte_fallback")
     assert results["judged"] == len(rows) or any(
-        not answer.strip() or not (known or set(answer) <= set(LETTERS)) for answer, _ in rows
+        is_blank(answer) or not (known or set(answer) <= set(LETTERS)) for answer, _ in rows
     )
     assert results["judged"] == 0 or results["exact_match"] == 1.0
 

@@ -287,9 +287,22 @@ def test_every_tensor_is_in_the_model_or_the_folder_is_refused(tmp_path_factory,
         home = next(n for n in (name, prefix + name) if n in loaded)
         assert torch.equal(loaded[home], tensor), name
     assert not any(p.is_meta for p in model.parameters())
-    assert {n.removeprefix(prefix) for n in loaded} - {"lm_head.weight"} == {
-        n.removeprefix(prefix) for n in tensors
-    } - {"lm_head.weight"}
+    held, stored = ({n.removeprefix(prefix) for n in names} for names in (loaded, tensors))
+    # One matrix under two names: a file may have it under either.
+    shared = {"lm_head.weight", "wte.weight" if family == "gpt2" else "embed_tokens.weight"} if tied else set()
+    assert held - shared == stored - shared and (not shared or shared & stored)
+    assert not shared or torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
+def test_tied_weights_that_are_stored_as_the_head_alone_are_the_embeddings(family, tmp_path):
+    tensors = small_weights(family, tied=True)
+    [name] = [n for n in tensors if n.endswith(("embed_tokens.weight", "wte.weight"))]
+    tensors["lm_head.weight"] = stored = tensors.pop(name)
+    model = load(write_model(tmp_path, small_config(family, tied=True), tensors))
+    assert torch.equal(model.get_input_embeddings().weight, stored)
+    untied = write_model(tmp_path / "own", small_config(family, tied=False), tensors)
+    assert "1 weights are missing" in refused(untied)
 
 
 def _is_whole(family: str, tied: bool, tensors: dict[str, torch.Tensor]) -> bool:
