@@ -237,7 +237,8 @@ class TrainingRun:
 
     def _ready(self, batches: list[TokenBatch]) -> list[TokenBatch]:
         """A step's micro-batches, ready to be copied to the device, what a cache holds for them read."""
-        for teacher in self.teachers:
+        # What no step asks for would stay in memory.
+        for teacher in self.teachers if self.inputs.matching else []:
             if isinstance(teacher, CachedTeacher):
                 for batch in batches:
                     teacher.read_ahead(batch)

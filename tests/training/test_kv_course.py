@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from kvds.teacher.cached import CachedTeacher
+from kvds.training.run import TrainingRun
 from tests.harness.forked_ranks import REPOSITORY, RankServer
 from tests.harness.survival_runs import Start, check_equal, cut, make_models, records, starter
 
@@ -51,6 +54,16 @@ def test_maps_that_explain_nothing_leave_the_task_alone(folder: Path, start: Sta
     for weight, value in ours.items():
         torch.testing.assert_close(value, task[weight], rtol=0, atol=1e-5)
         assert (value - before[weight]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("matching", [True, False])
+def test_a_cache_is_read_ahead_for_a_loss_that_is_still_there(monkeypatch: pytest.MonkeyPatch, matching: bool) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(CachedTeacher, "read_ahead", lambda teacher, batch: read.append(batch))
+    teachers, inputs = [object.__new__(CachedTeacher)], SimpleNamespace(matching=matching)
+    run = SimpleNamespace(teachers=teachers, inputs=inputs, device=torch.device("cpu"))
+    assert TrainingRun._ready(run, ["a", "b"]) == ["a", "b"]  # type: ignore[arg-type, list-item, comparison-overlap]
+    assert read == (["a", "b"] if matching else [])
 
 
 def test_an_empty_map_is_refused_only_by_who_wants_to_keep_it(start: Start) -> None:
