@@ -116,6 +116,11 @@ def load_mixture(
         else:
             members = _ARC if name == "arc" else (name,)
             parts[name] = [row for member in members for row in _corpus(member, split, data_dir, on_bad_row, skipped)]
+        if not parts[name] and split == "eval" and reading.streaming:
+            raise InputError(
+                f"datasets={name}: none of its rows is held out; expected a tenth of the prompts, by their hash, or "
+                "rows of their own (FILE.eval.jsonl, OWNER/NAME@TRAIN,EVAL), or --eval_subset_size 0"
+            )
         if not parts[name]:
             raise InputError(
                 f"datasets={name}: no usable row in its {split} split ({sum(skipped.values())} malformed rows were "

@@ -119,12 +119,11 @@ def recognise(row: Row, source: str, *, form: str = "auto", columns: str = "auto
         used = _used(one, found, row, said=form != "auto")
         if used is None:
             continue
-        read_as = "messages" if one == "completion" and isinstance(row.get(found["prompt"]), list) else one
         how = "--columns" if named else "by its columns" if form == "auto" else "--data_format"
         shown = ", ".join(name if name == column else f"{column} as {name}" for name, column in used.items())
         if not named:  # a later row may have what this one lacks
             used = {**{name: name for name in _MAY[one]}, **used}
-        return RowReader(read_as, used, f"{read_as} ({how}: {shown})", (*_MAY[one], "rationale"))
+        return RowReader(one, used, f"{one} ({how}: {shown})", (*_MAY[one], "rationale"))
     raise InputError(_unknown(row, source, form, found))
 
 
@@ -137,10 +136,11 @@ def _used(form: str, found: Mapping[str, str], row: Row, *, said: bool) -> dict[
     """The columns that a format reads, or None where it does not fit."""
     needed: tuple[str, ...] = _NEEDED[form]
     may = _MAY[form]
-    if form == "messages" and said and "messages" not in found:
+    turns = isinstance(row.get(found.get("prompt", "")), list)  # of a conversation, which is no text
+    if form == "messages" and (said or turns) and "messages" not in found:
         needed, may = ("prompt", "completion" if "completion" in found else "answer"), ("rationale", "system")
-    if form == "reasoning" and isinstance(row.get(found.get("prompt", "")), list):
-        return None  # turns of a conversation
+    if form != "messages" and turns:
+        return None
     if not set(needed) <= set(found):
         return None
     return {name: found[name] for name in (*needed, *may) if name in found}

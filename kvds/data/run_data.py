@@ -190,6 +190,8 @@ def _check_steps(cfg: RunConfig, samples: Sequence[EncodedSample]) -> None:
 
 def _held_out(cfg: RunConfig) -> list[Example]:
     """All rows to judge by, which are not trained on whether the run judges by them or somebody does later."""
+    if cfg.streaming and not cfg.eval_subset_size:  # to look for them would read all of it
+        return []
     try:
         return _mixture(cfg, "eval").examples
     except InputError as error:

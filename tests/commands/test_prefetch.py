@@ -77,6 +77,14 @@ def test_random_weights_need_a_configuration_and_folders_nothing(tmp_path):
 # -- fetching ----------------------------------------------------------------------------------------------------------
 
 
+def test_data_sets_of_the_hub_by_any_name():
+    names = ("a/b@train,test:2", "c/d/config")
+    cfg = RunConfig(model_name="x/y", output_dir="o", datasets=names, alignment_mode="none")
+    assert wanted_items(cfg)[0][1:] == [
+        Item("dataset", "a/b", None, ("train", "test")), Item("dataset", "c/d", "config"),
+    ]  # fmt: skip
+
+
 def test_fetch_asks_the_hub_for_what_is_read_and_no_more(tmp_path, monkeypatch):
     import datasets
     import huggingface_hub

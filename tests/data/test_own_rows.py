@@ -69,6 +69,13 @@ def test_a_stream_gives_as_many_rows_as_are_asked_for_each_time_the_same(tmp_pat
     assert not set(taken("train", 30)) & held_out
 
 
+def test_a_stream_of_which_no_row_is_held_out_is_told(tmp_path):
+    name = write(tmp_path, "parquet", [{"text": "1"}])
+    reading = Reading(streaming=True, held_out_rows=2)
+    with pytest.raises(InputError, match="none of its rows is held out; .*@TRAIN,EVAL.*--eval_subset_size 0"):
+        load_mixture([name], "eval", reading=reading)
+
+
 def test_values_of_a_table_are_the_text_that_stands_there(tmp_path):
     (tmp_path / "t.csv").write_text('prompt,answer,rationale\r\n"a ""b""\r\nc",007,\r\nNA,null,None\r\n,1,\r\n')
     with pytest.raises(InputError, match=r"t.csv:5: 'prompt' is ''; expected a text"):

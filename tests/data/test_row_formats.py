@@ -24,6 +24,7 @@ CHAT = turns("user: q", "assistant: a")
         ({"conversations": CHAT, "system": "s"}, "messages", "conversations as messages, system"),
         ({"text": "t", "label": 1}, "text", "text (by its columns: text)"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "messages", "messages (by its columns: prompt, completion)"),
+        ({"prompt": CHAT[:1], "answer": "a"}, "messages", "messages (by its columns: prompt, answer)"),
     ],
 )
 def test_a_format_is_recognised_by_columns(row, form, why):

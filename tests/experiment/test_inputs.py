@@ -9,6 +9,7 @@ import pytest
 
 from kvds.cli import main
 from kvds.errors import InputError
+from kvds.experiment.inputs import inputs_of
 from kvds.experiment.plan import load_plan
 from kvds.experiment.results import ResultStore
 from kvds.experiment.runner import Experiment, Runner, prepare
@@ -165,3 +166,20 @@ def test_a_run_s_folder_that_a_living_process_writes_to_is_not_removed(folder, m
     assert row["status"] == "failed" and "belongs to process" in row["error"]
     with pytest.raises(InputError), FolderOwner(run), FolderOwner(run):
         pass
+
+
+def test_data_of_every_kind_and_a_template_are_inputs(tmp_path):
+    (tmp_path / "rows").mkdir()
+    files = {name: tmp_path / name for name in ("a.parquet", "rows/part.csv", "chat.jinja")}
+    for path in files.values():
+        path.write_text("one")
+    settings = {
+        "model_name": "x/y", "datasets": (str(files["a.parquet"]), f"{tmp_path}/rows@train", "owner/name"),
+        "chat_template": str(files["chat.jinja"]),
+    }  # fmt: skip
+    before = inputs_of(settings, Path)
+    for path in files.values():
+        path.write_text("two")
+        now = inputs_of(settings, Path)
+        assert len(now) == len(before) and sum(now[name] != before[name] for name in now) == 1, path
+        before = now

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 from kvds.cli import main
 from kvds.config.recipe import parse_run_config
 from kvds.errors import InputError
+from kvds.plan.rows import plan_rows
 from kvds.training.run import train
 from tests.harness.chat_tokenizers import CHATML, chat_tokenizer, qwen2_tokenizer, turns
 
@@ -114,6 +115,14 @@ def test_another_template_is_another_run(models, straight):
     shutil.copytree(straight, models / "other")
     with pytest.raises(InputError, match="the training rows now"):
         train(parse_run_config(flags(models, models / "other", chat_template=models / "other.jinja")))
+
+
+def test_a_plan_counts_the_tokens_of_chats(models):
+    rows = plan_rows(parse_run_config(flags(models, models / "unused")), ranks=1)
+    assert "read from the data" in rows.note
+    # Per row two answers, the reasoning, and what ends the turns and the row.
+    said = [len(f"{i % 2 == 0}") + len("<think>\n2\n</think>\n\nSo.") + 3 for i in range(len(ROWS))]
+    assert (rows.row_labelled, rows.labelled_tokens, rows.steps) == (max(said), sum(said), 3)
 
 
 def test_qwen2_by_its_own_template(tmp_path):
