@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.settings import AlignmentSettings
+from kvds.kv.states import KV_PARTS
 
 # What an aligner has a part for; the place is that of the part's random start.
 PART_NAMES = ("key", "value", "hidden_state")
@@ -22,7 +23,11 @@ def parts_of(settings: AlignmentSettings) -> tuple[str, ...]:
 
 
 def state_names(settings: AlignmentSettings) -> tuple[str, ...]:
-    """The fields of :class:`kvds.kv.KVStates` that :func:`parts_of` the settings are taken from."""
+    """The fields of :class:`kvds.kv.KVStates` that are read of a teacher: those of :func:`parts_of` the settings,
+    or all where a student writes from them.
+    """
+    if settings.handoff_weight:
+        return KV_PARTS
     return tuple(f"{part}s" for part in parts_of(settings))
 
 

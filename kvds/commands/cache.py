@@ -58,8 +58,8 @@ def _write(arguments: argparse.Namespace, stop: StopRequest) -> int:
     from kvds.config.teacher_rules import cache_rules
 
     cfg = parse_run_config(["--output_dir", "unused", *arguments.run_flags])
-    if not cfg.uses_kv:
-        raise InputError(f"alignment_mode={cfg.alignment_mode}: expected a run that matches keys and values")
+    if not cfg.uses_teacher_kv:
+        raise InputError(f"alignment_mode={cfg.alignment_mode}: expected a run that reads keys and values")
     check(cache_rules(cfg, arguments.output))
     arguments.output.mkdir(parents=True, exist_ok=True)
     owner = FolderOwner(arguments.output, flag="output", share=int(os.environ.get("RANK", "0")))

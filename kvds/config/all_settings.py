@@ -87,7 +87,12 @@ class AllSettings(
     @property
     def uses_teacher(self) -> bool:
         """Whether a loss reads the teacher."""
-        return self.uses_kv or self.logit_kd_weight > 0
+        return self.uses_teacher_kv or self.logit_kd_weight > 0
+
+    @property
+    def uses_teacher_kv(self) -> bool:
+        """Whether the teacher's keys and values, or its hidden states, are read: to match, or to write from."""
+        return self.uses_kv or self.handoff_weight > 0
 
     @property
     def warnings(self) -> list[str]:

@@ -18,6 +18,7 @@ def needs_own_rows(cfg: AllSettings) -> str:
         (cfg.uses_kv and mode.own_rows, f"--alignment_mode {cfg.alignment_mode}"),
         (cfg.uses_kv and cfg.align_tokens == "segment", "--align_tokens segment"),
         (cfg.uses_kv and cfg.teacher_kv == "shuffled", "--teacher_kv shuffled"),
+        (cfg.handoff_weight > 0, "--handoff_weight"),
     ):
         if found:
             return flag

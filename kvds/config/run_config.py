@@ -17,6 +17,7 @@ from kvds.config.batch_rules import batch_rules
 from kvds.config.data_rules import data_rules
 from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.file_rules import file_rules, path_rules
+from kvds.config.handoff_rules import handoff_rules
 from kvds.config.loss_rules import selection_rules, weight_rules
 from kvds.config.outcome_rules import outcome_rules, upload_rules
 from kvds.config.outcome_settings import OutcomeSettings
@@ -73,6 +74,7 @@ def _rules(cfg: RunConfig) -> Iterator[Rule]:
         selection_rules,
         mode_rules,
         weight_rules,
+        handoff_rules,
         batch_rules,
         data_rules,
         row_rules,

@@ -262,6 +262,13 @@ class AlignmentSettings:
     )  # fmt: skip
     task_weight: float = setting("weight of the task cross entropy", 1.0, least=0)
     logit_kd_weight: float = setting("weight of logit distillation", 0.0, least=0)
+    handoff_weight: float = setting(
+        "weight of the cross entropy of answers that are written from the teacher's keys and values of the prompt, mapped",
+        0.0, least=0,
+    )  # fmt: skip
+    handoff_source_layers: int | None = setting(
+        "handoff_weight: nearest teacher layers that each student layer's map reads; unset: 4 or all", None, least=1
+    )
     logit_kd_temperature: float = setting(
         "temperature of logit distillation", 1.0, above=0, expected="a number above 0, such as 5e-5"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,7 +16,10 @@ from kvds.data.model_inputs import model_inputs
 from kvds.distillation.gradient_watch import GradientWatch
 from kvds.distillation.losses import head_losses, spoil_gradient
 from kvds.distillation.step import StepInput, TeacherKV
-from kvds.kv import Selection, States, open_capture, pool_reasoning_steps, selected_shares
+from kvds.handoff.continuation import continue_from
+from kvds.handoff.following_map import FollowingMap
+from kvds.handoff.reading import without_padding
+from kvds.kv import KVCapture, KVStates, Selection, States, open_capture, pool_reasoning_steps, selected_shares
 from kvds.kv.families import backbone
 from kvds.models.own_logits import head_of, is_plain_head
 from kvds.ops.divergences import Divergence
@@ -25,13 +29,16 @@ from kvds.ops.softmax_loss import FORWARD_KL
 class DistillationModule(nn.Module):
     """Student and aligner behind one forward that returns the loss of a micro-batch.
 
-    ``loss = w_task · CE + w_kv · KV + w_kd · KD``, each part the micro-batch's sum over positions divided by the global
-    step's mean count (``TokenBatch.label_normalizer``, ``position_normalizer``): averaged over ranks and
-    micro-batches, as DeepSpeed does, it is the mean over the whole global batch, however it was split and padded.
+    ``loss = w_task · CE + w_kv · KV + w_kd · KD + w_handoff · CE'``, each part the micro-batch's sum over positions
+    divided by the global step's mean count (``TokenBatch.label_normalizer``, ``position_normalizer``): averaged over
+    ranks and micro-batches, as DeepSpeed does, it is the mean over the whole global batch, however it was split and
+    padded.
 
     Args:
         student: A causal language model.
         aligner: From :func:`kvds.align.build_aligner`; None without KV alignment.
+        following_map: Of the teacher's keys and values, from which ``CE'`` is written; None without handoff. It is
+            trained beside, towards the student's own, which have no gradient in that.
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
         head_chunks: Chunks of positions at the language-model head where ranks have to agree on it
             (:func:`kvds.distillation.head_chunks.agreed_chunks`); None: by the labelled tokens of a micro-batch.
@@ -47,6 +54,7 @@ class DistillationModule(nn.Module):
         student: nn.Module,
         aligner: KVAligner | AlignerGroup | None = None,
         *,
+        following_map: FollowingMap | None = None,
         rope: str = "pre",
         head_chunks: int | None = None,
         kd_temperature: float = 1.0,
@@ -57,6 +65,7 @@ class DistillationModule(nn.Module):
         super().__init__()
         self.student = student
         self.aligner = aligner
+        self.following_map = following_map
         self._rope, self._head_chunks = rope, head_chunks
         self._kd_temperature, self._kd_vocab_size = kd_temperature, kd_vocab_size
         self._kd_divergence = kd_divergence
@@ -88,15 +97,22 @@ class DistillationModule(nn.Module):
         self.gradient_watch = None
         # A KV loss that was given up is not computed: no teacher has run for it.
         given_up = step.selection is None and not step.sources and _is_zero(weights.kv)
+        handed = self.following_map is not None and weights.handoff > 0
+        own: KVStates | None = None
         if self.aligner is None or given_up:
-            with self._storage(batch.input_ids):
+            with contextlib.ExitStack() as stack:
+                reading = stack.enter_context(KVCapture(model)) if handed else None
+                stack.enter_context(self._storage(batch.input_ids))
                 hidden = model(**inputs).last_hidden_state
+            own = None if reading is None else reading.states.detach()
         else:
             require_grad = torch.is_grad_enabled()
             capture = open_capture(model, self.aligner.reads, rope=self._rope, require_grad=require_grad)
             with capture, self._storage(batch.input_ids):
                 hidden = model(**inputs).last_hidden_state
             states = capture.states
+            if handed:
+                own = KVStates(states.keys, states.values).detach()  # type: ignore[union-attr]
             if batch.reasoning_step_ids is not None:
                 states = pool_reasoning_steps(states, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
             if step.watch and torch.is_grad_enabled():
@@ -127,8 +143,32 @@ class DistillationModule(nn.Module):
             loss = loss + weights.kv * kv
         if teacher_hidden is not None:
             metrics["loss/logit_kd"] = head.kd
+        if own is not None:
+            loss = loss + self._handoff_loss(own, step, metrics)
         metrics["loss/total"] = loss.detach()
         return spoil_gradient(loss), metrics
+
+    def _handoff_loss(self, own: KVStates, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
+        """The cross entropy of answers that are written from the mapped cache, one forward of their tokens, and the
+        map's own loss.
+        """
+        row, teacher = step.continuation, None if step.teacher is None else step.teacher.states
+        if row is None or not isinstance(teacher, KVStates) or self.following_map is None:
+            raise RuntimeError("a handoff needs the teacher's keys and values and the places of prompts and answers")
+        scale = 1 / step.batch.label_normalizer
+        followed = self.following_map(
+            row.prompt_states(teacher), row.prompt_states(own), row.prompt_mask, scale
+        )  # fmt: skip
+        states = without_padding(followed.states, row.prompt_mask)  # the map's bias stands there
+        with self._storage(step.batch.input_ids):
+            hidden = continue_from(self.student, states, row, step.batch.input_ids)
+        head = head_losses(
+            head_of(self.student, plain=self._plain_head), hidden, row.labelled, num_chunks=self._head_chunks,
+            scale=scale, task_weight=step.weights.handoff,
+        )  # fmt: skip
+        metrics["loss/handoff"] = head.task
+        metrics["loss/handoff_map"] = followed.loss.detach()
+        return head.loss + followed.loss
 
     def kv_loss(self, states: States, step: StepInput, metrics: dict[str, Tensor]) -> Tensor:
         """The KV loss of the teacher; of several the weighted sum, one after the other.

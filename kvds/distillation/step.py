@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import LabelledPositions
+from kvds.handoff.continuation import Continuation
 from kvds.kv import Selection, States
 from kvds.models.own_logits import Head
 from kvds.teacher.teacher import TeacherOutput
@@ -22,6 +23,7 @@ class LossWeights:
     task: float = 1.0
     kv: float | Tensor = 0.0
     logit_kd: float = 0.0
+    handoff: float = 0.0
 
 
 class TeacherKV(NamedTuple):
@@ -44,6 +46,7 @@ class StepInput:
         weights: Factors of the loss parts.
         sources: With several teachers, one call each that runs it on the batch: only one teacher's keys and values are
             there at a time. Then ``teacher`` and ``selection`` are None.
+        continuation: Where prompts and answers go when the student writes from its teacher's cache; None without.
         watch: Also measure the student's KV and the gradient that the KV loss sends back (logging steps).
     """
 
@@ -55,3 +58,4 @@ class StepInput:
     weights: LossWeights
     watch: bool = False
     sources: tuple[Callable[[], TeacherKV], ...] = ()
+    continuation: Continuation | None = None

@@ -11,6 +11,7 @@ from kvds.config import RunConfig
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import LabelledPositions
 from kvds.distillation.step import LossWeights, StepInput, TeacherKV
+from kvds.handoff.continuation import Continuation
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher
 from kvds.teacher.token_selection import TokenChoice
@@ -50,6 +51,7 @@ class StepInputBuilder:
         """
         match = self.matching if match is None else match
         weights = LossWeights() if weights is None else weights
+        continuation = Continuation.from_batch(batch).to(self._device) if self._cfg.handoff_weight else None
         labelled = LabelledPositions.from_labels(batch.labels).to(self._device)
         batch = batch.to(self._device)
         if self._cfg.teacher_names:
@@ -62,10 +64,10 @@ class StepInputBuilder:
             [teacher] = self._teachers
             if match:
                 output, selection = self._choice.with_teacher(teacher, batch, step)
-            elif self._cfg.logit_kd_weight:
+            elif self._cfg.logit_kd_weight or self._cfg.handoff_weight:
                 output = teacher(batch)
             head = teacher.head if self._cfg.logit_kd_weight else None
-        return StepInput(batch, labelled, selection, output, head, weights, watch)
+        return StepInput(batch, labelled, selection, output, head, weights, watch, continuation=continuation)
 
     def _source(self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int) -> TeacherKV:
         output, selection = self._choice.with_teacher(teacher, batch, step)

@@ -13,7 +13,9 @@ from kvds.kv import KVShape, KVStates
 from kvds.kv.states import KV_PARTS
 
 
-def source_layers(num_student_layers: int, num_teacher_layers: int, count: int | None = None) -> list[list[int]]:
+def source_layers(
+    num_student_layers: int, num_teacher_layers: int, count: int | None = None, *, flag: str = "--source_layers"
+) -> list[list[int]]:
     """For each student layer the ``count`` consecutive teacher layers around the same relative depth; None: all.
 
     Raises:
@@ -21,7 +23,7 @@ def source_layers(num_student_layers: int, num_teacher_layers: int, count: int |
     """
     count = num_teacher_layers if count is None else count
     if not 1 <= count <= num_teacher_layers:
-        raise InputError(f"--source_layers {count}: expected 1 to {num_teacher_layers}, the teacher's layers, or all")
+        raise InputError(f"{flag} {count}: expected 1 to {num_teacher_layers}, the teacher's layers, or all")
     span, steps = num_teacher_layers - 1, max(1, num_student_layers - 1)
     found = []
     for layer in range(num_student_layers):
@@ -104,22 +106,41 @@ class CacheMap(nn.Module):
             InputError: states of another shape.
         """
         states.check(self.teacher, side="handoff: the teacher")
-        return KVStates(*(self._mapped(part, getattr(states, part)) for part in KV_PARTS))
+        heads = self.student.num_key_value_heads
+        return KVStates(
+            *(
+                map_layers(getattr(states, part), self.sources, self.weight(part), self.bias(part), heads)
+                for part in KV_PARTS
+            )
+        )
 
-    def _mapped(self, part: str, layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rows = [heads_side_by_side(layer) for layer in layers]
-        weight, bias = self.weight(part).to(rows[0].dtype), self.bias(part).to(rows[0].dtype)
-        read: tuple[int, ...] = ()
-        mapped = []
-        for layer, sources in enumerate(self.sources):
-            if sources != read:  # neighbours may read the same layers
-                read, joined = (
-                    sources,
-                    rows[sources[0]] if len(sources) == 1 else torch.cat([rows[s] for s in sources], -1),
-                )
-            out = F.linear(joined, weight[layer].T, bias[layer])
-            mapped.append(out.unflatten(-1, (self.student.num_key_value_heads, -1)).transpose(1, 2))
-        return tuple(mapped)
+
+def map_layers(
+    layers: tuple[Tensor, ...], sources: Sequence[Sequence[int]], weight: Tensor, bias: Tensor, heads: int
+) -> tuple[Tensor, ...]:
+    """Keys or values through the products of a map; arguments as the attributes of :class:`CacheMap`.
+
+    Args:
+        layers: Per teacher layer ``[B, H_t, T, D_t]``.
+        sources: For each student layer the teacher layers that it reads.
+        weight: ``[L_s, S · H_t · D_t, H_s · D_s]``, rounded to the dtype of the layers.
+        bias: ``[L_s, H_s · D_s]``.
+        heads: ``H_s``.
+
+    Returns:
+        Per student layer ``[B, H_s, T, D_s]``.
+    """
+    rows = [heads_side_by_side(layer) for layer in layers]
+    weight, bias = weight.to(rows[0].dtype), bias.to(rows[0].dtype)
+    read: Sequence[int] = ()
+    mapped = []
+    for number, wanted in enumerate(sources):
+        if wanted != read:  # neighbours may read the same layers
+            read, some = wanted, [rows[source] for source in wanted]
+            joined = some[0] if len(some) == 1 else torch.cat(some, -1)
+        out = F.linear(joined, weight[number].T, bias[number])
+        mapped.append(out.unflatten(-1, (heads, -1)).transpose(1, 2))
+    return tuple(mapped)
 
 
 def heads_side_by_side(layer: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from kvds.data.encoding import Segment
 from kvds.data.labels import IGNORED_LABEL, LabelledPositions
 from kvds.handoff.reading import cache_argument, fill_cache, positions_of, without_padding
 from kvds.kv import KVStates, gather_positions
-from kvds.kv.families import backbone
+from kvds.kv.families import backbone, layer_kinds, window_of
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,37 @@ def continue_from(
         input_ids: ``[B, T]`` of the batch.
         seen: ``[B, P]`` bool, slots that attention may see; None: those that hold a token.
     """
-    body = backbone(student)
+    body: Any = backbone(student)
     before = row.prompt_mask if seen is None else seen
-    mask = torch.cat([before, row.mask], 1)
-    inputs: dict[str, Any] = {cache_argument(student): fill_cache(student, states, before)}
+    real = torch.cat([before, row.mask], 1)
+    follow = row.index.shape[1]
+    masks = {
+        kind: _attention_mask(body, real, follow, window_of(body.config, kind)) for kind in layer_kinds(body.config)
+    }
+    # Whole layers, also of a student with a window: what is seen is told by the mask.
+    inputs: dict[str, Any] = {cache_argument(student): fill_cache(student, states, before, windowed=False)}
     output = body(
-        input_ids=input_ids.gather(1, row.index), attention_mask=mask.long(),
-        position_ids=positions_of(mask)[:, before.shape[1] :], use_cache=True, **inputs,
+        input_ids=input_ids.gather(1, row.index), position_ids=positions_of(real)[:, before.shape[1] :],
+        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())), use_cache=True, **inputs,
     )  # fmt: skip
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def _attention_mask(body: Any, real: Tensor, follow: int, window: int | None) -> Tensor:
+    """``[B, 1, C, P + C]`` which slots each of the last C sees.
+
+    Transformers takes it as it is, where it would look at a mask of two dimensions on the host.
+    """
+    slots = torch.arange(real.shape[1], device=real.device)
+    distance = slots[-follow:, None] - slots
+    near = distance >= 0
+    if window is not None:
+        near = near & (distance < window)
+    # A token that is padding sees itself: an attention row without a key is not finite, and would spoil the others.
+    sees = (near & real[:, None, :] | (distance == 0)).unsqueeze(1)
+    if body.config._attn_implementation != "eager":
+        return sees
+    dtype = next(body.parameters()).dtype
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=real.device)
+    return torch.where(sees, hidden.new_zeros(()), hidden)

@@ -49,8 +49,20 @@ class MapFit:
 
 
 @torch.no_grad()
-def fit_map(cache_map: CacheMap, moments: MapMoments, strengths: tuple[float, ...] = STRENGTHS) -> MapFit:
+def fit_map(
+    cache_map: CacheMap,
+    moments: MapMoments,
+    strengths: tuple[float, ...] = STRENGTHS,
+    *,
+    remedy: str = "--rows 2 or more",
+) -> MapFit:
     """Write the fitted weights into ``cache_map``.
+
+    Args:
+        cache_map: Of the shapes that the moments were taken for.
+        moments: Of all rows.
+        strengths: To choose from.
+        remedy: For messages: what gives more texts.
 
     Raises:
         InputError: fewer than two texts were added, or a strength is none.
@@ -60,7 +72,7 @@ def fit_map(cache_map: CacheMap, moments: MapMoments, strengths: tuple[float, ..
     if not strengths or 0 in moments.rows:
         raise InputError(
             f"handoff: {sum(moments.rows)} tokens to fit a map to, {min(moments.rows)} of them to judge it by; "
-            "expected at least two texts (--rows 2 or more)"
+            f"expected at least two texts ({remedy})"
         )
     found = MapFit({part: [] for part in KV_PARTS}, {part: [] for part in KV_PARTS}, sum(moments.rows))
     for part, groups in moments.groups.items():

@@ -7,6 +7,7 @@ all, with ``w`` numbers per token and layer, fp64, two halves, keys and values e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
@@ -52,6 +53,11 @@ class LayerGroup:
         self._yy[half] += y.square().sum(0)
         self._xx[half].addmm_(x.T, x)
         self._xy[half].addmm_(x.T, y)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All of them, to be summed over ranks in place."""
+        return [self._count, self._x, self._y, self._xx, self._xy, self._yy]
 
     @property
     def deviation(self) -> Tensor:
@@ -101,6 +107,17 @@ class MapMoments:
         ]
         self.groups = {part: [LayerGroup(*run, widths, device) for run in runs] for part in KV_PARTS}
         self.rows = [0, 0]
+        self._device = device
+
+    def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Sum over ranks in place; every rank makes the same calls, whatever its batches held."""
+        for groups in self.groups.values():
+            for group in groups:
+                for tensor in group.sums:
+                    all_reduce(tensor)
+        rows = torch.tensor(self.rows, device=self._device)
+        all_reduce(rows)
+        self.rows = rows.tolist()
 
     @torch.no_grad()
     def update(self, teacher: KVStates, student: KVStates, mask: Tensor, halves: Tensor) -> None:

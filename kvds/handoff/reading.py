@@ -42,18 +42,19 @@ def without_padding(states: KVStates, mask: Tensor) -> KVStates:
     return KVStates(*(tuple(layer.masked_fill(hidden, 0.0) for layer in part) for part in states))
 
 
-def fill_cache(student: nn.Module, states: KVStates, mask: Tensor) -> DynamicCache:
+def fill_cache(student: nn.Module, states: KVStates, mask: Tensor, *, windowed: bool = True) -> DynamicCache:
     """A cache of transformers that holds ``states``, keys rotated as the student rotates them.
 
     Args:
         student: A causal language model or its backbone.
         states: Its keys before the rotary embedding and values, per layer ``[B, H, T, D]``, T at least 1.
         mask: ``[B, T]`` bool; positions count real tokens.
+        windowed: Keep no more than the student's window, where it has one.
     """
     body: Any = backbone(student)
     positions = positions_of(mask)
     angles: dict[str, tuple[Tensor, Tensor]] = {}  # some families rotate each kind of layers by its own
-    cache = DynamicCache(config=body.config)
+    cache = DynamicCache(config=body.config) if windowed else DynamicCache()
     for layer, (layout, keys, values) in enumerate(zip(attention_layouts(body), *states, strict=True)):
         if layout.rotary is not None:
             by_kind = "layer_type" in arguments_of(body.rotary_emb)

@@ -73,6 +73,12 @@ class RunPlan:
                 f"teacher_names={' '.join(cfg.teacher_names)}: kvds plan knows runs of one teacher; expected "
                 "--teacher_name (plan with the largest of them)"
             )
+        if cfg.handoff_weight:
+            raise InputError(
+                f"handoff_weight={cfg.handoff_weight:g}: kvds plan does not know the memory of the second forward over "
+                "a cache, of the map and of both parts of the teacher's keys and values; expected --handoff_weight 0 "
+                "to plan what the run takes without them"
+            )
         self.raw: dict[str, Any] = load_deepspeed_config(cfg.deepspeed_config)
         self.dtype = TORCH_DTYPES[compute_dtype(self.raw)]
         self.element = self.dtype.itemsize

@@ -69,7 +69,7 @@ def build_teachers(
         teachers.append(
             Teacher(
                 model, device=device, engine_config=placed, rope=cfg.kv_rope,
-                wants_states=cfg.uses_kv, reads=ALIGNMENT_MODES[cfg.alignment_mode].teacher_reads,
+                wants_states=cfg.uses_teacher_kv, reads=ALIGNMENT_MODES[cfg.alignment_mode].teacher_reads,
                 wants_hidden=cfg.logit_kd_weight > 0, parts=state_names(cfg),
                 observe=observe, shuffled=cfg.teacher_kv == "shuffled",
                 tensor_parallel=cfg.teacher_tp_size if shared else 1, compiled=cfg.compile,

@@ -20,7 +20,8 @@ from kvds.data.loader import BatchLoader
 from kvds.distillation.head_chunks import agreed_chunks, logit_divergence
 from kvds.distillation.module import DistillationModule
 from kvds.distributed.process_group import from_first_rank
-from kvds.kv import KVShape
+from kvds.handoff.following_map import FollowingMap
+from kvds.kv import KVShape, KVStates
 from kvds.models.adapters import adapter_config, add_adapters, check_adapted
 from kvds.models.architecture import ModelConfigs
 from kvds.models.compiled_layers import check_compilable
@@ -31,6 +32,7 @@ from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher
 from kvds.teacher.token_selection import TokenChoice
 from kvds.training.calibration import calibrate_aligner
+from kvds.training.handoff_start import following_map, start_following_map
 
 log = logging.getLogger("kvds")
 
@@ -43,6 +45,7 @@ class RunModels:
         student: In the run's dtype, on the device or in ZeRO-3's shards.
         aligner: On the device; None where no keys and values are matched.
         teachers: In the order of ``cfg.all_teachers``; empty where none is used.
+        following_map: On the device; None without handoff.
         start_r2: For each teacher, part → R² that its fitted maps start with on held-out positions, for each target
             layer; empty where nothing was fitted.
     """
@@ -50,13 +53,15 @@ class RunModels:
     student: Any
     aligner: KVAligner | AlignerGroup | None
     teachers: list[Teacher | CachedTeacher]
+    following_map: FollowingMap | None = None
     start_r2: list[dict[str, list[float]]] = field(default_factory=list)
 
     def calibrate(
         self, cfg: RunConfig, loader: BatchLoader, choice: TokenChoice, device: torch.device,
         between_batches: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Fit the aligner's statistics and closed-form starts on the first batches; every rank calls it.
+        """Fit the aligner's statistics and closed-form starts, and the following map, on the first batches; every rank
+        calls it.
 
         Sets :attr:`start_r2`.
         """
@@ -67,10 +72,19 @@ class RunModels:
                     between_batches()
                     yield batch.to(device)
 
-        assert self.aligner is not None
-        for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True):
-            match = partial(choice.with_teacher, teacher)
-            self.start_r2.append(calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope))
+        if self.aligner is not None:
+            for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True):
+                match = partial(choice.with_teacher, teacher)
+                self.start_r2.append(calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope))
+        if self.following_map is not None:
+            [teacher] = self.teachers
+
+            def teacher_states(batch: TokenBatch) -> KVStates:
+                states = teacher(batch).states
+                assert isinstance(states, KVStates)
+                return states
+
+            start_following_map(self.following_map, self.student, batches(), teacher_states)
 
     def module(self, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DistillationModule:
         """Student and aligner as the one module that an engine trains."""
@@ -78,6 +92,7 @@ class RunModels:
         return DistillationModule(
             self.student,
             self.aligner,
+            following_map=self.following_map,
             rope=cfg.kv_rope,
             head_chunks=agreed_chunks(cfg, self.student, tokens),
             kd_temperature=cfg.logit_kd_temperature,
@@ -129,6 +144,12 @@ def build_run_models(
             for member in members:
                 member.to(device).try_out(dtype, device)
 
+    follower = None
+    if cfg.handoff_weight:
+        [teacher_config] = model_configs.teachers
+        shapes = KVShape.from_config(teacher_config), KVShape.from_config(model_configs.student)
+        follower = following_map(*shapes, cfg.handoff_source_layers).to(device)
+
     def made_of(config: Any) -> dict[str, str]:
         return from_first_rank(lambda: cache_fingerprint(cfg, tokenizer, config, loader.samples, compute_dtype(raw)))
 
@@ -147,4 +168,4 @@ def build_run_models(
     student.train()
     if aligner is not None:
         aligner.to(device)
-    return RunModels(student, aligner, teachers)
+    return RunModels(student, aligner, teachers, follower)

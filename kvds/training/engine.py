@@ -45,6 +45,10 @@ def build_optimizer(module: DistillationModule, cfg: RunConfig, engine_config: d
         aligner = [p for p in module.aligner.parameters() if p.requires_grad]
         lr = cfg.aligner_lr if cfg.aligner_lr is not None else cfg.lr
         groups.append({"params": aligner, "weight_decay": 0.0, "lr": lr, "name": "aligner"})
+    if module.following_map is not None:
+        followers = list(module.following_map.parameters())
+        lr = cfg.aligner_lr if cfg.aligner_lr is not None else cfg.lr
+        groups.append({"params": followers, "weight_decay": 0.0, "lr": lr, "name": "following_map"})
     groups = [group for group in groups if group["params"]]
     plain = _steps_plainly(engine_config)  # a fused kernel can leave a step out on the device
     if cfg.optimizer == "sgd":
@@ -98,7 +102,8 @@ def build_engine(
             clip_on_the_device(optimizer, engine_config["gradient_clipping"])
             engine_config = {**engine_config, "gradient_clipping": 0.0}
         leave_out_nonfinite_steps(optimizer)
-    whole = gather_whole_layers(module.student, engine_config)
+    # DeepSpeed reduces a whole layer's gradients after each backward pass through it; with handoff there are two.
+    whole = [] if module.following_map is not None else gather_whole_layers(module.student, engine_config)
     sharded = engine_config["zero_optimization"]["stage"] == 3
     device = torch.device(get_accelerator().current_device_name())
     compile_as_asked(module.student, cfg.compile, device, flag="student", layers=whole if sharded else None)

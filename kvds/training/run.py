@@ -199,9 +199,9 @@ class TrainingRun:
             loader=self.loader, choice=choice, device=self.device,
         )  # fmt: skip
         aligner = models.aligner
-        if aligner is not None and calibrate:
+        if calibrate:
             models.calibrate(cfg, self.loader, choice, self.device, self.stop.check)
-            if self.rank == 0:  # `kvds profile` tells what training made of it
+            if self.rank == 0 and aligner is not None:  # `kvds profile` tells what training made of it
                 start = self.output_dir / ALIGNER_START_FILE
                 save_aligner(aligner_config_dict(aligner), aligner.state_dict(), start)
         if cfg.gradient_checkpointing:
@@ -228,7 +228,10 @@ class TrainingRun:
 
     def _weights(self) -> LossWeights:
         cfg = self.cfg
-        return LossWeights(task=cfg.task_weight, kv=self.kv.weight_at(self.step), logit_kd=cfg.logit_kd_weight)
+        return LossWeights(
+            task=cfg.task_weight, kv=self.kv.weight_at(self.step), logit_kd=cfg.logit_kd_weight,
+            handoff=cfg.handoff_weight,
+        )  # fmt: skip
 
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""

@@ -74,6 +74,11 @@ def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
 
 
 def _check_aligners(cfg: RunConfig, student: Any, teachers: list[Any], raw: dict[str, Any], *, kernel: bool) -> None:
+    if cfg.handoff_weight:
+        from kvds.training.handoff_start import following_map  # imports DeepSpeed
+
+        with torch.device("meta"):
+            following_map(KVShape.from_config(teachers[0]), KVShape.from_config(student), cfg.handoff_source_layers)
     if not cfg.uses_kv:
         return
     kernel = kernel and cfg.impl == "triton" and ALIGNMENT_MODES[cfg.alignment_mode].fused

@@ -19,6 +19,7 @@ FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 4},
     "gemma": {},
+    "gemma3_text": {"sliding_window": 4},
     "gpt2": {},
 }
 PROMPTS = [[5, 9, 17, 4, 30, 8, 12], [44, 3], [21, 7, 7, 35, 6]]

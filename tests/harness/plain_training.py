@@ -23,6 +23,7 @@ from kvds.kv import (
     row_draws,
     select_tokens,
 )
+from tests.harness.plain_handoff import PlainHandoff
 
 STEPS = 5
 
@@ -94,6 +95,11 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
                     moments.update(states(student, batch)[0], states(teacher, batch)[0], selection(batch))
         moments.apply()
 
+    handoff = None
+    if cfg.handoff_weight:
+        calibration = [batch for step in range(cfg.calibration_batches) for batch in loader.step(step)]
+        handoff = PlainHandoff(teacher, student, calibration)
+
     def start_weight(batch) -> float | None:
         """``auto:SHARE``, where ``hold:SHARE`` begins: two separate backward passes of the student."""
         if cfg.kv_weight_share is None:
@@ -112,6 +118,7 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         return cfg.kv_weight_share * norms[0] / norms[1]
 
     trained = [*student.parameters(), *(aligner.parameters() if aligner is not None else ())]
+    trained += handoff.map.parameters() if handoff is not None else []
     trained = [p for p in trained if p.requires_grad]
     optimizer = (torch.optim.SGD if cfg.optimizer == "sgd" else torch.optim.AdamW)(trained, lr=cfg.lr)
     if cfg.optimizer == "adamw":
@@ -134,6 +141,10 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
             record["kv/weight"] = weight * (1 - step / STEPS if cfg.kv_weight_schedule == "linear" else 1)
             loss = loss + record["kv/weight"] * kv
             record["loss/kv"] = kv.item()
+        if handoff is not None:
+            answers, followed = handoff.losses(batch)
+            loss = loss + cfg.handoff_weight * answers + followed
+            record |= {"loss/handoff": answers.item(), "loss/handoff_map": followed.item()}
         if cfg.logit_kd_weight:
             keep, t = batch.labels[:, 1:] != -100, cfg.logit_kd_temperature
             log_p = F.log_softmax(teacher_logits[:, :-1][keep] / t, -1)

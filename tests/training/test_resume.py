@@ -68,12 +68,14 @@ def models(tmp_path_factory) -> Path:
 
 
 def flags(models: Path, output: Path, **changes: object) -> list[str]:
-    """Everything with a memory is on: Adam, a schedule with warm-up, dropout, a calibrated weight that decays."""
+    """Everything with a memory is on: Adam, a schedule with warm-up, dropout, a calibrated weight that decays, a map
+    that follows.
+    """
     values = {
         "teacher_name": models / "teacher", "student_name": models / "student", "tokenizer_name": models / "tokenizer",
         "datasets": "synthetic", "synthetic_problems": 10, "max_length": 64, "eval_subset_size": 0, "report_to": "none",
         "alignment_mode": "structured", "kv_weight": "auto:1.5", "kv_weight_schedule": "linear",
-        "map_start": "procrustes", "kv_parts": "kv",
+        "map_start": "procrustes", "kv_parts": "kv", "handoff_weight": 0.5,
         "calibration_batches": 1, "batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 3,
         "lr": 0.01,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "logging_steps": 1,
@@ -82,7 +84,10 @@ def flags(models: Path, output: Path, **changes: object) -> list[str]:
     return [token for key, value in values.items() for token in (f"--{key}", str(value))]
 
 
-HELD = {"kv_weight": "hold:0.5", "kv_weight_schedule": "constant", "kv_method": "random", "kv_budget": 0.5}
+HELD = {
+    "kv_weight": "hold:0.5", "kv_weight_schedule": "constant", "kv_method": "random", "kv_budget": 0.5,
+    "handoff_weight": 0,
+}  # fmt: skip
 
 
 def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -162,7 +167,16 @@ def test_a_resumed_run_has_the_same_records_once(runs):
     straight, resumed = records(runs / "straight"), records(runs / "resumed")
     assert [record["step"] for record in straight] == [1, 2, 3, 4, 5, 6]
     assert straight == resumed
-    assert {"loss/task", "loss/kv", "lr", "grad_norm", "kv/weight", "kv/norm_ratio"} <= set(straight[-1])
+    assert {
+        "loss/task",
+        "loss/kv",
+        "loss/handoff",
+        "loss/handoff_map",
+        "lr",
+        "grad_norm",
+        "kv/weight",
+        "kv/norm_ratio",
+    } <= set(straight[-1])
     assert len({record["kv/weight"] for record in straight}) == 6
     assert (
         len({record["lr"] for record in straight}) == 5

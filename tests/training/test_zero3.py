@@ -107,6 +107,8 @@ RUNS: dict[str, dict[str, object]] = {
     "relation": {"alignment_mode": "relation"},
     "segment": {"align_tokens": "segment"},
     "structural_kv": {"alignment_mode": "structural_kv", "gradient_checkpointing": "true"},
+    "handoff": {"handoff_weight": 0.7, "deepspeed_config": None},  # sharded: set in the fixture
+    "handoff_cached": {"handoff_weight": 0.7, "alignment_mode": "none", "teacher_cache": None},
 }  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def distributed(models, tmp_path_factory) -> Path:
         "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1, "memory_efficient_linear": False,
     }  # fmt: skip
     zero2["zero_optimization"] = {"stage": 2}
-    for name in ("sharded", "kv_only", "sharded_checkpointing", "compiled", "compiled_one_row"):
+    for name in ("sharded", "kv_only", "sharded_checkpointing", "compiled", "compiled_one_row", "handoff"):
         (folder / f"{name}.json").write_text(json.dumps(sharded))
     for name in ("zero2", "one_row_zero2"):
         (folder / f"{name}.json").write_text(json.dumps(zero2))
