@@ -35,6 +35,7 @@ def own_settings(settings: AlignmentSettings) -> AlignmentSettings:
             (known, "kv_weight", settings.kv_weight, f"a number or auto:SHARE {by_hand}"),
             (constant, "kv_weight_schedule", settings.kv_weight_schedule, f"constant {by_hand}"),
             (settings.kv_weight_until == 1, "kv_weight_until", settings.kv_weight_until, f"1 {by_hand}"),
+            (settings.handoff_weight == 0, "handoff_weight", settings.handoff_weight, f"0 {without}"),
             (by_position, "align_tokens", settings.align_tokens, f"position {without}"),
         ]
     )

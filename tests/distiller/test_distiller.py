@@ -271,6 +271,7 @@ def test_what_was_not_fitted_is_told(caplog: pytest.LogCaptureFixture) -> None:
         ({"kv_weight_until": 0.5}, "kv_weight_until=0.5: expected 1 in a loop of one's own"),
         ({"kv_weight": -1.0}, "kv_weight=-1.0: expected a number of at least 0"),
         ({"kv_weight_schedule": "linear"}, "kv_weight_schedule=linear: expected constant in a loop of one's own"),
+        ({"handoff_weight": 1.0}, "handoff_weight=1.0: expected 0 in a loop of one's own"),
         ({"align_tokens": "segment"}, "align_tokens=segment: expected position in a loop of one's own"),
         ({"kv_method": "rvk"}, "kv_method=rvk: expected one of"),
         ({"aligner_update": "frozen", "map_start": "random"}, "aligner_update=frozen: expected --map_start pca"),

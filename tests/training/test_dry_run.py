@@ -138,3 +138,9 @@ def test_the_weights_of_all_teachers_are_reckoned(check, models, monkeypatch):
     peak("large", "larger")
     with pytest.raises(InputError, match=r"batch_size=4: .* at the peak, .* expected room"):
         peak("large", "larger", "large")
+
+
+def test_what_handoff_takes_is_not_reckoned_and_said_so(check):
+    assert "--handoff_weight 1 takes more, which is not reckoned" in check(handoff_weight=1)["memory"]
+    with pytest.raises(InputError, match="--handoff_source_layers 3: expected 1 to 2"):
+        check(handoff_weight=1, handoff_source_layers=3)
