@@ -263,9 +263,8 @@ class AlignmentSettings:
     task_weight: float = setting("weight of the task cross entropy", 1.0, least=0)
     logit_kd_weight: float = setting("weight of logit distillation", 0.0, least=0)
     handoff_weight: float = setting(
-        "weight of the cross entropy of answers that are written from the teacher's keys and values of the prompt, mapped",
-        0.0, least=0,
-    )  # fmt: skip
+        "weight of the cross entropy of answers written from the teacher's mapped keys and values", 0.0, least=0
+    )
     handoff_source_layers: int | None = setting(
         "handoff_weight: nearest teacher layers that each student layer's map reads; unset: 4 or all", None, least=1
     )
