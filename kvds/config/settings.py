@@ -262,11 +262,9 @@ class AlignmentSettings:
     )  # fmt: skip
     task_weight: float = setting("weight of the task cross entropy", 1.0, least=0)
     logit_kd_weight: float = setting("weight of logit distillation", 0.0, least=0)
-    handoff_weight: float = setting(
-        "weight of the cross entropy of answers written from the teacher's mapped keys and values", 0.0, least=0
-    )
+    handoff_weight: float = setting("weight of answers written from the teacher's mapped keys and values", 0.0, least=0)
     handoff_source_layers: int | None = setting(
-        "handoff_weight: nearest teacher layers that each student layer's map reads; unset: 4 or all", None, least=1
+        "handoff_weight: teacher layers for each of the student's", None, least=1
     )
     logit_kd_temperature: float = setting(
         "temperature of logit distillation", 1.0, above=0, expected="a number above 0, such as 5e-5"
