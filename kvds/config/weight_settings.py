@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvds.config.settings import SHARE_BELOW_ONE, setting
+from kvds.config.setting_field import SHARE_BELOW_ONE, setting
 
 
 @dataclass(frozen=True, kw_only=True)
