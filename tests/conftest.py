@@ -25,8 +25,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kvds-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-# Launched ranks run a file of another folder and must find this checkout, installed or not.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+# Launched ranks run a file of another folder and must find this checkout, installed or not; launchers start fast.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(REPOSITORY), str(REPOSITORY / "tests/harness/launchers"), os.environ.get("PYTHONPATH")])
+)
 
 # Examples on a shared machine may be slow; the same ones in every run, so that a failure can be repeated.
 if settings is not None:

@@ -30,6 +30,15 @@ def test_training_imports_deepspeed_and_no_mlflow():
     assert json.loads(ended.stdout.splitlines()[-1]) == [[], True, "mlflow.tracking.fluent", True]
 
 
+def test_launchers_that_tests_start_import_none_either():
+    """By ``tests/harness/launchers``, which conftest.py puts on the path."""
+    code = (
+        "import sys, deepspeed.launcher.runner, deepspeed.launcher.launch; print(sorted(set(sys.modules) & {'mlflow'}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ended.stdout.splitlines()[-1] == "[]", ended.stderr
+
+
 @pytest.fixture
 def autotuner(tmp_path, monkeypatch):
     """Runs a stand-in for the autotuner's file beside a stand-in for MLflow, which the test may take away."""
