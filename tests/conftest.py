@@ -1,6 +1,7 @@
 """Settings that hold for every test and for the processes that tests start."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -59,6 +60,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return _LONG.index(name) if name in _LONG else len(_LONG)
 
     items.sort(key=turn)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of each later collection of garbage, of which a run that a test trains has some."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

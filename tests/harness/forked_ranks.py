@@ -11,6 +11,7 @@ environment that a launcher would give it; it can be killed, stopped and waited 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -138,6 +139,7 @@ def _serve() -> None:
     distill = _load_distill()
     for module in _SLOW_IMPORTS:
         importlib.import_module(module)
+    gc.freeze()  # no rank looks through what was imported, nor copies its pages by doing so
 
     codes: dict[int, int] = {}
     for line in sys.stdin:

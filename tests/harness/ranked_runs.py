@@ -5,6 +5,7 @@ RUNS.json``.
 says for each run how often ZeRO-3 gathered weights for modules of which class.
 """
 
+import gc
 import json
 import os
 import sys
@@ -30,9 +31,11 @@ if __name__ == "__main__":
     PartitionedParameterCoordinator.fetch_sub_module = noted
     head_chunks._CHUNK_BYTES = 2**14  # several chunks at the head, of most micro-batches not as many on each rank
     compiled_layers.BACKEND = "aot_eager"  # the pieces and their gradients, without a compiler's minute
+    gc.freeze()  # a run collects garbage between its models: half of a small one's time went over what was imported
     for name, flags in json.loads(Path(runs).read_text()).items():
         fetched[name] = Counter()
-        train(parse_run_config(flags))
+        cfg = parse_run_config(flags)
+        train(cfg, draw_report=cfg.report_to != "none")  # a picture of each would be a quarter of its time
     if os.environ["RANK"] == "0":
         Path(runs).with_name("fetched.json").write_text(json.dumps(fetched))
     leave_distributed()
