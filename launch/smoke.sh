@@ -25,7 +25,7 @@ for family in gpt2 qwen2; do
     declare -n model=$family align=$mode
     begun=$SECONDS
     deepspeed --num_accelerators 2 launch/distill.py "${model[@]}" "${align[@]}" --teacher_init random --student_init random \
-      --datasets gsm8k --data_dir "$data" --subset_size 10 --batch_size 2 --epochs 1 --max_length 384 --kv_method full \
+      --datasets gsm8k --data_dir "$data" --subset_size 10 --calibration_batches 1 --batch_size 2 --epochs 1 --max_length 384 --kv_method full \
       --deepspeed_config ds_configs/zero3_cpu.json --logging_steps 1 --eval_subset_size 2 --max_new_tokens 8 \
       --resume never --output_dir "$run" 2>&1 | tee "$output-$family-$mode.log"
     python launch/check_run.py "$run" "$mode" "$output-$family-$mode.log"
