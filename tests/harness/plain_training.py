@@ -101,10 +101,12 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
         handoff = PlainHandoff(teacher, student, calibration)
 
     def start_weight(batch) -> float | None:
-        """``auto:SHARE``, where ``hold:SHARE`` begins: two separate backward passes of the student."""
+        """``auto:SHARE``, where ``hold:SHARE`` begins: two separate backward passes of the student. Fitted maps leave
+        little to learn at first, so that the loss itself bounds the weight, too.
+        """
         if cfg.kv_weight_share is None:
             return cfg.kv_weight_value
-        norms = []
+        norms, losses = [], []
         for part in ("task", "kv"):
             student_states, logits = states(student, batch)
             if part == "kv":
@@ -114,8 +116,10 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
             else:
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
             gradients = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
+            losses.append(loss.item())
             norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm().item())
-        return cfg.kv_weight_share * norms[0] / norms[1]
+        of_losses = losses[0] / losses[1] if cfg.chosen_map_start == "ridge" else math.inf
+        return cfg.kv_weight_share * min(norms[0] / norms[1], of_losses)
 
     trained = [*student.parameters(), *(aligner.parameters() if aligner is not None else ())]
     trained += handoff.map.parameters() if handoff is not None else []
