@@ -67,6 +67,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let it be collected at the end, when libraries look for what was left."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def rank_server():
     """Forks ranks for the tests of all files: importing everything takes longer than most runs."""

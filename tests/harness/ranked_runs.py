@@ -36,6 +36,7 @@ if __name__ == "__main__":
         fetched[name] = Counter()
         cfg = parse_run_config(flags)
         train(cfg, draw_report=cfg.report_to != "none")  # a picture of each would be a quarter of its time
+    gc.unfreeze()
     if os.environ["RANK"] == "0":
         Path(runs).with_name("fetched.json").write_text(json.dumps(fetched))
     leave_distributed()
