@@ -144,14 +144,13 @@ class ChatTemplate:
         """Begin and end of a turn, by renderings of what comes before it and of what ends with it."""
         before = self._render(dialogue[:number], prompt=True)
         through = self._render(dialogue[: number + 1]) if number + 1 < len(dialogue) else text
-        for what, part in (("the turns before it, with the prompt for the next,", before), ("it as the last", through)):
+        for what, part in (("what comes before", before), ("all up to the end of", through)):
             if not text.startswith(part):
-                last = number + 1 == len(dialogue)
-                remedy = "" if last else f", or {_LAST}"
+                remedy = "" if number + 1 == len(dialogue) else f", or {_LAST}"
                 raise BadRow(
-                    f"the chat template is not prefix-stable: turn {number + 1} (assistant) is written otherwise once "
-                    f"others follow, so that it cannot be told where it stands; expected {what} as in the whole "
-                    f"conversation (--chat_template FILE.jinja with {{% generation %}}{remedy})"
+                    f"the chat template is not prefix-stable: {what} turn {number + 1} (assistant) is written "
+                    "otherwise by itself than in the whole conversation, so that it cannot be told where the turn "
+                    f"stands; expected the same (--chat_template FILE.jinja with {{% generation %}}{remedy})"
                 )
         return len(before), len(through)
 

@@ -90,7 +90,9 @@ def test_a_reasoning_trace_is_the_rationale(tokenizer, field):
 def test_a_template_that_forgets_is_refused_unless_the_last_turn_alone_counts():
     tokenizer = chat_tokenizer(templates.FORGETFUL)
     long = turns("user: a", "assistant: b", "user: c", "assistant: d", reasoning_content="r")
-    with pytest.raises(BadRow, match=r"not prefix-stable: turn 2 .*--chat_template FILE.*--assistant_turns last"):
+    with pytest.raises(
+        BadRow, match=r"prefix-stable: all up to the end of turn 2 .*--chat_template FILE.*--assistant_turns"
+    ):
         encoded(long, tokenizer)
     sample = encoded(long, tokenizer, turns="last")
     assert of_segment(sample, tokenizer, Segment.RATIONALE) == "<think>\nr\n</think>\n\n"
@@ -113,6 +115,7 @@ def test_what_ends_a_turn_need_not_end_a_text():
         (templates.WITHOUT_ANSWERS, LONG, "leaves out or changes turn 1 (system)"),
         (templates.REFUSING, LONG, "the chat template refuses it (No system role)"),
         (templates.UNMARKED_TURN, LONG, "marks 1 turns with {% generation %} where the assistant has 2"),
+        (templates.BEGINS_THE_TRACE, LONG[1:3], "not prefix-stable: what comes before turn 2 (assistant) is written"),
         (templates.CHATML, turns("user: a<|im_end|>", "assistant: b"), "turn 1 (user) holds '<|im_end|>'"),
         (templates.CHATML, turns("user: a", "assistant: b", reasoning="<|end|>"), "turn 2 (assistant) holds"),
         ("{{ messages[0].content.nothing.at_all }}", LONG, "the chat template refuses it ("),

@@ -31,6 +31,7 @@ WITHOUT_SYSTEM = CHATML.replace("%}<|im_start|>{{", "%}{% if message['role'] != 
     "<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor"
 )
 REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML
+BEGINS_THE_TRACE = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 WITHOUT_ANSWERS = CHATML.replace("{{ message['content'] }}", "{{ message['content'] if message['role'] == 'user' }}")
 UNMARKED_TURN = MARKED.replace("message['role'] == 'assistant' %}", "message['role'] == 'assistant' and loop.last %}")
 
