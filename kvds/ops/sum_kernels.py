@@ -33,27 +33,32 @@ def weights_kernel(maps, out, S: tl.constexpr, SPARSE: tl.constexpr, PARTS: tl.c
 
 @triton.jit
 def _distance(index, AXES: tl.constexpr):
-    """How many problems, and how many elements, a place in a row-major array over axes is away from the first one."""
+    """How many problems, and how many elements, a place in a row-major array over axes is away from the first one.
+
+    Fields of an Axis by their places: their names Triton 3.6 does not know here."""
     problems = index * 0
     elements = index * 0
     for k in tl.static_range(len(AXES)):
-        step = index % AXES[len(AXES) - 1 - k].length
-        index = index // AXES[len(AXES) - 1 - k].length
-        problems += step * AXES[len(AXES) - 1 - k].problems
-        elements += step * AXES[len(AXES) - 1 - k].elements
+        step = index % AXES[len(AXES) - 1 - k][0]
+        index = index // AXES[len(AXES) - 1 - k][0]
+        problems += step * AXES[len(AXES) - 1 - k][1]
+        elements += step * AXES[len(AXES) - 1 - k][2]
     return problems, elements
 
 
 @triton.jit
-def _sum(partial, splits, out, block, S: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """A block of one array, in a fixed order."""
+def _sum(partial, splits, out, block, SUMS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """A block of array K, in a fixed order."""
+    S: tl.constexpr = SUMS[K]
+    AXES: tl.constexpr = S.axes
+    OVER: tl.constexpr = S.over
     place = block * BLOCK + tl.arange(0, BLOCK)
-    problem, element = _distance(place, S.axes)
+    problem, element = _distance(place, AXES)
     terms = splits * S.terms
     total = tl.zeros((ROWS, BLOCK), partial.dtype.element_ty)
     for start in tl.range(0, terms, ROWS):
         term = start + tl.arange(0, ROWS)
-        further, beside = _distance(term // splits, S.over)
+        further, beside = _distance(term // splits, OVER)
         program = (problem[None, :] + further[:, None]) * splits + (term % splits)[:, None]
         at = program.to(tl.int64) * S.size + (S.start + element)[None, :] + beside[:, None]
         there = (term < terms)[:, None] & (place < S.count)[None, :]
@@ -72,7 +77,7 @@ def sum_kernel(
     for k in tl.static_range(len(SUMS)):
         splits = splits_0 if SUMS[k].stage == 0 else (splits_1 if SUMS[k].stage == 1 else splits_2)
         if (program >= first) & (program < first + (SUMS[k].count + BLOCK - 1) // BLOCK):
-            _sum(partials[SUMS[k].stage], splits, out, program - first, SUMS[k], BLOCK, ROWS)
+            _sum(partials[SUMS[k].stage], splits, out, program - first, SUMS, k, BLOCK, ROWS)
         first += (SUMS[k].count + BLOCK - 1) // BLOCK
 
 
