@@ -36,6 +36,11 @@ class StepInputBuilder:
         self._cfg, self._teachers, self._choice, self._device = cfg, teachers, choice, device
         self.matching = cfg.uses_kv
 
+    @property
+    def reads_keys_and_values(self) -> bool:
+        """Whether steps ask the teacher for keys and values: to match them, or to write from them."""
+        return self.matching or self._cfg.handoff_weight > 0
+
     def __call__(
         self, batch: TokenBatch, weights: LossWeights | None = None, *, watch: bool = False, step: int = 0,
         match: bool | None = None,

@@ -228,10 +228,7 @@ class TrainingRun:
 
     def _weights(self) -> LossWeights:
         cfg = self.cfg
-        return LossWeights(
-            task=cfg.task_weight, kv=self.kv.weight_at(self.step), logit_kd=cfg.logit_kd_weight,
-            handoff=cfg.handoff_weight,
-        )  # fmt: skip
+        return LossWeights(cfg.task_weight, self.kv.weight_at(self.step), cfg.logit_kd_weight, cfg.handoff_weight)
 
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""
@@ -241,7 +238,7 @@ class TrainingRun:
     def _ready(self, batches: list[TokenBatch]) -> list[TokenBatch]:
         """A step's micro-batches, ready to be copied to the device, what a cache holds for them read."""
         # What no step asks for would stay in memory.
-        for teacher in self.teachers if self.inputs.matching else []:
+        for teacher in self.teachers if self.inputs.reads_keys_and_values else []:
             if isinstance(teacher, CachedTeacher):
                 for batch in batches:
                     teacher.read_ahead(batch)

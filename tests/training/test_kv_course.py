@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.teacher.cached import CachedTeacher
 from kvds.training.run import TrainingRun
 from tests.harness.forked_ranks import REPOSITORY, RankServer
@@ -56,14 +57,17 @@ def test_maps_that_explain_nothing_leave_the_task_alone(folder: Path, start: Sta
         assert (value - before[weight]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("matching", [True, False])
-def test_a_cache_is_read_ahead_for_a_loss_that_is_still_there(monkeypatch: pytest.MonkeyPatch, matching: bool) -> None:
+@pytest.mark.parametrize(("matching", "handoff"), [(True, 0.0), (False, 0.0), (False, 1.0)])
+def test_a_cache_is_read_ahead_for_a_loss_that_is_still_there(
+    monkeypatch: pytest.MonkeyPatch, matching: bool, handoff: float
+) -> None:
     read: list[str] = []
     monkeypatch.setattr(CachedTeacher, "read_ahead", lambda teacher, batch: read.append(batch))
-    teachers, inputs = [object.__new__(CachedTeacher)], SimpleNamespace(matching=matching)
+    teachers, inputs = [object.__new__(CachedTeacher)], object.__new__(StepInputBuilder)
+    inputs.matching, inputs._cfg = matching, SimpleNamespace(handoff_weight=handoff)  # type: ignore[assignment]
     run = SimpleNamespace(teachers=teachers, inputs=inputs, device=torch.device("cpu"))
     assert TrainingRun._ready(run, ["a", "b"]) == ["a", "b"]  # type: ignore[arg-type, list-item, comparison-overlap]
-    assert read == (["a", "b"] if matching else [])
+    assert read == (["a", "b"] if matching or handoff else [])
 
 
 def test_an_empty_map_is_refused_only_by_who_wants_to_keep_it(start: Start) -> None:
