@@ -53,6 +53,8 @@ class BestModel:
         """
         if not self._better(results):
             self._stale += 1
+            if self.exhausted:
+                log.info("step %d: no better evaluation since step %s, training ends", step, self.step)
             return
         self._value, self.step, self._stale, self._results = self._metric(results), step, 0, results
         if self._cfg.load_best_model_at_end:

@@ -344,8 +344,6 @@ class TrainingRun:
             self.step, self._evaluate(model), lambda folder: self.results.export(model, self.aligner_config, folder)
         )
         self.evaluation_pending = False
-        if self.best.exhausted:
-            log.info("step %d: no better evaluation since step %s, training ends", self.step, self.best.step)
         self.engine.train()
 
     def save_before_leaving(self) -> None:
