@@ -113,9 +113,7 @@ def test_it_takes_no_more_than_a_training_step(family: str, checkpointing: bool)
     # With and without the KV loss, as a schedule has it: layers are recomputed in another order without it.
     training = max(peak_of(engine, partial(step, LossWeights(1.0, kv))) for kv in (1.0, 0.0))
     calibrating = peak_of(engine, lambda: calibrate_kv_weight(engine, inputs, 1.0, 1.0))  # type: ignore[arg-type]
-    # A hundredth: attention without dropout is another kernel, with a workspace of its own. What is not recomputed, or
-    # a micro-batch too many at once, is a multiple.
-    assert calibrating <= 1.01 * training
+    assert calibrating <= training, (calibrating, training)
     assert all(module.training for module in engine.module.modules())  # as it was
 
 
