@@ -157,6 +157,115 @@ def add_sums(out, sums, token_first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(at, sums + tl.load(at, mask=row // ROWS + column * 0 < token_first, other=0))  # row // ROWS is 0
 
 
+@triton.jit
+def _norms(count, valid, elements, layers, F: tl.constexpr):
+    """1 / (elements of one layer that count), in the widest type at hand, and what gradients are multiplied with."""
+    counted = count
+    if valid is not None:
+        counted = tl.maximum(tl.load(valid), 1)
+    layer_norm = 1 / (counted.to(F.wide) * elements.to(F.wide))
+    norm = 1.0
+    if F.mode == "loss" and F.normalize:
+        norm = layer_norm / layers.to(F.wide)
+    return layer_norm, norm
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, WANTED: tl.constexpr, F: tl.constexpr):
+    """Sums to begin with; a scalar where they are not wanted."""
+    if WANTED:
+        sums = tl.full((ROWS, COLUMNS), 0, F.wide)
+    else:
+        sums = 0
+    return sums
+
+
+@triton.jit
+def _inner(c, x, w, F: tl.constexpr):
+    """The first product: ``x @ w [BLOCK_X, BLOCK_DY]`` or, without dims_first, ``c @ x [BLOCK_Y, BLOCK_DX]``."""
+    if F.dims_first:
+        inner = dot(x, w, F).to(F.element)
+    elif F.mixes:
+        inner = dot(c, x, F).to(F.element)
+    else:
+        inner = x
+    return inner
+
+
+@triton.jit
+def _projected(c, inner, w, weights, place_y, inside_y, dim_y, columns_y, F: tl.constexpr):
+    """The second product, and the bias. That is where the accumulators start: it has no registers of its own."""
+    if weights.bias is not None:
+        bias_at = weights.bias + (place_y * F.dim_y)[:, None] + dim_y
+        start_at = tl.load(bias_at, mask=inside_y[:, None] & columns_y, other=0).to(F.wide)
+    else:
+        start_at = tl.full((F.block_y, F.block_dy), 0, F.wide)
+    if F.dims_first:
+        projected = dot_to(c, inner, start_at, F)
+    elif F.projects:
+        projected = dot_to(inner, w, start_at, F)
+    else:
+        projected = inner.to(F.wide)
+    return projected
+
+
+@triton.jit
+def _back(x, inner, g, c, w, d_mix, d_proj, F: tl.constexpr):
+    """From the projection's gradient ``g`` to d_mix, d_proj and d_x (a scalar where nobody wants it)."""
+    d_x = 0.0
+    if F.dims_first:
+        if F.mix_grad:
+            d_mix = dot_to(g, tl.trans(inner), d_mix, F)
+        if F.source_grad or F.proj_grad:
+            d_moved = dot(tl.trans(c), g, F).to(F.element)  # [BX, BDY]
+            if F.proj_grad:
+                d_proj = dot_to(tl.trans(x), d_moved, d_proj, F)
+            if F.source_grad:
+                d_x = dot(d_moved, tl.trans(w), F)
+    else:
+        if F.proj_grad:
+            d_proj = dot_to(tl.trans(inner), g, d_proj, F)
+        if F.source_grad or F.mix_grad:
+            d_low = g
+            if F.projects:
+                d_mixed = dot(g, tl.trans(w), F)  # [BY, BDX]
+                d_low = d_mixed.to(F.element)
+            if F.mix_grad:
+                d_mix = dot_to(d_low, tl.trans(x), d_mix, F)
+            if F.source_grad:
+                if F.mixes:
+                    d_x = dot(tl.trans(c), d_low, F)
+                else:
+                    d_x = d_mixed
+    return d_mix, d_proj, d_x
+
+
+@triton.jit
+def _store_rows(
+    rows, place, inside, token, token_first, token_last, positions, value, mask, FLAT: tl.constexpr, F: tl.constexpr
+):
+    """Write a tile ``[BLOCK, columns]`` of a gradient."""
+    at = token_offsets(rows, token, token_first, token_last, positions, FLAT)
+    start = _elements(rows, place, inside, at, F)
+    dim = tl.arange(0, value.shape[1])[None, :]
+    tl.store(start[:, None] + dim, value, mask=mask)
+
+
+@triton.jit
+def _store_sums(out, d_mix, d_proj, d_bias, losses, norm, layer_norm, token_first, F: tl.constexpr):
+    """A program's sums, with those of the tokens before."""
+    if F.mix_grad:
+        add_sums(out, d_mix * norm, token_first, F.block_y, F.block_x)
+    if F.proj_grad:
+        add_sums(out + F.starts[1], d_proj * norm, token_first, F.block_dx, F.block_dy)
+    if F.bias_grad:
+        add_sums(out + F.starts[2], d_bias * norm, token_first, F.block_y, F.block_dy)
+    if F.mode == "loss":
+        row = tl.arange(0, F.block_y)
+        at = out + F.starts[3] + row
+        tl.store(at, losses * layer_norm + tl.load(at, mask=row // F.block_y < token_first, other=0))
+
+
 @triton.jit(do_not_specialize=["count", "positions", "token_first", "token_last", "splits", "elements", "layers"])
 def map_projection_kernel(
     sides, weights, count, positions, mask, valid, partial,
@@ -175,6 +284,8 @@ def map_projection_kernel(
     columns_y = dim_y < F.dim_y
     place_x, place_y = row_places(row_x, row_y, problem, F)
 
+    c = 0
+    w = 0
     if F.mixes:
         c = _mixing_weights(weights, problem, F)
     if F.projects:
@@ -185,29 +296,16 @@ def map_projection_kernel(
         inverse = (
             1 / tl.load(weights.scale + place_y // (F.heads_y * F.head_problems), mask=inside_y, other=1).to(F.wide)
         )[:, None]
-
-    # 1 / (elements of one layer that count), in the widest type at hand.
-    counted = count
-    if valid is not None:
-        counted = tl.maximum(tl.load(valid), 1)
-    layer_norm = 1 / (counted.to(F.wide) * elements.to(F.wide))
-    norm = 1.0
-    if F.mode == "loss" and F.normalize:
-        norm = layer_norm / layers.to(F.wide)
-
-    if F.mix_grad:
-        d_mix = tl.full((F.block_y, F.block_x), 0, F.wide)
-    if F.proj_grad:
-        d_proj = tl.full((F.block_dx, F.block_dy), 0, F.wide)
-    if F.bias_grad:
-        d_bias = tl.full((F.block_y, F.block_dy), 0, F.wide)
-    if F.mode == "loss":
-        losses = tl.full((F.block_y,), 0, F.wide)
+    layer_norm, norm = _norms(count, valid, elements, layers, F)
+    d_mix = _zeros(F.block_y, F.block_x, F.mix_grad, F)
+    d_proj = _zeros(F.block_dx, F.block_dy, F.proj_grad, F)
+    d_bias = _zeros(F.block_y, F.block_dy, F.bias_grad, F)
+    losses = tl.full((F.block_y,), 0, F.wide)
     if F.delayed:
         # A tile's gradients are computed beside the next tile's residual. Products that feed no other within a turn
         # share out their columns among eight warps, which otherwise would repeat each other.
         x_before = tl.full((F.block_x, F.block_dx), 0, F.element)
-        mixed_before = tl.full((F.block_y, F.block_dx), 0, F.element)
+        inner_before = tl.full((F.block_y, F.block_dx), 0, F.element)
         g_before = tl.full((F.block_y, F.block_dy), 0, F.element)
 
     tiles = (token_last - token_first + F.tokens - 1) // F.tokens
@@ -222,27 +320,9 @@ def map_projection_kernel(
         y_rows = _elements(sides.target, place_y, inside_y, y_at, F)
         if F.mode != "store":
             t = tl.load(y_rows[:, None] + dim_y, mask=keep_y[:, None] & columns_y, other=0)  # [BY, BDY]
-
-        if F.dims_first:
-            moved = dot(x, w, F).to(F.element)  # [BX, BDY]
-        elif F.mixes:
-            mixed = dot(c, x, F).to(F.element)  # [BY, BDX]
-        else:
-            mixed = x
-
+        inner = _inner(c, x, w, F)
         if F.mode != "given":
-            # The bias is where the accumulators start: no registers of its own.
-            if weights.bias is not None:
-                bias_at = weights.bias + (place_y * F.dim_y)[:, None] + dim_y
-                start_at = tl.load(bias_at, mask=inside_y[:, None] & columns_y, other=0).to(F.wide)
-            else:
-                start_at = tl.full((F.block_y, F.block_dy), 0, F.wide)
-            if F.dims_first:
-                projected = dot_to(c, moved, start_at, F)
-            elif F.projects:
-                projected = dot_to(mixed, w, start_at, F)
-            else:
-                projected = mixed.to(F.wide)
+            projected = _projected(c, inner, w, weights, place_y, inside_y, dim_y, columns_y, F)
         if F.mode == "store":
             tl.store(y_rows[:, None] + dim_y, projected.to(F.element), mask=present_y[:, None] & columns_y)
         elif F.mode == "given":
@@ -256,57 +336,28 @@ def map_projection_kernel(
             if F.bias_grad:
                 d_bias += g
             if F.target_grad:
-                dy_at = token_offsets(sides.target_grad, token_y, token_first, token_last, positions, F.target_flat)
-                dy_rows = _elements(sides.target_grad, place_y, inside_y, dy_at, F)
                 store_y = keep_y if sides.target.index is not None else present_y
-                tl.store(dy_rows[:, None] + dim_y, (-g * norm).to(F.element), mask=store_y[:, None] & columns_y)
-
+                _store_rows(
+                    sides.target_grad, place_y, inside_y, token_y, token_first, token_last, positions,
+                    (-g * norm).to(F.element), store_y[:, None] & columns_y, F.target_flat, F,
+                )  # fmt: skip
         if F.delayed:
             # What is worked on from here on is the tile before.
             x, x_before = x_before, x
-            mixed, mixed_before = mixed_before, mixed
+            inner, inner_before = inner_before, inner
             g_low, g_before = g_before, g_low
             token_x, present_x, keep_x = _tile_tokens(
                 start - splits * F.tokens, token_first, token_last, row_x, inside_x, mask, F.rows_x, F
             )
-        if F.dims_first:
-            if F.mix_grad:
-                d_mix = dot_to(g_low, tl.trans(moved), d_mix, F)
-            if F.source_grad or F.proj_grad:
-                d_moved = dot(tl.trans(c), g_low, F).to(F.element)  # [BX, BDY]
-                if F.proj_grad:
-                    d_proj = dot_to(tl.trans(x), d_moved, d_proj, F)
-                if F.source_grad:
-                    d_x = dot(d_moved, tl.trans(w), F)
-        else:
-            if F.proj_grad:
-                d_proj = dot_to(tl.trans(mixed), g_low, d_proj, F)
-            if F.source_grad or F.mix_grad:
-                d_low = g_low
-                if F.projects:
-                    d_mixed = dot(g_low, tl.trans(w), F)  # [BY, BDX]
-                    d_low = d_mixed.to(F.element)
-                if F.mix_grad:
-                    d_mix = dot_to(d_low, tl.trans(x), d_mix, F)
-                if F.source_grad:
-                    if F.mixes:
-                        d_x = dot(tl.trans(c), d_low, F)
-                    else:
-                        d_x = d_mixed
+        if F.mode != "store":
+            d_mix, d_proj, d_x = _back(x, inner, g_low, c, w, d_mix, d_proj, F)
         if F.source_grad:
-            dx_at = token_offsets(sides.source_grad, token_x, token_first, token_last, positions, F.source_flat)
-            dx_rows = _elements(sides.source_grad, place_x, inside_x, dx_at, F)
             store_x = keep_x if sides.source.index is not None else present_x
-            tl.store(dx_rows[:, None] + dim_x, (d_x * norm).to(F.element), mask=store_x[:, None] & columns_x)
+            _store_rows(
+                sides.source_grad, place_x, inside_x, token_x, token_first, token_last, positions,
+                (d_x * norm).to(F.element), store_x[:, None] & columns_x, F.source_flat, F,
+            )  # fmt: skip
 
     if F.size > 0:
         out = partial + tl.program_id(0).to(tl.int64) * F.size
-    if F.mix_grad:
-        add_sums(out, d_mix * norm, token_first, F.block_y, F.block_x)
-    if F.proj_grad:
-        add_sums(out + F.starts[1], d_proj * norm, token_first, F.block_dx, F.block_dy)
-    if F.bias_grad:
-        add_sums(out + F.starts[2], d_bias * norm, token_first, F.block_y, F.block_dy)
-    if F.mode == "loss":
-        at = out + F.starts[3] + row_y
-        tl.store(at, losses * layer_norm + tl.load(at, mask=row_y // F.block_y < token_first, other=0))
+        _store_sums(out, d_mix, d_proj, d_bias, losses, norm, layer_norm, token_first, F)
