@@ -189,6 +189,7 @@ def test_every_method_is_computed_where_its_facts_say() -> None:
 def test_no_mode_or_method_is_named_outside_its_own_file_and_the_tables() -> None:
     own = {
         "config/alignment_modes.py", "config/selection_methods.py", "align/build.py", "kv/scores.py", "kv/select.py",
+        "commands/quickstart.py",  # which two it shows is its own choice, no fact of them
     }  # fmt: skip
     names = [*(set(ALIGNMENT_MODES) - {"none", "hidden"}), *(set(SELECTION_METHODS) - {"full", "random"})]
     quoted = re.compile(rf"""(?<![\w`])["']({"|".join(names)})["'](?!`)""")
