@@ -1,0 +1,43 @@
+"""The benchmark of a handoff runs at a tiny size, and its bytes are those of the map."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks.handoff.bench import COLUMNS, main
+from benchmarks.handoff.evidence import changes, report
+from kvds.data.synthetic import synthetic_examples
+
+
+def test_every_length_is_measured_and_written(tmp_path: Path) -> None:
+    file = tmp_path / "handoff.csv"
+    flags = ["--tiny", "--tokens", "16", "8", "--source_layers", "2", "--rounds", "1", "--output", str(file)]
+    rows = main(flags)
+    with file.open() as stream:
+        written = list(csv.DictReader(stream))
+    assert [row["tokens"] for row in rows] == [8, 16] and set(COLUMNS) <= set(written[0])
+    for row in rows:
+        assert all(row[name] > 0 for name in COLUMNS[1:8])
+    # 3 source layers of 2 × 8 and 2 target layers of 2 × 4 numbers per token, for keys and values.
+    per_token = rows[1]["floor_ms"] - rows[0]["floor_ms"]
+    weights = 2 * (2 * 32 * 8 + 2 * 8)
+    assert rows[0]["floor_ms"] / per_token == pytest.approx((2 * 7 * (48 + 16) + weights) / (2 * 8 * (48 + 16)))
+    assert "map_ms" in file.with_suffix(".md").read_text()
+
+
+def test_the_evidence_tells_apart_what_has_not_learned() -> None:
+    def row(arm: str, seed: int, fit: str, own: float, mapped: float) -> dict[str, object]:
+        found = {"arm": arm, "seed": seed, "fit": fit, "r2_keys": mapped, "r2_values": -mapped}
+        found |= {"minus_attention_error": mapped, "mapped_exact_match": mapped}
+        names = ("another", "shuffled", "zeros", "none")
+        return found | {f"{name}_exact_match": 0.0 for name in names} | {"own_exact_match": own}
+
+    rows = [row("flat", seed, f"{n} prompts", 1.0, 0.5 + 0.1 * seed) for seed in (0, 1) for n in (8, 512)]
+    rows += [row("task_only", 0, "512 prompts", 0.1, 0.05)]
+    text = report(rows)
+    assert "| flat | 2 | 2 | 100.0 | 55.0 |" in text and "| task_only | 1 | 0 | 10.0 | 5.0 |" in text
+    assert "| r2_keys | 1.000 |" in text and "| r2_values | -1.000 |" in text
+    assert {changes(example) for example in synthetic_examples("train", problems=20, seed=0)} == {2, 3}
