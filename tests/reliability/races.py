@@ -53,7 +53,10 @@ def race(server: RankServer, models: Path, folder: Path, *, turns: int, seed: in
             sys.exit(f"races: the undisturbed run failed, see {output}.log")
     for turn in range(turns):
         output, killing, history = folder / f"turn-{turn}", turn % 2 == 1, []
-        for start in range(2 if killing else 1):
+        start, codes = 0, dict[int, int | None]()
+        # Both may be refused: one that took the folder for a moment, to find the other seed in it, and one that came
+        # in that moment. Nothing is mixed, and they start again.
+        while 0 not in codes.values() and start < 6:
             setup = _KILL.format(seconds=chance.uniform(0, 0.5)) if killing and not start else ""
             order = chance.sample(SEEDS, 2)
             logs = {number: folder / f"turn-{turn}-start-{start}-seed-{number}.log" for number in order}
@@ -69,6 +72,7 @@ def race(server: RankServer, models: Path, folder: Path, *, turns: int, seed: in
                 if code == 2:
                     whose = "another job's folder" if "belongs to process" in lines[0] else "another seed's checkpoint"
                     history.append(f"refused ({whose})")
+            start += 1
             # Who comes when the other is dead and has saved nothing takes the folder, and may be killed as well.
             history += ["killed"] * [*codes.values()].count(-9)
         won = [number for number, code in codes.items() if code == 0]
