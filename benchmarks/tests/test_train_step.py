@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,11 @@ from kvds.teacher.teacher import Teacher
 CPU = torch.device("cpu")
 
 
-def test_table_csv_and_rates_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_csv_and_rates_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "trl" else found(name, *more))
     flags = ["--quick", "--no_memory", "--arms", "task_only", "teacher_forward", "kvds_flat", "trl_gkd"]
     assert bench.main([*flags, "--data_dir", str(tmp_path), "--output_dir", str(tmp_path), "--name", "x"]) == 0
     with (tmp_path / "x.csv").open() as file:
