@@ -37,7 +37,7 @@ def conversation(value: Any, name: str, system: Any = None) -> tuple[Message, ..
         BadRow: what is wrong, in which turn.
     """
     turns = _turns(value, name)
-    if isinstance(system, str) and system.strip() and turns[0].role != "system":
+    if isinstance(system, str) and not is_blank(system) and turns[0].role != "system":
         turns = [Message("system", system), *turns]
     return checked(turns, name)
 
@@ -96,12 +96,12 @@ def _turn(turn: Any, place: str) -> Message:
     trace = next((turn[field] for field in _TRACE_FIELDS if turn.get(field)), "")
     if not isinstance(trace, str):
         raise BadRow(f"{place} has the reasoning {trace!r:.60}; expected a text")
-    if not trace.strip():
+    if is_blank(trace):
         opened = content.lstrip().startswith("<think>")
         if opened and "</think>" not in content:
             raise BadRow(f"{place} ({role}) begins with <think>, which never ends; expected </think> and an answer")
         trace, content = split_trace(content) if opened else ("", content)
-        if not content.strip():
+        if is_blank(content):
             raise BadRow(f"{place} ({role}) says nothing behind </think>; expected an answer there")
     return Message(role, content, trace.strip(), counted=turn.get("weight") not in (0, False))
 

@@ -92,7 +92,7 @@ def _joined(columns: list[str], row: Row) -> str:
     for column in columns:
         if not isinstance(row[column], str | None):
             raise BadRow(f"{column!r} is {row[column]!r:.60}; expected a text, to be joined with others")
-    return "\n\n".join(row[column] for column in columns if row[column] and row[column].strip())
+    return "\n\n".join(row[column] for column in columns if row[column] and not is_blank(row[column]))
 
 
 def recognise(row: Row, source: str, *, form: str = "auto", columns: str = "auto") -> RowReader:
@@ -194,7 +194,7 @@ def _read_messages(values: Row, columns: Mapping[str, str]) -> Example:
         raise BadRow(f"{columns['rationale']!r} is {rationale!r:.60}; expected a text")
     asked = Message("user", _plain_text(values, "prompt", columns))
     said = Message("assistant", _plain_text(values, target, columns), rationale.strip())
-    first = [Message("system", system)] if isinstance(system, str) and system.strip() else []
+    first = [Message("system", system)] if isinstance(system, str) and not is_blank(system) else []
     return _message_example(checked([*first, asked, said], columns["prompt"]))
 
 

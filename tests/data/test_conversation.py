@@ -71,6 +71,7 @@ TOOL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
         ([{**ASKED, "content": [{"type": "image"}]}, SAID], "turn 1 (user) has parts of the kind image"),
         ([ASKED, {**SAID, "reasoning": 3}], "'m' turn 2 has the reasoning 3; expected a text"),
         ([ASKED, {**SAID, "content": "<think>r</think>"}], "turn 2 (assistant) says nothing behind </think>"),
+        ([ASKED, {**SAID, "content": "<think>r</think>\u200b"}], "turn 2 (assistant) says nothing behind </think>"),
         ([ASKED, {**SAID, "content": "<think>r"}], "'m' turn 2 (assistant) begins with <think>, which never ends"),
     ],
 )  # fmt: skip
@@ -78,3 +79,7 @@ def test_what_is_wrong_is_said_with_its_turn(messages, message):
     with pytest.raises(BadRow) as caught:
         conversation(messages, "m")
     assert message in str(caught.value)
+
+
+def test_a_trace_that_nobody_sees_is_none():
+    assert conversation([ASKED, {**SAID, "reasoning": "\u200b\n\ufeff"}], "m")[-1].reasoning == ""
