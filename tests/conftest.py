@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,10 @@ def _logging_as_it_was() -> Iterator[None]:
         for handler in logger.handlers[:]:
             if type(handler) is logging.StreamHandler and handler not in handlers:
                 logger.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_they_were() -> Iterator[None]:
+    """A listener that a test leaves behind would end the process of a later one that sends itself a signal."""
+    yield
+    assert not any(thread.name == "kvds-signals" for thread in threading.enumerate())

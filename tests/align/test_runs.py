@@ -33,7 +33,7 @@ def runs(models, tmp_path_factory):  # noqa: F811
         assert done.returncode == 0, done.stderr[-4000:]
 
     wanted = {
-        name: {"map_start": "random", "eval_subset_size": 4, "max_new_tokens": 2, **changes}
+        name: {"map_start": "random", "eval_subset_size": 4, "max_new_tokens": 2, "handoff_weight": 0, **changes}
         for name, changes in MODES.items()
     }
     train({name: flags(models, folder / name, **changes) for name, changes in wanted.items()})

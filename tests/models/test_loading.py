@@ -15,6 +15,7 @@ from kvds.errors import InputError
 from kvds.kv import KVShape
 from kvds.kv.families import backbone
 from kvds.models.architecture import check_positions, load_config
+from kvds.models.family_check import check_family
 from kvds.models.loading import load_model
 from kvds.models.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
 
@@ -112,8 +113,10 @@ def test_a_configuration_that_no_model_can_be_built_from(folder):
 
 
 def test_unknown_family(folder):
-    message = error_of(lambda: KVShape.from_config(load_config(str(folder / "t5"), flag="teacher")))
-    assert "model_type=t5" in message and "gpt2, llama, mistral, qwen2" in message
+    config = load_config(str(folder / "t5"), flag="teacher")
+    message = error_of(lambda: check_family(config, "--teacher_name=t5"))
+    assert message.startswith("--teacher_name=t5: model_type=t5: a small model of its configuration cannot be run")
+    assert "expected one of gemma, " in message and ", llama, mistral, " in message
 
 
 def test_vocabulary_may_be_padded_but_not_too_small(folder):

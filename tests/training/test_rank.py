@@ -6,7 +6,18 @@ import pytest
 
 from kvds.config.recipe import named_output_dir
 from kvds.identity.folder_owner import FolderOwner
+from kvds.training import rank
 from kvds.training.rank import run_rank
+
+
+@pytest.fixture(autouse=True)
+def signals_given_back(monkeypatch):
+    """A rank hears signals until its process ends; here other tests come after it."""
+    made, install = [], rank.StopRequest.install
+    monkeypatch.setattr(rank.StopRequest, "install", lambda stop, leave: (made.append(stop), install(stop, leave))[1])
+    yield
+    for stop in reversed(made):
+        stop.remove()
 
 
 @pytest.fixture

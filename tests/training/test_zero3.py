@@ -19,6 +19,7 @@ from kvds import cli
 from kvds.checkpoint.aligner_file import load_aligner
 from kvds.config.recipe import parse_run_config
 from kvds.data.tokenizer import train_problem_tokenizer
+from kvds.tracking.tracker import UI_PAGE
 from tests.harness.plain_training import STEPS, plain_training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -327,5 +328,5 @@ def test_a_run_leaves_its_records(distributed):
     assert "--local_rank" not in provenance["command"] and provenance["world_size"] == "2"
     told = [line for line in (distributed / "log.txt").read_text().splitlines() if "look through them: " in line]
     assert [line.split("them: ")[1] for line in told] == [
-        f"mlflow ui --backend-store-uri sqlite:///{run_dir / 'mlflow.db'} --host 127.0.0.1"
+        f"mlflow ui --backend-store-uri sqlite:///{run_dir / 'mlflow.db'} --host 127.0.0.1, then {UI_PAGE}"
     ]
