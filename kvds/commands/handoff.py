@@ -126,8 +126,8 @@ def _fit(arguments: argparse.Namespace) -> int:
     _quiet()
     import torch
 
-    from kvds.data.encoding import Segment
     from kvds.handoff.calibration import fit_pair
+    from kvds.handoff.continuation import first_prompt_length
     from kvds.handoff.files import load_pair, one_tokenizer, pair_identity, save_map
     from kvds.handoff.fitting import STRENGTHS
     from kvds.handoff.training import MapTraining
@@ -136,7 +136,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     tokenizer = one_tokenizer(arguments.teacher, arguments.student)
     teacher, student = load_pair(arguments.teacher, arguments.student, tokenizer)
     samples, examples = _rows(arguments, "train", tokenizer, student, teacher)
-    prompts = [row.input_ids[: row.segment_ids.count(Segment.PROMPT)] for row in samples]
+    prompts = [row.input_ids[: first_prompt_length(row)] for row in samples]
     pad = _pad(tokenizer)
     with owned_output(output):
         how = {"batch_size": arguments.batch_size, "pad": pad}

@@ -22,7 +22,7 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import TokenBatch
-from kvds.data.labels import LabelledPositions
+from kvds.data.labels import IGNORED_LABEL, LabelledPositions
 from kvds.distillation.calibration import kv_weight_of_share, moments_of_batches
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
@@ -108,6 +108,8 @@ class KVDistiller(DistillationModule):
         # Whole numbers: what casts a module to 16 bits leaves them alone.
         self.register_buffer("_weight_bits", torch.tensor(_UNFITTED))
         self._weight: float | None = None
+        # A hook, since what is around this module loads its state without calling its own method.
+        self.register_load_state_dict_post_hook(_forget_weight)
         self._averages = self._warned = False
         for parameter in self.aligner.parameters():  # type: ignore[union-attr]
             if parameter.requires_grad:
@@ -218,6 +220,9 @@ class KVDistiller(DistillationModule):
             labels: ``[B, T]`` int64, unshifted, -100 where not counted.
             segment_ids: ``[B, T]`` int64, 1 = prompt, 2 = rationale, 3 = answer; None: what is labelled is the answer.
             batch: A batch of kvds' own data, in place of all these, with normalizers of its global step.
+
+        Raises:
+            InputError: samples share rows, and the student is called through what is around it.
         """
         if batch is None:
             given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -229,8 +234,15 @@ class KVDistiller(DistillationModule):
             self._averages = False
             loss, metrics = super().forward(self._step(batch, weights))
             return DistillerOutput(loss=loss, metrics=metrics)
+        if batch.packing is not None:
+            raise InputError(
+                "batch: its samples share rows, which what is around the student is not told; expected padded rows, a "
+                "sample each (or the student as it was before it was wrapped)"
+            )
         with self.watch(outer) as watched:
             task = outer(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        if batch.label_normalizer:  # the model's own loss is the mean of this batch alone
+            task = task * ((batch.labels[:, 1:] != IGNORED_LABEL).sum() / batch.label_normalizer)
         loss = weights.task * task + watched.loss(batch)
         return DistillerOutput(loss=loss, metrics={"loss/task": task.detach(), **watched.metrics})
 
@@ -330,11 +342,10 @@ class KVDistiller(DistillationModule):
         if self._weight is None and not isinstance(self._settings.kv_weight, str):
             self.kv_weight = float(self._settings.kv_weight)
 
-    def load_state_dict(self, *arguments: Any, **keywords: Any) -> Any:
-        """As of any module; the weight of the KV loss comes with it."""
-        found = super().load_state_dict(*arguments, **keywords)
-        self._weight = None
-        return found
+
+def _forget_weight(distiller: nn.Module, incompatible_keys: Any) -> None:
+    """The weight of the KV loss comes with the state."""
+    distiller._weight = None  # type: ignore[assignment]
 
 
 def _as_batch(inputs: Inputs) -> TokenBatch:

@@ -90,9 +90,16 @@ def _unlink_shared_buffer() -> None:
 
 
 def leave_distributed() -> None:
-    """Wait for all ranks and leave the process group, so that no rank ends while another still talks to it."""
+    """Wait for all ranks and leave the process group, so that no rank ends while another still talks to it.
+
+    Raises:
+        RunError: another rank was gone before.
+    """
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise RunError("another rank was gone at the end, when all was saved (its own log says why)") from error
         dist.destroy_process_group()
 
 

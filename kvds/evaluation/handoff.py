@@ -30,7 +30,7 @@ from kvds.evaluation.generation import Completion, generate_completions, greedy_
 from kvds.evaluation.model import results_by_corpus, row_losses, verdicts_of
 from kvds.handoff.attention_error import attention_output_error, own_attention
 from kvds.handoff.calibration import batches_of
-from kvds.handoff.continuation import Continuation, continue_from
+from kvds.handoff.continuation import Continuation, continue_from, first_prompt_length
 from kvds.handoff.model import HandoffModel, generate_from
 from kvds.handoff.reading import read_states
 from kvds.kv import KVStates
@@ -139,8 +139,14 @@ def evaluate_handoff(
         ``attention_error``, the mean over layers and rows (of all but ``none``; corpora together).
 
     Raises:
-        InputError: fewer than two different prompts: none would be another one's.
+        InputError: fewer than two different prompts: none would be another one's; or a conversation of several turns.
     """
+    for sample in samples:
+        if prompt_length(sample) != first_prompt_length(sample):
+            raise InputError(
+                f"{examples[sample.example].place}: a conversation of several turns; expected one question and its "
+                "answer, which the student gives from the cache of the question"
+            )
     prompts = [sample.input_ids[: prompt_length(sample)] for sample in samples]
     if len({prompt[:-1] for prompt in prompts}) < 2:
         raise InputError(

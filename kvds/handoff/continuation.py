@@ -15,11 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from kvds.data.batches import TokenBatch
-from kvds.data.encoding import Segment
+from kvds.data.encoding import EncodedSample, Segment
 from kvds.data.labels import IGNORED_LABEL, LabelledPositions
 from kvds.handoff.reading import cache_argument, fill_cache, positions_of, without_padding
 from kvds.kv import KVStates, gather_positions
 from kvds.kv.families import backbone, layer_kinds, window_of
+
+
+def first_prompt_length(sample: EncodedSample) -> int:
+    """Tokens before the first that is answered; of a conversation those of its first turn."""
+    segments = sample.segment_ids
+    return next((i for i, segment in enumerate(segments) if segment != Segment.PROMPT), len(segments))
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,9 @@ class Continuation:
         """
         rows, tokens = batch.input_ids.shape
         lengths = (batch.segment_ids != Segment.PAD).sum(1, keepdim=True)
-        before = ((batch.segment_ids == Segment.PROMPT).sum(1, keepdim=True) - 1).clamp_min(0)  # [B, 1]
+        # Of a conversation the cache holds the first turn: later ones follow it, as what is answered between them does.
+        first = (batch.segment_ids == Segment.PROMPT).long().cumprod(1)
+        before = (first.sum(1, keepdim=True) - 1).clamp_min(0)  # [B, 1]
         slots = max(1, int(before.max()))
         follow = max(1, int((lengths - before).max()))
         prompt_index = torch.arange(slots) - (slots - before)

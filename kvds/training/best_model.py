@@ -52,6 +52,12 @@ class BestModel:
             export: Writes student and aligner of this step into a folder.
         """
         if not self._better(results):
+            if self.step is None:
+                name = self._cfg.metric_for_best_model
+                log.warning(
+                    "step %d: no held-out row has a %s to judge by, so that no evaluation is the best", step, name
+                )
+                return
             self._stale += 1
             if self.exhausted:
                 log.info("step %d: no better evaluation since step %s, training ends", step, self.step)

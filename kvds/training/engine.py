@@ -150,7 +150,15 @@ def gradient_norm(engine: deepspeed.DeepSpeedEngine, parameters: Iterable[nn.Par
 
 def discard_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     """Forget the gradients of a backward pass that no step shall follow."""
-    engine.optimizer.zero_grad()
+    optimizer = engine.optimizer
+    optimizer.zero_grad()
+    # Below stage 3 the count of backward passes since the last step goes back only in a step; above 0 an offloaded
+    # optimizer adds what comes next to what was forgotten. Its norms and its sign of an overflow stay, too.
+    if hasattr(optimizer, "micro_step_id"):
+        optimizer.micro_step_id = -1 if engine.zero_optimization_stage() < 3 else 0
+    getattr(optimizer, "_offload_accumulated_param_ids", set()).clear()
+    if hasattr(optimizer, "reset_cpu_buffers"):
+        optimizer.reset_cpu_buffers()
     # Emptied, not replaced: below stage 3 the parameters read their gradients out of this very dictionary.
     getattr(engine.optimizer, "averaged_gradients", {}).clear()
     engine.zero_grad()

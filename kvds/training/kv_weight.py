@@ -154,4 +154,6 @@ def other_losses(cfg: RunConfig, metrics: Mapping[str, Tensor]) -> Tensor:
     total = cfg.task_weight * metrics["loss/task"].float()
     if "loss/logit_kd" in metrics:
         total = total + cfg.logit_kd_weight * metrics["loss/logit_kd"].float()
+    if "loss/handoff" in metrics:
+        total = total + cfg.handoff_weight * metrics["loss/handoff"].float()
     return total

@@ -7,6 +7,7 @@ at a time goes through, checkpointed as in training, with the teacher run for it
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -132,11 +133,13 @@ def kv_agreement(engine: deepspeed.DeepSpeedEngine, task: Sequence[MakeInput], k
         kv: The same of the rows for the KV loss.
 
     Returns:
-        A number from −1 to 1; 0 where one of the losses sends nothing, NaN where one is not finite.
+        A number from −1 to 1; 0 where one of the losses sends nothing, NaN where one, or its gradient, is not finite.
     """
     with _without_dropout(engine):
         of_task = _norm(engine, [(make_input, _TASK) for make_input in task], {})
         of_kv = _norm(engine, [(make_input, _KV) for make_input in kv], {})
+        if not (math.isfinite(of_task) and math.isfinite(of_kv)):
+            return math.nan
         if of_task == 0 or of_kv == 0:
             return 0.0
         units = [(make_input, LossWeights(task=1 / of_task)) for make_input in task]

@@ -49,7 +49,8 @@ def run_rank(flags: Sequence[str], train: Train | None = None) -> int:
         (train or training.train)(cfg, stop)
         leave_distributed()
     except Preempted:
-        leave_distributed()
+        with contextlib.suppress(RunError):  # what there was to save is saved
+            leave_distributed()
         return EXIT_CODE
     except (InputError, RunError) as error:
         if isinstance(error, InputError):

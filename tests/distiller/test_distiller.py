@@ -180,6 +180,20 @@ def test_a_fitted_map_counts_as_much_as_the_task_at_most() -> None:
     assert distiller.kv_weight * float(metrics["loss/kv"]) == pytest.approx(2 * float(metrics["loss/task"]), rel=1e-4)
 
 
+def test_normalizers_of_a_global_step_are_taken_through_what_is_around_the_student() -> None:
+    settings, student = AlignmentSettings(kv_weight=1.0), models()
+    batch = replace(the_batch(), label_normalizer=40.0, position_normalizer=100.0)
+    plain, wrapped = KVDistiller(*student, settings), KVDistiller(WRAPPERS["ddp"](student[0]), student[1], settings)
+    for distiller in (plain, wrapped):
+        distiller.fit([inputs()])
+    found, expected = wrapped(batch=batch), plain(batch=batch)
+    for name in ("loss/task", "loss/kv"):
+        assert float(found.metrics[name]) == pytest.approx(float(expected.metrics[name]), rel=1e-5)
+    assert float(found.loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=1e-5)
+    with pytest.raises(InputError, match="its samples share rows"):
+        wrapped(batch=replace(batch, packing=object()))
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_what_stands_around_a_student_changes_nothing(name: str) -> None:
     settings = AlignmentSettings(kv_weight=0.7)
@@ -239,6 +253,12 @@ def test_the_state_dict_holds_all_but_the_teacher(tmp_path: Path) -> None:
     again.bfloat16()  # what casts weights leaves the weight of the loss alone
     again.load_state_dict(again.state_dict())
     assert again.kv_weight == distiller.kv_weight
+
+    around = torch.nn.ModuleDict({"distiller": KVDistiller(*models(), settings)})
+    around["distiller"].fit([inputs()])
+    around["distiller"].kv_weight = 5.0
+    around.load_state_dict({f"distiller.{name}": value for name, value in state.items()})
+    assert around["distiller"].kv_weight == distiller.kv_weight
 
     distiller.save_aligner(tmp_path / "map_aligner.pt")
     third = KVDistiller(*models(), replace(settings, kv_weight=distiller.kv_weight))

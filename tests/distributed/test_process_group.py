@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from kvds.config import RunConfig
 from kvds.distributed.preemption import StopRequest, leave_at_once
-from kvds.distributed.process_group import init_distributed
+from kvds.distributed.process_group import init_distributed, leave_distributed
 from kvds.distributed.rank_watch import RankWatch
 from kvds.errors import RunError
 from kvds.training.guard import guarded
@@ -39,6 +39,16 @@ def test_a_rank_that_died_before_all_had_joined(rank, fault, monkeypatch, capsys
     assert f"RANK={rank}, WORLD_SIZE=2, MASTER_ADDR=n1, MASTER_PORT=29" in line and "look at the other ranks" in line
     # Rank 0 tells what ends a run; here it may be the one that is gone.
     assert capsys.readouterr().err.count("kvds: error: the ranks did not meet") == (rank == "1")
+
+
+def test_a_rank_that_is_gone_at_the_end_is_told_in_one_line(monkeypatch):
+    def gone() -> None:
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:2781")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "barrier", gone)
+    with pytest.raises(RunError, match="another rank was gone at the end"):
+        leave_distributed()
 
 
 def test_other_faults_on_the_way_are_told_as_they_are(monkeypatch):

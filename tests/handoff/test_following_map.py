@@ -7,11 +7,15 @@ import torch
 from torch import nn
 
 from kvds.data.batches import collate
+from kvds.data.encoding import EncodedSample
+from kvds.data.example import Example
 from kvds.data.labels import LabelledPositions
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
+from kvds.errors import InputError
+from kvds.evaluation.handoff import evaluate_handoff
 from kvds.handoff.cache_map import CacheMap, source_layers
-from kvds.handoff.continuation import Continuation, continue_from
+from kvds.handoff.continuation import Continuation, continue_from, first_prompt_length
 from kvds.handoff.fitting import fit_map
 from kvds.handoff.following_map import FollowingMap
 from kvds.handoff.moments import MapMoments
@@ -160,3 +164,20 @@ def test_the_extra_forward_is_of_the_answer_tokens_alone(trained):
     finally:
         hook.remove()
     assert widths == [11, 6, 11]  # rows of 11, 6 and 5 tokens, of which 6, 5 and 3 come with or after a prompt's last
+
+
+def test_of_a_conversation_the_cache_holds_the_first_turn():
+    batch = collate(rows_of([(2, 2, 3)]), [0], 0, 1.0, 1.0)
+    prompt, answer = 1, 3
+    segments = torch.tensor([[prompt, prompt, answer, answer, prompt, answer, answer, 0]])
+    labels = torch.tensor([[-100, -100, 12, 13, -100, 16, 17, -100]])
+    ids = torch.arange(10, 18)[None]
+    batch = replace(batch, input_ids=ids, segment_ids=segments, labels=labels, attention_mask=(segments != 0).long())
+    row = Continuation.from_batch(batch)
+    assert row.prompt_index.tolist() == [[0]] and row.index[row.mask].tolist() == [1, 2, 3, 4, 5, 6]
+    assert row.labelled.target.tolist() == [12, 13, 16, 17]  # all that the normalizer of a step counts
+    sample = EncodedSample(tuple(range(10, 17)), tuple(segments[0, :7].tolist()), 0)
+    assert first_prompt_length(sample) == 2
+    example = Example("q", "", "a", corpus="mine", place="rows.jsonl:3")
+    with pytest.raises(InputError, match="rows.jsonl:3: a conversation of several turns"):
+        evaluate_handoff(None, None, [example], [sample])

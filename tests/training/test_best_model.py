@@ -78,6 +78,17 @@ def test_the_best_student_is_left_unless_the_last_is_better(tmp_path: Path) -> N
     assert (tmp_path / "student/weights").read_text() == (tmp_path / "map_aligner.pt").read_text() == "2"
 
 
+def test_evaluations_that_judge_nothing_end_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    best = best_of(tmp_path, "exact_match", patience=2)
+    for step in range(1, 5):
+        judge(best, step, math.nan, "exact_match")
+    assert not best.exhausted and "no held-out row has a exact_match" in caplog.text
+    judge(best, 5, 0.5, "exact_match")
+    judge(best, 6, math.nan, "exact_match")
+    judge(best, 7, 0.4, "exact_match")
+    assert best.exhausted and best.step == 5
+
+
 def test_a_resumed_run_has_the_best_of_its_checkpoint(tmp_path: Path) -> None:
     best = best_of(tmp_path, patience=2)
     judge(best, 1, 2.0)

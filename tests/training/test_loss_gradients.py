@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -98,3 +100,13 @@ def test_a_balanced_weight_starts_at_its_share_of_the_losses(run: tuple[Engine, 
     metrics = [engine(make())[1] for make in inputs]
     expected = 0.5 * 2 * sum(m["loss/task"] for m in metrics) / sum(m["loss/kv"] for m in metrics)
     assert weight == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("norms", [(1.0, float("inf")), (float("inf"), 2.0), (float("nan"), 2.0)])
+def test_a_gradient_that_is_not_finite_says_nothing(
+    norms: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(norms)
+    monkeypatch.setattr(loss_gradients, "_norm", lambda *_: next(left))
+    monkeypatch.setattr(loss_gradients, "_without_dropout", lambda engine: contextlib.nullcontext())
+    assert math.isnan(kv_agreement(None, [], []))  # type: ignore[arg-type]
