@@ -148,6 +148,8 @@ def evaluate_handoff(
                 "answer, which the student gives from the cache of the question"
             )
     prompts = [sample.input_ids[: prompt_length(sample)] for sample in samples]
+    if samples and not any(prompts):
+        raise InputError("handoff: the held-out rows are texts, which have no prompt to hand off; expected prompts")
     if len({prompt[:-1] for prompt in prompts}) < 2:
         raise InputError(
             f"handoff: {len(samples)} held-out rows, of one prompt; expected at least two different ones (a larger "

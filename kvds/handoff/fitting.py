@@ -72,7 +72,7 @@ def fit_map(
     if not strengths or 0 in moments.rows:
         raise InputError(
             f"handoff: {sum(moments.rows)} tokens to fit a map to, {min(moments.rows)} of them to judge it by; "
-            f"expected at least two texts ({remedy})"
+            f"expected at least two prompts, which texts alone do not have ({remedy})"
         )
     found = MapFit({part: [] for part in KV_PARTS}, {part: [] for part in KV_PARTS}, sum(moments.rows))
     for part, groups in moments.groups.items():

@@ -211,13 +211,24 @@ class RunPlan:
         below, above = self._step_peak(low, checkpointing), self._step_peak(high, checkpointing)
         return low + int((room - below) / (above - below) * (high - low))
 
+    @property
+    def _placements(self) -> list[str]:
+        """Of the teacher, those that this run may have."""
+        if self.teacher_size is None:
+            return ["replicated"]
+        return [placement for placement in PLACEMENTS if self._may_have(placement)]
+
+    def _may_have(self, placement: str) -> bool:
+        try:
+            replace(self.cfg, teacher_placement=placement)
+        except InputError:
+            return False
+        return True
+
     def largest_rows(self, raw: dict[str, Any] | None = None) -> dict[tuple[str, bool], int]:
         """(placement, checkpointing) → rows per micro-batch that fit, at most ``MOST_ROWS``; 0: not even one."""
-        # A teacher that runs ahead is whole on each rank.
-        several = self.teacher_size is not None and not self.cfg.teacher_overlap
-        placements = PLACEMENTS if several else ("replicated",)
         found = {}
-        for placement in placements:
+        for placement in self._placements:
             states = self.states(placement, raw)
             # The optimizer's step and the teacher's whole weights need their room whatever the micro-batch.
             fits = self.peak_of(states, 0) <= self.machine.usable

@@ -268,6 +268,9 @@ def test_a_teacher_that_runs_ahead_is_planned_beside_the_student(recipe):
     for phase in (LOSSES, GENERATION):
         assert judged[1][phase] == judged[0][phase] + plans[1].step.teacher_kv
     assert set(plans[1].largest_rows()) == {("replicated", False), ("replicated", True)}
+    # A placement that the recipe's other settings rule out is not tried.
+    whole = RunPlan(config(recipe, value_metric="output"), Machine(1, 1, 80 * 2**30))
+    assert set(whole.largest_rows()) == {("replicated", False), ("replicated", True)}
     # Where it does not fit and would without, that is what is told.
     between = int(((plans[0].peak + plans[1].peak) / 2 + 2**30) / 0.95)
     tight = RunPlan(plans[1].cfg, Machine(1, 1, between))
