@@ -96,3 +96,14 @@ def test_the_operation_alone_agrees_with_its_reference(
 ) -> None:
     run("fused_operation.py", monkeypatch)
     assert capsys.readouterr().out.endswith("same loss, same gradients\n")
+
+
+@pytest.mark.parametrize("case", sorted(path.parent.name for path in (REPOSITORY / "examples").glob("*/recipe.yaml")))
+def test_a_recipe_is_told_and_trains(case: str, rank_server: Any, tmp_path: Path) -> None:
+    recipe = f"examples/{case}/recipe.yaml"
+    assert recipe in (REPOSITORY / f"examples/{case}/README.md").read_text()
+    assert f"({case}/README.md)" in (REPOSITORY / "examples/README.md").read_text()
+    flags = ["--config", recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--eval_subset_size", "4"]
+    ranks = rank_server.start([*flags, "--report_to", "none", "--max_new_tokens", "2"], ranks=1, log=tmp_path / "log")
+    assert ranks.wait(120) == [0], (tmp_path / "log").read_text()[-3000:]
+    assert (tmp_path / "run/student/model.safetensors").exists()
