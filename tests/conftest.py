@@ -101,5 +101,6 @@ def _logging_as_it_was() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _signals_as_they_were() -> Iterator[None]:
     """A listener that a test leaves behind would end the process of a later one that sends itself a signal."""
+    before = set(threading.enumerate())
     yield
-    assert not any(thread.name == "kvds-signals" for thread in threading.enumerate())
+    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name == "kvds-signals"] == []

@@ -48,6 +48,9 @@ def run_rank(flags: Sequence[str], train: Train | None = None) -> int:
 
         (train or training.train)(cfg, stop)
         leave_distributed()
+    except SystemExit:  # of --help: this process may have more to do
+        stop.remove()
+        raise
     except Preempted:
         with contextlib.suppress(RunError):  # what there was to save is saved
             leave_distributed()
