@@ -1,4 +1,4 @@
-"""Flags that say how rows of one's own are read, for commands that read rows without a run; meanings are training's."""
+"""Flags that say which rows are read and how, for commands that read rows without a run; meanings are training's."""
 
 from __future__ import annotations
 
@@ -17,8 +17,32 @@ _FIELDS = {field.name: field for field in dataclasses.fields(DataSettings)}
 _NAMES = ("columns", "data_format", "chat_template", "assistant_turns")
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare them, with training's defaults."""
+def add_data_flags(
+    parser: argparse.ArgumentParser, numbers: dict[str, tuple[int, str]], *, of: str = "model's"
+) -> None:
+    """Declare them, with training's defaults.
+
+    Args:
+        parser: Of the command.
+        numbers: What else is counted: flag → default, meaning.
+        of: Whose positions bound a row.
+    """
+    data = DataSettings()
+    parser.add_argument(
+        "--datasets", nargs="+", metavar="NAME", default=list(data.datasets),
+        help="as training's: gsm8k …, OWNER/NAME of the hub, a file or folder of your own (default: synthetic)",
+    )  # fmt: skip
+    parser.add_argument("--data_dir", metavar="DIR", help="folder with the publishers' files; unset: hub names")
+    for name, (default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--max_length", type=int, metavar="N",
+        help=f"tokens per row; longer rows are left out (default: {data.max_length}, or the {of} positions)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_lossy_rows", type=float, default=data.max_lossy_rows, metavar="SHARE",
+        help="share of rows that may lose characters which the tokenizer does not know (default: %(default)s)",
+    )  # fmt: skip
     for name in _NAMES:
         field = _FIELDS[name]
         choices = field.metadata["choices"]
@@ -36,6 +60,8 @@ def check_data_flags(arguments: argparse.Namespace) -> None:
     """
     from kvds.config.values import parse_columns
 
+    if not 0 <= arguments.max_lossy_rows <= 1:
+        raise InputError(f"--max_lossy_rows {arguments.max_lossy_rows}: expected a share from 0 to 1")
     arguments.columns = tuple(arguments.columns)
     for name in _NAMES:
         check(kind_rules(_FIELDS[name], getattr(arguments, name)))

@@ -23,32 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = DataSettings()
     parser.add_argument("--model", type=Path, metavar="DIR", required=True, help="the model (RUN_DIR/student)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer; unset: the model's")
-    parser.add_argument(
-        "--datasets", nargs="+", metavar="NAME", default=list(data.datasets),
-        help="as training's: gsm8k …, OWNER/NAME of the hub, a file or folder of your own (default: synthetic)",
-    )  # fmt: skip
-    add_data_flags(parser)
-    parser.add_argument("--data_dir", metavar="DIR", help="folder with the publishers' files; unset: hub names")
-    parser.add_argument(
-        "--subset_size", type=int, default=data.eval_subset_size, metavar="N",
-        help="the first N held-out rows of each corpus, 0: all (default: %(default)s, as in training)",
-    )  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows at once (default: %(default)s)")
     numbers = {
-        "max_new_tokens": "tokens generated per row",
-        "synthetic_problems": "size of the built-in training corpus",
+        "subset_size": (data.eval_subset_size, "the first N held-out rows of each corpus, 0: all"),
+        "batch_size": (32, "rows at once"),
+        "max_new_tokens": (data.max_new_tokens, "tokens generated per row"),
+        "synthetic_problems": (data.synthetic_problems, "size of the built-in training corpus"),
     }
-    for name, text in numbers.items():
-        text += " (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=int, default=getattr(data, name), metavar="N", help=text)
-    parser.add_argument(
-        "--max_length", type=int, metavar="N",
-        help=f"tokens per row; longer rows are left out (default: {data.max_length}, or the model's positions)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max_lossy_rows", type=float, default=data.max_lossy_rows, metavar="SHARE",
-        help="share of rows that may lose characters which the tokenizer does not know (default: %(default)s)",
-    )  # fmt: skip
+    add_data_flags(parser, numbers)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for eval.json and predictions.jsonl")
     parser.add_argument(
         "--tasks",
@@ -69,8 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.subset_size < 0:
         raise InputError(f"--subset_size {arguments.subset_size}: expected at least 1, or 0 for every row")
     check_data_flags(arguments)
-    if not 0 <= arguments.max_lossy_rows <= 1:
-        raise InputError(f"--max_lossy_rows {arguments.max_lossy_rows}: expected a share from 0 to 1")
     for flag in ("model", "tokenizer"):
         folder = getattr(arguments, flag)
         if folder is not None and not folder.is_dir():

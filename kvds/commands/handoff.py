@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvds.commands.data_flags import add_data_flags, check_data_flags, reading_of, with_template
 from kvds.commands.output_folder import check_output, owned_output
 from kvds.config.settings import DataSettings
 from kvds.durable_files import json_text
@@ -39,14 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for one in (judge, export):
         one.add_argument("--map", type=Path, metavar="DIR", help="folder with the map; unset: the student's own")
         one.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    _add_data(fit, {"rows": (512, "training prompts to fit to"), "seed": (0, "of which rows are taken")})
-    _add_data(
-        judge,
-        {
-            "subset_size": (DataSettings().eval_subset_size, "the first N held-out rows of each corpus, 0: all"),
-            "max_new_tokens": (DataSettings().max_new_tokens, "tokens generated per row"),
-        },
-    )
+    data = DataSettings()
+    both = {
+        "batch_size": (16, "rows per forward"),
+        "synthetic_problems": (data.synthetic_problems, "size of the built-in training corpus"),
+    }
+    prompts = {"rows": (512, "training prompts to fit to"), "seed": (0, "of which rows are taken")}
+    judged = {
+        "subset_size": (data.eval_subset_size, "the first N held-out rows of each corpus, 0: all"),
+        "max_new_tokens": (data.max_new_tokens, "tokens generated per row"),
+    }
+    for one, numbers in ((fit, prompts | both), (judge, judged | both)):
+        add_data_flags(one, numbers, of="models'")
     fit.add_argument(
         "--source_layers", type=int, metavar="N",
         help="teacher layers that each student layer reads, those nearest in depth; unset: all",
@@ -66,29 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the map (default: %(default)s)")
 
 
-def _add_data(parser: argparse.ArgumentParser, numbers: dict[str, tuple[int, str]]) -> None:
-    data = DataSettings()
-    parser.add_argument(
-        "--datasets", nargs="+", metavar="NAME", default=list(data.datasets),
-        help="gsm8k svamp strategyqa arc_easy arc_challenge synthetic FILE.jsonl (default: synthetic)",
-    )  # fmt: skip
-    parser.add_argument("--data_dir", metavar="DIR", help="folder with the publishers' files; unset: hub names")
-    numbers |= {
-        "batch_size": (16, "rows per forward"),
-        "synthetic_problems": (data.synthetic_problems, "size of the built-in training corpus"),
-    }
-    for name, (default, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument(
-        "--max_length", type=int, metavar="N",
-        help=f"tokens per row; longer rows are left out (default: {data.max_length}, or the models' positions)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max_lossy_rows", type=float, default=data.max_lossy_rows, metavar="SHARE",
-        help="share of rows that may lose characters which the tokenizer does not know (default: %(default)s)",
-    )  # fmt: skip
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Check what needs no model, then do it."""
     least = {
@@ -104,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name, None)
         if value is not None and value < smallest:
             raise InputError(f"--{name} {value}: expected at least {smallest}")
-    if not 0 <= getattr(arguments, "max_lossy_rows", 0) <= 1:
-        raise InputError(f"--max_lossy_rows {arguments.max_lossy_rows}: expected a share from 0 to 1")
+    if arguments.action != "export":
+        check_data_flags(arguments)
     if not 0 < getattr(arguments, "lr", 1) < float("inf"):
         raise InputError(f"--lr {arguments.lr}: expected above 0, such as 1e-4")
     if any(not 0 < strength < float("inf") for strength in getattr(arguments, "ridge", None) or ()):
@@ -252,7 +235,10 @@ def _rows(
     from kvds.models.architecture import row_length
 
     lengths = [row_length(model.config, arguments.max_length, DataSettings().max_length) for model in models]
-    how = {"data_dir": arguments.data_dir, "synthetic_problems": arguments.synthetic_problems}
+    how = {
+        "data_dir": arguments.data_dir, "synthetic_problems": arguments.synthetic_problems,
+        "reading": reading_of(arguments),
+    }  # fmt: skip
     held_out = load_mixture(arguments.datasets, "eval", **how).examples
     if split == "eval":
         examples = first_per_corpus(held_out, arguments.subset_size)
@@ -261,7 +247,9 @@ def _rows(
             arguments.datasets, "train", subset_size=arguments.rows, seed=arguments.seed, held_out=held_out, **how
         )
         examples = mixture.examples[: arguments.rows]
-    examples = ready_rows(examples, tokenizer, min(lengths)).examples
+    tokenizer = with_template(copy.copy(tokenizer), arguments)  # what the map is of has its own
+    turns = arguments.assistant_turns
+    examples = ready_rows(examples, tokenizer, min(lengths), assistant_turns=turns).examples
     samples = list(encode_examples(examples, tokenizer, min(lengths)).samples)
     what = "held-out" if split == "eval" else "training"
     check_texts(

@@ -22,7 +22,6 @@ ORDER_FILE = "pruning.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    data = DataSettings()
     parser.add_argument("--model_name", required=True, metavar="NAME", help="folder or hub name of the model to prune")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the student; a new one")
     how = parser.add_mutually_exclusive_group(required=True)
@@ -36,27 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{ORDER_FILE} of an earlier student of the same model: sizes that its order reaches cost nothing more",
     )  # fmt: skip
     parser.add_argument("--tokenizer_name", metavar="NAME", help="folder or hub name; unset: the model's")
-    parser.add_argument(
-        "--datasets", nargs="+", metavar="NAME", default=list(data.datasets),
-        help="where calibration rows come from, as in training (default: synthetic)",
-    )  # fmt: skip
-    add_data_flags(parser)
-    parser.add_argument("--data_dir", metavar="DIR", help="folder with the publishers' files; unset: hub names")
     numbers = {
         "rows": (48, "calibration rows, of the training split"),
         "batch_size": (16, "rows per forward"),
         "seed": (0, "of which rows are taken"),
     }
-    for name, (default, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument(
-        "--max_length", type=int, metavar="N",
-        help=f"tokens per row; longer rows are left out (default: {data.max_length}, or the model's positions)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max_lossy_rows", type=float, default=data.max_lossy_rows, metavar="SHARE",
-        help="share of rows that may lose characters which the tokenizer does not know (default: %(default)s)",
-    )  # fmt: skip
+    add_data_flags(parser, numbers)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,8 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise InputError(f"--{name} {getattr(arguments, name)}: expected at least 1")
     check_data_flags(arguments)
-    if not 0 <= arguments.max_lossy_rows <= 1:
-        raise InputError(f"--max_lossy_rows {arguments.max_lossy_rows}: expected a share from 0 to 1")
     if arguments.output.exists():
         raise InputError(f"--output {arguments.output}: is there already; expected the name of a new folder")
     keep = None if arguments.keep is None else _numbers(arguments.keep)

@@ -16,7 +16,8 @@ from kvds.evaluation.handoff import CONDITIONS
 from kvds.handoff import load_handoff
 from kvds.models.weights_identity import weights_identity
 
-TEACHER = Path(__file__).resolve().parents[2] / "launch/quickstart_teacher"
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEACHER = REPOSITORY / "launch/quickstart_teacher"
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +170,16 @@ def test_another_tokenizer_and_another_pair_are_refused_with_a_reason(student, t
         assert "cannot be read" in error_of(capsys, "eval", "--teacher", str(TEACHER), *flags)
     finally:
         (tmp_path / "kept.json").rename(student / "handoff.json")
+
+
+def test_rows_of_ones_own_are_read_as_in_training(student, tmp_path, capsys):
+    chats = REPOSITORY / "examples/chat"
+    pair = ["--teacher", str(TEACHER), "--student", str(student), "--output", str(tmp_path / "map")]
+    own = ["--datasets", str(chats / "rows.jsonl"), "--rows", "16", "--source_layers", "1", "--ridge", "1"]
+    assert main(["handoff", "fit", *pair, *own, "--chat_template", str(chats / "template.jinja")]) == 0
+    assert "fitted to 16 prompts" in capsys.readouterr().out
+    assert "has no chat template" in error_of(capsys, "fit", *pair, *own)
+    (tmp_path / "rows.csv").write_text("question,reply\n" + "".join(f"Bob has {n} nuts?,{n}\n" for n in range(10, 60)))
+    own[1] = str(tmp_path / "rows.csv")
+    assert main(["handoff", "fit", *pair, *own, "--columns", "prompt=question,answer=reply"]) == 0
+    assert "columns=prompt=nothing" in error_of(capsys, "fit", *pair, *own, "--columns", "prompt=nothing", "auto")
