@@ -82,6 +82,19 @@ def rank_server():
         yield server
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """A process group of one, which DDP, FSDP and collective calls ask for."""
+    from torch import distributed as dist
+
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if own:
+        dist.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """Commands that a test runs in this process set levels and handlers; the next test starts without them."""

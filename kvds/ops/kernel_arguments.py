@@ -117,6 +117,25 @@ class FoldForm:
     head_mix: int
 
 
+class _Rows:
+    """Rows of a token: its layers' heads below each other."""
+
+    layers_x: int
+    heads_x: int
+    layers_y: int
+    heads_y: int
+
+    @property
+    def rows_x(self) -> int:
+        """Of the source."""
+        return self.layers_x * self.heads_x
+
+    @property
+    def rows_y(self) -> int:
+        """Of the target."""
+        return self.layers_y * self.heads_y
+
+
 class _Form:
     """What a kernel is compiled for, and what each of its programs sums up: arrays one behind the other."""
 
@@ -137,7 +156,7 @@ class _Form:
 
 
 @dataclass(frozen=True, eq=False)
-class FusedForm(_Form):
+class FusedForm(_Rows, _Form):
     """What the fused kernel is compiled for."""
 
     element: Any
@@ -151,16 +170,6 @@ class FusedForm(_Form):
     normalize: bool
     source_grad: bool
     target_grad: bool
-
-    @property
-    def rows_x(self) -> int:
-        """Source rows of a token."""
-        return self.layers_x * self.heads_x
-
-    @property
-    def rows_y(self) -> int:
-        """Target rows of a token."""
-        return self.layers_y * self.heads_y
 
     @property
     def mix_first(self) -> bool:
@@ -193,7 +202,7 @@ class ProjectForm(_Form):
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(_Rows):
     """One launch: ``problems`` independent sets of source rows mixed (and projected) into sets of target rows.
 
     Attributes:
@@ -218,16 +227,6 @@ class Stage:
     projects: bool
     shared_proj: bool = True
     dims_first: bool = False
-
-    @property
-    def rows_x(self) -> int:
-        """Source rows per token of one problem."""
-        return self.layers_x * self.heads_x
-
-    @property
-    def rows_y(self) -> int:
-        """Target rows per token of one problem."""
-        return self.layers_y * self.heads_y
 
     @property
     def in_columns(self) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -53,15 +52,7 @@ class Engine(nn.Module):
         return self.module(**batch)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of one, which DDP and FSDP ask for."""
-    own = not dist.is_initialized()
-    if own:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if own:
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {

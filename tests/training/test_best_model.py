@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 from kvds.experiment.workers import Worker, worker_environment
 from kvds.training.best_model import BestModel
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    own = not dist.is_initialized()
-    if own:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if own:
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def best_of(folder: Path, metric: str = "cross_entropy", patience: int = 0, keep: bool = True) -> BestModel:
