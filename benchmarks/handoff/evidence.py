@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,13 @@ def students_in(folder: Path) -> list[tuple[str, int, Path]]:
     return found
 
 
+def number(value: Any) -> float:
+    """A cell of the CSV; NaN where it is empty."""
+    return float("nan") if value in ("", None) else float(value)
+
+
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """Tables: per arm; how few prompts; other text; what predicts."""
-    number: Callable[[Any], float] = lambda value: float(value) if value not in ("", None) else float("nan")  # noqa: E731
     whole = [row for row in rows if row["fit"] == f"{PROMPTS[-1]} prompts"]
     learned = {(row["arm"], row["seed"]) for row in whole if number(row["own_exact_match"]) >= LEARNED}
     lines = []

@@ -205,7 +205,7 @@ def _file_stream(path: Path) -> Any:
         raise InputError(f"{path}: cannot be streamed; expected .jsonl, .parquet or .arrow (or --no_streaming)")
     try:  # a stream, so that no copy is made elsewhere on the disk
         return load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    except Exception as error:
+    except Exception as error:  # each reader of files has exceptions of its own
         raise InputError(f"{path}: cannot be read ({one_line(error)[:160]}); expected a {kind} file") from error
 
 
@@ -216,7 +216,7 @@ def _folder(path: Path, name: str) -> Any:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return load_from_disk(str(path))
         return load_dataset(str(path), streaming=True)
-    except Exception as error:
+    except Exception as error:  # as above
         raise InputError(
             f"datasets={name}: {path} cannot be read as data ({one_line(error)[:160]}); expected a folder written by "
             "save_to_disk, or of data files (parquet, JSON lines, CSV)"
@@ -282,7 +282,7 @@ def corpus_rows(name: str, corpus: Corpus, split: str) -> Numbered:
 
     try:
         rows = load_dataset(corpus.hub_name, corpus.hub_config, split=corpus.hub_splits[split])
-    except Exception as error:  # as above
+    except Exception as error:  # as in _hub
         raise InputError(
             f"datasets={name}: {corpus.hub_name} could not be loaded from the hub or its cache "
             f"({one_line(error)[:160]}); without internet, expected --data_dir FOLDER with {corpus.files[split]}, "

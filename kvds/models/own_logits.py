@@ -113,6 +113,6 @@ def check_own_logits(model: nn.Module, ids: Tensor) -> Head:
 
 def _refusal(model: nn.Module, reason: str) -> InputError:
     return InputError(
-        f"{type(model).__name__}: its logits cannot be made of its hidden states: {reason}; expected a causal language "
-        "model as transformers has them"
+        f"{type(model).__name__}: its logits cannot be made of its hidden states: {reason}; expected a model that "
+        "calls its backbone and hands its output on, as most of transformers do"
     )
