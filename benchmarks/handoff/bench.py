@@ -5,7 +5,8 @@
 
 The teacher has read the prompt: its keys and values are there, and what is timed of a handoff is map, filling of
 the cache and the student's forward of the last token. ``floor_ms``: the bytes of the map's sources, weights, results,
-each moved once, at the bandwidth at which this device copies.
+each moved once, at the bandwidth at which this device copies. ``work_ms``: its multiplications, at the rate of a large
+product here; with four source layers per layer that is more than the bytes take on an H200.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from kvds.handoff.reading import cache_argument, fill_cache, read_states
 from kvds.kv import KVShape, KVStates
 
 COLUMNS = (
-    "tokens", "teacher_prefill_ms", "student_prefill_ms", "map_ms", "first_token_ms", "floor_ms", "map_of_prefill",
-    "of_copy_bandwidth", "student_prefill_bytes", "handoff_bytes",
+    "tokens", "teacher_prefill_ms", "student_prefill_ms", "map_ms", "first_token_ms", "floor_ms", "work_ms",
+    "map_of_prefill", "of_copy_bandwidth", "student_prefill_bytes", "handoff_bytes",
 )  # fmt: skip
 
 
@@ -78,11 +79,17 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / (milliseconds(lambda: target.copy_(source), device, 5) / 1000)
 
 
+def multiplication_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOPs per second of a product of two square matrices."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / (milliseconds(lambda: a @ b, device, 5) / 1000)
+
+
 @torch.no_grad()
 def measure(
-    teacher: Any, student: Any, cache_map: CacheMap, tokens: int, rounds: int, bandwidth: float
+    teacher: Any, student: Any, cache_map: CacheMap, tokens: int, rounds: int, rates: tuple[float, float]
 ) -> dict[str, Any]:
-    """A row of the table."""
+    """A row of the table. ``rates``: bytes and FLOPs per second of the device."""
     weight = next(student.parameters())
     device = weight.device
     ids = torch.randint(2, student.config.vocab_size, (1, tokens), device=device)
@@ -107,7 +114,8 @@ def measure(
     row: dict[str, Any] = {
         "tokens": tokens, "teacher_prefill_ms": timed(lambda: prefill(teacher)),
         "student_prefill_ms": timed(lambda: prefill(student)), "map_ms": timed(lambda: cache_map(states)),
-        "first_token_ms": timed(first_token), "floor_ms": 1000 * moved * weight.element_size() / bandwidth,
+        "first_token_ms": timed(first_token), "floor_ms": 1000 * moved * weight.element_size() / rates[0],
+        "work_ms": 1000 * cache_map.flops_per_token * (tokens - 1) / rates[1],
     }  # fmt: skip
     row["map_of_prefill"] = row["map_ms"] / row["student_prefill_ms"]
     row["of_copy_bandwidth"] = row["floor_ms"] / row["map_ms"]
@@ -135,8 +143,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     sources = source_layers(*depths, min(arguments.source_layers, depths[1]))
     cache_map = CacheMap(shapes[0], shapes[1], sources).to(device=device, dtype=dtype)
     bandwidth = copy_bandwidth(device, 2**20 if arguments.tiny else 2**30)
+    rates = bandwidth, multiplication_rate(device, dtype, 8192 if device.type == "cuda" else 256)
     rows = [
-        measure(teacher, student, cache_map, tokens, arguments.rounds, bandwidth) for tokens in sorted(arguments.tokens)
+        measure(teacher, student, cache_map, tokens, arguments.rounds, rates) for tokens in sorted(arguments.tokens)
     ]
     facts = provenance(("torch", "transformers"))
     write_csv(arguments.output, [row | facts for row in rows])

@@ -20,11 +20,12 @@ def test_every_length_is_measured_and_written(tmp_path: Path) -> None:
         written = list(csv.DictReader(stream))
     assert [row["tokens"] for row in rows] == [8, 16] and set(COLUMNS) <= set(written[0])
     for row in rows:
-        assert all(row[name] > 0 for name in COLUMNS[1:8])
+        assert all(row[name] > 0 for name in COLUMNS[1:9])
     # 3 source layers of 2 × 8 and 2 target layers of 2 × 4 numbers per token, for keys and values.
     per_token = rows[1]["floor_ms"] - rows[0]["floor_ms"]
     weights = 2 * (2 * 32 * 8 + 2 * 8)
     assert rows[0]["floor_ms"] / per_token == pytest.approx((2 * 7 * (48 + 16) + weights) / (2 * 8 * (48 + 16)))
+    assert rows[1]["work_ms"] / rows[0]["work_ms"] == pytest.approx(15 / 7)
     assert "map_ms" in file.with_suffix(".md").read_text()
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvds.errors import InputError
+from kvds.handoff.products import map_layers
 from kvds.kv import KVShape, KVStates
 from kvds.kv.states import KV_PARTS
 
@@ -93,11 +93,12 @@ class CacheMap(nn.Module):
         """Multiplications and additions, keys and values."""
         return 2 * sum(self.weight(part).numel() for part in KV_PARTS)
 
-    def forward(self, states: KVStates) -> KVStates:
+    def forward(self, states: KVStates, *, impl: str = "auto") -> KVStates:
         """Map keys and values.
 
         Args:
             states: The teacher's, per layer ``[B, H_t, T, D_t]``; keys before the rotary embedding.
+            impl: Of the products, as of :func:`kvds.handoff.products.map_layers`.
 
         Returns:
             Per student layer ``[B, H_s, T, D_s]`` in the dtype of the states.
@@ -109,40 +110,7 @@ class CacheMap(nn.Module):
         heads = self.student.num_key_value_heads
         return KVStates(
             *(
-                map_layers(getattr(states, part), self.sources, self.weight(part), self.bias(part), heads)
+                map_layers(getattr(states, part), self.sources, self.weight(part), self.bias(part), heads, impl=impl)
                 for part in KV_PARTS
             )
         )
-
-
-def map_layers(
-    layers: tuple[Tensor, ...], sources: Sequence[Sequence[int]], weight: Tensor, bias: Tensor, heads: int
-) -> tuple[Tensor, ...]:
-    """Keys or values through the products of a map; arguments as the attributes of :class:`CacheMap`.
-
-    Args:
-        layers: Per teacher layer ``[B, H_t, T, D_t]``.
-        sources: For each student layer the teacher layers that it reads.
-        weight: ``[L_s, S · H_t · D_t, H_s · D_s]``, rounded to the dtype of the layers.
-        bias: ``[L_s, H_s · D_s]``.
-        heads: ``H_s``.
-
-    Returns:
-        Per student layer ``[B, H_s, T, D_s]``.
-    """
-    rows = [heads_side_by_side(layer) for layer in layers]
-    weight, bias = weight.to(rows[0].dtype), bias.to(rows[0].dtype)
-    read: Sequence[int] = ()
-    mapped = []
-    for number, wanted in enumerate(sources):
-        if wanted != read:  # neighbours may read the same layers
-            read, some = wanted, [rows[source] for source in wanted]
-            joined = some[0] if len(some) == 1 else torch.cat(some, -1)
-        out = F.linear(joined, weight[number].T, bias[number])
-        mapped.append(out.unflatten(-1, (heads, -1)).transpose(1, 2))
-    return tuple(mapped)
-
-
-def heads_side_by_side(layer: Tensor) -> Tensor:
-    """``[B, H, T, D]`` → ``[B, T, H · D]``; of captured states a view."""
-    return layer.transpose(1, 2).flatten(2)

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvds.handoff.cache_map import CacheMap, map_layers
+from kvds.handoff.cache_map import CacheMap
 from kvds.handoff.moments import MapMoments
+from kvds.handoff.products import map_layers
 from kvds.kv import KVShape, KVStates
 from kvds.kv.states import KV_PARTS
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kvds.align.ridge import Moments
 from kvds.errors import InputError
-from kvds.handoff.cache_map import CacheMap, heads_side_by_side
+from kvds.handoff.cache_map import CacheMap
+from kvds.handoff.products import heads_side_by_side
 from kvds.kv import KVStates
 from kvds.kv.states import KV_PARTS
 
