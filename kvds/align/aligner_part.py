@@ -194,6 +194,27 @@ class AlignerPart(nn.Module, ABC):
     def target_rows(self, rows: Tensor) -> Tensor:
         """What the dimension maps should give: ``[L_y, N, H_y, D_y]`` → ``[L_y, maps per layer, N, width]``."""
 
+    def projected(self, rows: Tensor) -> Tensor:
+        """What the maps make of the source, in the target's own unit: ``[L_y, N, H_y, D_y]``.
+
+        Args:
+            rows: ``[layers, N, H_x, D_x]`` of the source as :meth:`sides` gives it.
+        """
+        assert self.projection is not None
+        projection = self.projection.to(rows.dtype)
+        if projection.dim() == 3:  # one map per layer
+            projection = projection.unsqueeze(1)
+        source_unit, target_unit = (
+            s.to(rows.dtype)[:, None, None, None] for s in (self.source_scale, self.target_scale)
+        )
+        bias, mean = (
+            part.to(rows.dtype).reshape(self.num_targets, self.map_shape[0], 1, -1)
+            for part in (self.bias, self.target_mean)
+        )
+        found = target_unit * (self.source_rows(rows) / source_unit @ projection + bias) + mean
+        shape = self.target_shape
+        return found.transpose(1, 2).flatten(2).unflatten(2, (shape.num_key_value_heads, shape.head_dim))
+
     @abstractmethod
     def forward(
         self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 _LINES = 6  # more in one pair of axes are told apart by nobody
+_MEASURES = {"r2": "R²", "relative_error": "relative error", "loss": "loss"}
 
 
 def save_spectra(spectra: dict[str, dict[str, Any]], path: str | Path) -> Path:
@@ -17,17 +18,18 @@ def save_spectra(spectra: dict[str, dict[str, Any]], path: str | Path) -> Path:
     axes = figure.subplots(1, len(spectra), squeeze=False)[0]
     for axis, (name, found) in zip(axes, spectra.items(), strict=True):
         maps = found["singular_values"]
+        least = min((value for values in maps for value in values if value > 0), default=None)  # None: maps of nothing
         axis.set(title=f"{name}: dimension maps", xlabel="direction")
         if len(maps) <= _LINES:
             for number, values in enumerate(maps):
                 places = range(1, len(values) + 1)
                 axis.plot(places, values, label=f"map {number}", linewidth=1, marker="." if len(values) < 9 else "")
-            axis.set(ylabel="singular value", yscale="log")
+            axis.set(ylabel="singular value", yscale="linear" if least is None else "log")
             axis.legend(fontsize=8)
         else:
             edges = (0.5, len(maps[0]) + 0.5, len(maps) - 0.5, -0.5)
-            least = min(value for values in maps for value in values if value > 0)
-            image = axis.imshow(maps, aspect="auto", extent=edges, norm=LogNorm(vmin=least), interpolation="nearest")
+            norm = None if least is None else LogNorm(vmin=least)
+            image = axis.imshow(maps, aspect="auto", extent=edges, norm=norm, interpolation="nearest")
             axis.set(ylabel="map, by target layer")
             axis.yaxis.get_major_locator().set_params(integer=True)
             figure.colorbar(image, ax=axis, label="singular value")
@@ -37,7 +39,7 @@ def save_spectra(spectra: dict[str, dict[str, Any]], path: str | Path) -> Path:
 
 
 def save_fit(fit: dict[str, dict[str, dict[str, list[float]]]], path: str | Path) -> Path:
-    """Draw R² (or the loss, where there is none) of each target layer.
+    """Draw R² (or the loss, where there is none) of each target layer, and the error of the attention output.
 
     Args:
         fit: ``"before"`` and ``"after"`` (or one of them) → part → measure → a number per layer, as
@@ -50,11 +52,11 @@ def save_fit(fit: dict[str, dict[str, dict[str, list[float]]]], path: str | Path
     figure = Figure(figsize=(4.2 * max(1, len(parts)), 3.6), layout="constrained")
     axes = figure.subplots(1, max(1, len(parts)), squeeze=False)[0]
     for axis, part in zip(axes, parts, strict=False):
-        measure = "r2" if "r2" in next(iter(fit.values()))[part] else "loss"
+        measure = next(one for one in _MEASURES if one in next(iter(fit.values()))[part])
         for when, found in fit.items():
             values = found[part].get(measure, [])
             axis.plot(range(len(values)), values, marker="o", label=when)
-        axis.set(title=f"{part}, held-out text", xlabel="target layer", ylabel="R²" if measure == "r2" else "loss")
+        axis.set(title=f"{part}, held-out text", xlabel="target layer", ylabel=_MEASURES[measure])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     figure.savefig(path, dpi=130)

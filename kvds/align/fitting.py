@@ -60,7 +60,7 @@ class PartMoments:
     ) -> None:
         """Add one batch; ``halves`` as :func:`halves_of` has them."""
         source, target = self.sides(student, teacher)
-        self.add_rows(_selected(source, selection), _selected(target, selection), halves)
+        self.add_rows(selected_rows(source, selection), selected_rows(target, selection), halves)
 
     def sides(
         self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
@@ -205,7 +205,7 @@ def halves_of(mask: Tensor, samples: Tensor | None = None) -> Tensor:
     return (place * count.clamp_max(_BLOCKS) // count + count) % 2
 
 
-def _selected(layers: tuple[Tensor, ...], selection: Selection) -> Tensor:
+def selected_rows(layers: tuple[Tensor, ...], selection: Selection) -> Tensor:
     """``[L, N, H, D]`` of the selected positions, in the dtype of the states."""
     return torch.stack([gather_positions(x, selection.index).transpose(1, 2)[selection.mask] for x in layers])
 

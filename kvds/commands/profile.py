@@ -11,6 +11,8 @@ from kvds.config.settings import AlignmentSettings
 from kvds.durable_files import json_text
 from kvds.errors import InputError
 
+_MEASURES = {"r2": "R² of the map", "loss": "loss", "relative_error": "relative error", "cosine": "mean cosine"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
@@ -129,13 +131,13 @@ def format_fit(fit: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     lines = []
     for part, measures in fit[whens[-1]].items():
         for measure in measures:
-            name = "R² of the map" if measure == "r2" else "loss"
-            lines += ["", f"{part}: {name} on held-out text, by target layer", "  layer  " + "  ".join(
-                f"{when:>8}" for when in whens
-            )]  # fmt: skip
+            name = f"{part.replace('_', ' ')}: {_MEASURES[measure]}"
+            heads = "  ".join(f"{when:>8}" for when in whens)
+            lines += ["", f"{name} on held-out text, by target layer", f"  layer  {heads}"]
             columns = [fit[when][part][measure] for when in whens]
             lines += [
                 f"  {layer:>5}  " + "  ".join(f"{value:>8.4f}" for value in row)
                 for layer, row in enumerate(zip(*columns, strict=True))
             ]
+            lines.append("   mean  " + "  ".join(f"{sum(column) / len(column):>8.4f}" for column in columns))
     return "\n".join(lines) if lines else "\nno position of the held-out text counts: there is no fit to tell"

@@ -64,6 +64,20 @@ def unpacked(batch: TokenBatch) -> TokenBatch:
         segment_ids=rows(batch.segment_ids, 0),
         packing=None,
         row_samples=(),
+        pads_right=True,
+    )
+
+
+def first_rows(batch: TokenBatch, count: int) -> TokenBatch:
+    """The first ``count`` rows of a batch of padded rows that are their own teacher text; its counts stay."""
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:count],
+        attention_mask=batch.attention_mask[:count],
+        labels=batch.labels[:count],
+        segment_ids=batch.segment_ids[:count],
+        sample_ids=batch.sample_ids[:count],
+        row_samples=batch.row_samples[:count],
     )
 
 

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from kvds.align import KVAligner
+from kvds.align.attention_output import AttentionOutputError
 from kvds.align.fitting import AlignmentMoments
 from kvds.data.batches import TokenBatch
-from kvds.data.model_inputs import model_inputs
+from kvds.data.model_inputs import first_rows, model_inputs, unpacked
 from kvds.errors import InputError
-from kvds.kv import Selection, open_capture, pool_reasoning_steps
+from kvds.kv import KVStates, Observed, Selection, open_capture, pool_reasoning_steps
 from kvds.kv.families import backbone
-from kvds.teacher.teacher import TeacherOutput
+from kvds.teacher.teacher import Teacher, TeacherOutput
+
+_JUDGED_ROWS = 8  # whose queries, keys and values of all layers are there at once
 
 
 @torch.no_grad()
@@ -54,6 +57,50 @@ def moments_of_batches(
         moments.update(own, output.states, selection, _samples(batch, selection))
     student.train(was_training)
     return moments
+
+
+@torch.no_grad()
+def attention_output_of_batch(
+    aligner: KVAligner,
+    student: nn.Module,
+    teacher: Teacher,
+    batch: TokenBatch,
+    select: Callable[[TokenBatch, Observed | None], Selection],
+    *,
+    rope: str,
+) -> AttentionOutputError | None:
+    """What ``aligner`` changes of the target's attention output, on the first rows of a batch of this rank.
+
+    None where nothing can be said: maps of neither keys nor values, steps of reasoning in place of positions, a teacher
+    in parts.
+
+    Args:
+        aligner: Not sharded.
+        student: As for :func:`moments_of_batches`.
+        teacher: Of the row itself, not of another.
+        batch: On its device.
+        select: From a batch and what the teacher left for the choice to the positions that count.
+        rope: ``"pre"`` or ``"post"``.
+    """
+    model = teacher.whole_model
+    target = model if aligner.settings.direction == "student_to_teacher" else student
+    if model is None or target is None or batch.reasoning_step_ids is not None:
+        return None
+    if not AttentionOutputError.measures(aligner, target):
+        return None
+    error = AttentionOutputError(aligner, target, rope=rope, plain_values=teacher.plain_values)
+    batch = first_rows(unpacked(batch), _JUDGED_ROWS)
+    was_training = student.training
+    body = backbone(student.eval())
+    with error.watch() as watched, open_capture(body, aligner.reads, rope=rope) as capture:
+        body(**model_inputs(batch, body.config, next(student.parameters()).dtype), use_cache=False)
+        output = teacher(batch)
+    student.train(was_training)
+    own, theirs = capture.states, output.states
+    assert isinstance(own, KVStates) and isinstance(theirs, KVStates)
+    real = batch.attention_mask.bool() & (batch.segment_ids != 0)
+    error.update(own, theirs, watched, select(batch, output.observed), real)
+    return error
 
 
 def _samples(batch: TokenBatch, selection: Selection) -> Tensor | None:

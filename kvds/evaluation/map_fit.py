@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from kvds.align import AlignerGroup, KVAligner
+from kvds.align.attention_output import AttentionOutputError
 from kvds.align.explained_variance import ExplainedVariance
 from kvds.checkpoint.aligner_file import ALIGNER_FILE, ALIGNER_START_FILE, load_aligner
 from kvds.checkpoint.export import STUDENT_FOLDER
@@ -20,7 +22,7 @@ from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
 from kvds.data.run_data import load_run_data
 from kvds.errors import InputError
-from kvds.kv import Selection, open_capture, pool_reasoning_steps, select_tokens
+from kvds.kv import KVStates, Selection, open_capture, pool_reasoning_steps, select_tokens
 from kvds.kv.families import backbone
 from kvds.models.architecture import load_config
 from kvds.models.loading import load_model
@@ -34,7 +36,9 @@ Fit = dict[str, dict[str, dict[str, list[float]]]]
 
 
 def fit_before_and_after(run_dir: Path, rows: int) -> Fit:
-    """``"before"`` (where the start was kept) and ``"after"`` → part → measure → a number per target layer.
+    """``"before"`` (where the start was kept) and ``"after"`` → part → measure → a number per target layer; beside the
+    parts ``attention_output``, with the measures of :class:`kvds.align.attention_output.AttentionOutputError`, where
+    keys or values are mapped.
 
     Every real token of the rows counts, whatever the run selected (or every step, where it matched steps). Models run
     whole, in fp32, in this process.
@@ -97,17 +101,32 @@ def _measure(
 ) -> dict[str, dict[str, list[float]]]:
     explained = ExplainedVariance(aligner.to(device))
     student.to(device).eval()
+    target = teacher.whole_model if aligner.settings.direction == "student_to_teacher" else student
+    assert target is not None
+    outputs = None
+    if cfg.align_tokens == "position" and AttentionOutputError.measures(aligner, target):
+        outputs = AttentionOutputError(aligner, target, rope=cfg.kv_rope, plain_values=teacher.plain_values)
     for step in range(loader.steps_per_epoch):
         for batch in loader.step(step):
             batch = batch.to(device)
-            with open_capture(backbone(student), aligner.reads, rope=cfg.kv_rope) as capture:
-                backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            own, theirs = capture.states, teacher(batch).states
+            with contextlib.ExitStack() as stack:
+                watched = None if outputs is None else stack.enter_context(outputs.watch())
+                with open_capture(backbone(student), aligner.reads, rope=cfg.kv_rope) as capture:
+                    backbone(student)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                own, theirs = capture.states, teacher(batch).states
             assert theirs is not None
             if batch.reasoning_step_ids is not None:
                 own = pool_reasoning_steps(own, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
-            explained.update(own, theirs, _everything(batch, cfg))
-    return explained.result()
+            selection = _everything(batch, cfg)
+            explained.update(own, theirs, selection)
+            if outputs is not None and watched is not None:
+                assert isinstance(own, KVStates) and isinstance(theirs, KVStates)
+                real = batch.attention_mask.bool() & (batch.segment_ids != 0)
+                outputs.update(own, theirs, watched, selection, real)
+    found = explained.result()
+    if outputs is not None and (measures := outputs.result()):
+        found["attention_output"] = measures
+    return found
 
 
 def _everything(batch: TokenBatch, cfg: RunConfig) -> Selection:

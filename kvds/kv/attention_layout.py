@@ -21,6 +21,8 @@ from kvds.errors import InputError
 
 _NORMS = ("norm", "layernorm")
 _HEAD_DIMS = ("head_dim", "head_size")
+OUTPUTS = ("o_proj", "c_proj", "dense", "out_proj")
+"""What attentions call the projection of their heads' outputs."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,14 @@ def attention_layout(attention: Any, family: Family) -> AttentionLayout:
     cap = getattr(attention, "attn_logit_softcapping", None)
     query, key, value = born
     return AttentionLayout(query, key, value, _rotary(attention), scaling, _window(attention), cap)
+
+
+def output_projection(attention: nn.Module) -> nn.Module | None:
+    """What maps the outputs of a layer's query heads, side by side, to the output of its attention; None where it has
+    none of the names that are known.
+    """
+    found = (getattr(attention, name, None) for name in OUTPUTS)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
 def _not_found(attention: nn.Module, what: str) -> InputError:

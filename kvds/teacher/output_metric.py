@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from kvds.errors import InputError
 from kvds.kv import KVShape
+from kvds.kv.attention_layout import OUTPUTS, output_projection
 from kvds.kv.families import attention_modules
 
-_OUTPUTS = ("o_proj", "c_proj", "dense", "out_proj")
 _LEAST = 1e-6  # of the mean eigenvalue: what keeps a metric definite that ignores a direction
 
 
@@ -37,14 +37,13 @@ def output_roots(model: nn.Module, config: Any) -> list[Tensor]:
 
 def _output_weight(attention: nn.Module, model_type: str) -> Tensor:
     """``[hidden, query heads · head_dim]``."""
-    for name in _OUTPUTS:
-        module = getattr(attention, name, None)
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor):
-            return weight.detach() if isinstance(module, nn.Linear) else weight.detach().T  # GPT-2's are transposed
+    module = output_projection(attention)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.detach() if isinstance(module, nn.Linear) else weight.detach().T  # GPT-2's are transposed
     raise InputError(
         f"value_metric=output: the attention of model_type={model_type} has no output projection called "
-        f"{', '.join(_OUTPUTS)}; expected one (or --value_metric states)"
+        f"{', '.join(OUTPUTS)}; expected one (or --value_metric states)"
     )
 
 
@@ -63,3 +62,9 @@ def in_output_metric(values: tuple[Tensor, ...], roots: list[Tensor]) -> tuple[T
         dtype = torch.promote_types(torch.float32, layer.dtype)
         found.append((layer.to(dtype) @ root.to(layer.device, dtype)).to(layer.dtype))
     return tuple(found)
+
+
+def from_output_metric(values: Tensor, root: Tensor) -> Tensor:
+    """The way back of one layer: rows ``[N, H, D]`` times the inverse of ``L_j``, in fp64."""
+    rows = values.double().transpose(0, 1)  # [H, N, D]
+    return torch.linalg.solve_triangular(root.to(rows.device), rows, upper=False, left=False).transpose(0, 1)

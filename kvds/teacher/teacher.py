@@ -33,7 +33,7 @@ from kvds.kv.states import KV_PARTS
 from kvds.models.buffers import buffers_kept
 from kvds.models.compiled_layers import compile_as_asked, refuse_uncompiled
 from kvds.models.own_logits import head_of, is_plain_head
-from kvds.teacher.output_metric import in_output_metric, output_roots
+from kvds.teacher.output_metric import from_output_metric, in_output_metric, output_roots
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Teacher:
         self._rope, self._wants_states, self._wants_hidden = rope, wants_states, wants_hidden
         self._reads, self._observe, self._shuffled = reads, observe, shuffled
         self._parts = tuple(parts)
+        self._whole = model if engine_config is None and tensor_parallel == 1 else None
         module = _TeacherModule(model, wants_hidden)
         self._shards = None
         if tensor_parallel > 1:
@@ -146,6 +147,15 @@ class Teacher:
     def shape(self) -> KVShape:
         """Layers, KV heads and head_dim of the keys and values it returns."""
         return KVShape.from_config(self.config)
+
+    @property
+    def whole_model(self) -> nn.Module | None:
+        """The model, where this rank holds it whole."""
+        return self._whole
+
+    def plain_values(self, layer: int, rows: Tensor) -> Tensor:
+        """Values ``[N, H, D]`` of a layer as attention mixes them, from those in the metric that it gives them in."""
+        return rows if self._roots is None else from_output_metric(rows, self._roots[layer])
 
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()

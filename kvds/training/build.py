@@ -31,7 +31,7 @@ from kvds.teacher.cache_fingerprint import cache_fingerprint
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher
 from kvds.teacher.token_selection import TokenChoice
-from kvds.training.calibration import calibrate_aligner
+from kvds.training.calibration import attention_output_at_start, calibrate_aligner
 from kvds.training.handoff_start import following_map, start_following_map
 
 log = logging.getLogger("kvds")
@@ -48,6 +48,8 @@ class RunModels:
         following_map: On the device; None without handoff.
         start_r2: For each teacher, part → R² that its fitted maps start with on held-out positions, for each target
             layer; empty where nothing was fitted.
+        start_outputs: For each teacher the error of the attention output under the maps that the run starts with, see
+            :class:`kvds.align.attention_output.AttentionOutputError`; empty where it is not measured.
     """
 
     student: Any
@@ -55,6 +57,7 @@ class RunModels:
     teachers: list[Teacher | CachedTeacher]
     following_map: FollowingMap | None = None
     start_r2: list[dict[str, list[float]]] = field(default_factory=list)
+    start_outputs: list[dict[str, list[float]]] = field(default_factory=list)
 
     def calibrate(
         self, cfg: RunConfig, loader: BatchLoader, choice: TokenChoice, device: torch.device,
@@ -63,7 +66,7 @@ class RunModels:
         """Fit the aligner's statistics and closed-form starts, and the following map, on the first batches; every rank
         calls it.
 
-        Sets :attr:`start_r2`.
+        Sets :attr:`start_r2` and, on the batch after those where there is one, :attr:`start_outputs`.
         """
 
         def batches() -> Iterator[TokenBatch]:
@@ -76,6 +79,14 @@ class RunModels:
             for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True):
                 match = partial(choice.with_teacher, teacher)
                 self.start_r2.append(calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope))
+            if cfg.teacher_kv == "matched":
+                between_batches()
+                judged = loader.out_of_turn(min(cfg.calibration_batches, loader.steps_per_epoch - 1))[0].to(device)
+                self.start_outputs = [
+                    attention_output_at_start(member, self.student, teacher, judged, choice.select, rope=cfg.kv_rope)
+                    for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True)
+                    if isinstance(teacher, Teacher)
+                ]
         if self.following_map is not None:
             [teacher] = self.teachers
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from kvds.align import KVAligner
 from kvds.data.batches import TokenBatch
-from kvds.distillation.calibration import moments_of_batches
+from kvds.distillation.calibration import attention_output_of_batch, moments_of_batches
 from kvds.distributed.process_group import all_reduce_sum
-from kvds.kv import Selection
-from kvds.teacher.teacher import TeacherOutput
+from kvds.kv import Observed, Selection
+from kvds.teacher.teacher import Teacher, TeacherOutput
 
 
 def calibrate_aligner(
@@ -43,3 +43,35 @@ def calibrate_aligner(
         moments = moments_of_batches(aligner, student, batches, match, rope=rope)
     moments.reduce(all_reduce_sum)
     return moments.apply()
+
+
+def attention_output_at_start(
+    aligner: KVAligner,
+    student: nn.Module,
+    teacher: Teacher,
+    batch: TokenBatch,
+    select: Callable[[TokenBatch, Observed | None], Selection],
+    *,
+    rope: str,
+) -> dict[str, list[float]]:
+    """The error of the attention output that the fitted maps start with, over all ranks; every rank calls it.
+
+    Args:
+        aligner: Fitted, not yet sharded.
+        student: As for :func:`calibrate_aligner`.
+        teacher: Replicated, of the row itself.
+        batch: Of this rank.
+        select: Positions that count.
+        rope: ``"pre"`` or ``"post"``.
+
+    Returns:
+        As :meth:`kvds.align.attention_output.AttentionOutputError.result`.
+    """
+    sharded = [p for p in student.parameters() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        error = attention_output_of_batch(aligner, student, teacher, batch, select, rope=rope)
+    if error is None:
+        return {}
+    for sums in error.sums:
+        all_reduce_sum(sums)
+    return error.result()

@@ -149,7 +149,7 @@ class TrainingRun:
             kv_weight=self.kv.weight.value, total_steps=self.total_steps, resume_step=resume_step,
             mlflow_run_id=mlflow_run_id,
         )  # fmt: skip
-        self.run_log.record_starts(models.start_r2)
+        self.run_log.record_starts(models.start_r2, models.start_outputs)
         if resume_step is None:
             self.run_log.warn(0, self.kv.ended_at_start)
 

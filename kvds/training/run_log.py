@@ -97,11 +97,17 @@ class RunLog:
         if self._tracker is not None:
             self._tracker.log(step, metrics)
 
-    def record_starts(self, start_r2: Sequence[Mapping[str, Sequence[float]]]) -> None:
-        """Tell and record, at step 0, how much of held-out states the fitted maps explain.
+    def record_starts(
+        self,
+        start_r2: Sequence[Mapping[str, Sequence[float]]],
+        start_outputs: Sequence[Mapping[str, Sequence[float]]] = (),
+    ) -> None:
+        """Tell and record, at step 0, how much of held-out states the fitted maps explain, and what the maps change of
+        the output of attention.
 
         Args:
             start_r2: As :attr:`kvds.training.build.RunModels.start_r2`.
+            start_outputs: As :attr:`kvds.training.build.RunModels.start_outputs`.
         """
         metrics: dict[str, float] = {}
         for number, parts in enumerate(start_r2):
@@ -113,6 +119,19 @@ class RunLog:
                 log.info(
                     "maps of %s%ss start at held-out R² %.3f, by layer: %s",
                     teacher.replace("_", " "), part.replace("_", " "), mean, " ".join(f"{r2:.2f}" for r2 in layers),
+                )  # fmt: skip
+        for number, measures in enumerate(start_outputs):
+            teacher = f"teacher_{number + 1}_" if len(start_outputs) > 1 else ""
+            means = {measure: sum(layers) / len(layers) for measure, layers in measures.items()}
+            for measure, layers in measures.items():
+                key = f"kv/start_attention_output_{measure}/{teacher}"
+                metrics[f"{key}mean"] = means[measure]
+                metrics |= {f"{key}layer_{i:02d}": value for i, value in enumerate(layers)}
+            if means:
+                log.info(
+                    "attention output of %smapped states starts at relative error %.3f, cosine %.3f, by layer: %s",
+                    teacher.replace("_", " "), means["relative_error"], means["cosine"],
+                    " ".join(f"{error:.2f}" for error in measures["relative_error"]),
                 )  # fmt: skip
         if metrics:
             self.record(0, metrics)

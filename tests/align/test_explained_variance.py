@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 from kvds.align import build_aligner
 from kvds.align.explained_variance import ExplainedVariance
+from kvds.align.figures import save_spectra
 from kvds.align.fitting import fit_aligner
 from kvds.align.spectrum import map_spectra
 from kvds.kv import HiddenStates, KVShape, KVStates, Selection
@@ -91,6 +93,13 @@ def test_a_perfect_map_explains_all_and_a_constant_nothing():
     explained.update(student, teacher, Selection(None, MASK))
     assert explained.result()["key"]["r2"] == pytest.approx([0, 0], abs=1e-9)
     assert ExplainedVariance(aligner).result() == {}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("maps", [2, 9])
+def test_spectra_of_maps_of_nothing_are_drawn(maps, tmp_path):
+    nothing = {"value": {"singular_values": [[0.0] * 3] * maps, "directions": [0.0] * maps}}
+    assert imread(save_spectra(nothing, tmp_path / "spectra.png")).std() > 0.02
 
 
 @pytest.mark.parametrize("share", [False, True])

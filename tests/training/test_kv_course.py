@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kvds.cli import main
 from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.teacher.cached import CachedTeacher
 from kvds.training.run import TrainingRun
@@ -39,7 +41,9 @@ def students(*runs: Path) -> list[dict[str, torch.Tensor]]:
     return [load_file(run / "student/model.safetensors") for run in runs]
 
 
-def test_maps_that_explain_nothing_leave_the_task_alone(folder: Path, start: Start) -> None:
+def test_maps_that_explain_nothing_leave_the_task_alone(
+    folder: Path, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
     name, settings = "nothing", {**FP32, "map_start": "auto", "save_at_end": "false", "tf32": "true"}
     told = "import torch; torch.set_float32_matmul_precision = lambda precision: print('products:', precision)\n"
     codes, text = start(name, setup=NO_MAP + told, **settings)
@@ -47,6 +51,16 @@ def test_maps_that_explain_nothing_leave_the_task_alone(folder: Path, start: Sta
     assert codes == [0] and "the KV loss is let go of: no map explains held-out states" in text, text[-3000:]
     found = records(folder / name)
     assert all(found[0][f"kv/start_r2/{part}"] == 0 for part in ("keys", "values"))
+    errors = [value for key, value in found[0].items() if key.startswith("kv/start_attention_output_relative_error/")]
+    assert f"attention output of mapped states starts at relative error {errors[0]:.3f}, cosine" in text
+    assert errors[0] == pytest.approx(sum(errors[1:]) / len(errors[1:])) and min(errors) > 0.01  # means alone
+    assert main(["profile", "--run", str(folder / name), "--fit_rows", "4", "--output", str(folder / "profile")]) == 0
+    fit = json.loads((folder / "profile/profile.json").read_text())["fit"]
+    for when, measures in fit.items():
+        layers = {part: {len(values) for values in found.values()} for part, found in measures.items()}
+        assert len(set(map(tuple, layers.values()))) == 1 and "attention_output" in layers, when
+        assert all(0.01 < error < 3 for error in measures["attention_output"]["relative_error"])
+    assert "attention output: mean cosine on held-out text" in capsys.readouterr().out
     assert {line["kv/weight"] for line in found[1:]} == {0.0}
     assert ["loss/kv" in line for line in found[1:]] == [True] + [False] * 7
     codes, text = start("task", **settings, alignment_mode="none", kv_parts="auto")

@@ -70,8 +70,19 @@ def test_what_fitted_maps_start_with_is_one_line_a_part_and_recorded_at_step_0(t
     log_of(tmp_path / "two").record_starts([{"hidden_state": [0.5]}, {"hidden_state": [0.0]}])
     assert records(tmp_path / "two")[0]["kv/start_r2/teacher_2_hidden_states_layer_00"] == 0
     assert "maps of teacher 1 hidden states start at held-out R² 0.500, by layer: 0.50" in caplog.messages
+    log_of(tmp_path / "out").record_starts([], [{"relative_error": [0.5, 0.25], "cosine": [0.75, 1.0]}])
+    expected = {"relative_error": (0.375, 0.5, 0.25), "cosine": (0.875, 0.75, 1.0)}
+    assert records(tmp_path / "out") == [
+        {"step": 0} | {
+            f"kv/start_attention_output_{measure}/{name}": value
+            for measure, values in expected.items()
+            for name, value in zip(("mean", "layer_00", "layer_01"), values, strict=True)
+        }
+    ]  # fmt: skip
+    line = "attention output of mapped states starts at relative error 0.375, cosine 0.875, by layer: 0.50 0.25"
+    assert line in caplog.messages
     for nothing in ([], [{}]):
-        log_of(tmp_path / f"none{len(nothing)}").record_starts(nothing)
+        log_of(tmp_path / f"none{len(nothing)}").record_starts(nothing, nothing)
         assert records(tmp_path / f"none{len(nothing)}") == []
 
 
