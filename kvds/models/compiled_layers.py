@@ -10,6 +10,7 @@ kernels that nothing could fuse with.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,12 @@ def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias
 
 
+@functools.cache
+def _cache_argument(kind: type[nn.Module]) -> str:
+    """What an attention's forward calls its cache: ``cache``, in earlier transformers ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
 class _Attention:
     """In place of an attention's forward: the same less its output projection.
 
@@ -132,15 +139,17 @@ class _Attention:
             query, key = own.q_norm(query), own.k_norm(key)
         value = own.v_proj(hidden_states).view(shape)
         query, key = self._pieces.rotation(query, key, *position_embeddings)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if (cache := kwargs.pop(_cache_argument(type(own)), None)) is not None:
+            key, value = cache.update(key, value, own.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
         # Only mistral keeps its window in the configuration alone.
         window = getattr(own, "sliding_window", None)
         if own.config.model_type == "mistral":
             window = own.config.sliding_window
         heads, _ = attend(
-            own, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attention_mask,
-            dropout=own.attention_dropout if own.training else 0.0, scaling=own.scaling, sliding_window=window,
-            **kwargs,
+            own, query, key, value, attention_mask, dropout=own.attention_dropout if own.training else 0.0,
+            scaling=own.scaling, sliding_window=window, **kwargs,
         )  # fmt: skip
         return heads.flatten(2), None
 
@@ -151,10 +160,10 @@ def _compiled_class(kind: type[nn.Module], pieces: Pieces) -> type[nn.Module]:
     base: Any = kind
 
     class CompiledLayer(base):
-        def forward(self, hidden_states: Tensor, *args: Any, cache: Any = None, **kwargs: Any) -> Tensor:
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             attention, mlp = self.self_attn, self.mlp
             if not isinstance(attention.forward, _Attention):  # somebody has another use for this layer for a while
-                return super().forward(hidden_states, *args, cache=cache, **kwargs)
+                return super().forward(hidden_states, *args, **kwargs)
             first, second = self.input_layernorm, self.post_attention_layernorm
             normed = pieces.norm(hidden_states, first.weight, first.variance_epsilon)
             attended, _ = attention(normed, *args, **kwargs)
@@ -176,7 +185,7 @@ def compile_layers(
 ) -> int:
     """Give decoder layers of ``model`` a forward in compiled pieces: the same numbers up to rounding.
 
-    For forwards without a cache, which training and its evaluation of losses are. Nothing is compiled before the first.
+    A cache that is given is read and written as by plain layers. Nothing is compiled before the first forward.
 
     Args:
         model: A causal language model that :func:`why_not_compiled` has nothing against.

@@ -18,7 +18,9 @@ from kvds.data.model_inputs import model_inputs, repacked, unpacked
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.errors import InputError
-from kvds.kv import KVCapture, KVShape, select_tokens
+from kvds.handoff.continuation import Continuation, continue_from
+from kvds.handoff.reading import read_states
+from kvds.kv import KVCapture, KVShape, KVStates, select_tokens
 from kvds.kv.families import backbone
 from kvds.kv.row_attention import ROW_ATTENTION
 from kvds.models.compiled_layers import COMPILED_FAMILIES, compile_as_asked, compile_layers, why_not_compiled
@@ -122,6 +124,22 @@ def test_forwards_without_a_capture_in_between_change_nothing() -> None:
         torch.testing.assert_close(ours_is, plain_is, rtol=1e-5, atol=1e-5)
     for batch in batches():
         equal(ours.step(batch), plain.step(batch))
+
+
+@pytest.mark.parametrize("family", COMPILED_FAMILIES)
+def test_a_cache_is_read_as_by_plain_layers(family: str) -> None:
+    """As ``--handoff_weight`` runs the student, after a forward without one; hidden states and gradients."""
+    batch, found = padded(), []
+    row = Continuation.from_batch(batch)
+    for backend in (None, "aot_eager"):
+        student = Setup(family, backend, window=None if family == "llama" else 4).student
+        read = read_states(student, batch.input_ids, batch.attention_mask.bool())
+        states = [tuple(layer.requires_grad_() for layer in part) for part in row.prompt_states(read)]
+        hidden = continue_from(student, KVStates(*states), row, batch.input_ids)[row.mask]
+        leaves = [*student.model.layers.parameters(), *states[0], *states[1]]
+        found.append((hidden, *torch.autograd.grad(hidden.square().sum(), leaves)))
+    for ours, plain in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_one_piece_serves_all_layers_and_lengths() -> None:
