@@ -111,12 +111,6 @@ def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias
 
 
-@functools.cache
-def _cache_argument(kind: type[nn.Module]) -> str:
-    """What an attention's forward calls its cache: ``cache``, in earlier transformers ``past_key_values``."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
-
-
 class _Attention:
     """In place of an attention's forward: the same less its output projection.
 
@@ -127,6 +121,9 @@ class _Attention:
 
     def __init__(self, attention: Any, pieces: Pieces) -> None:
         self._attention, self._pieces = attention, pieces
+        # Called ``past_key_values`` in earlier transformers.
+        names = inspect.signature(type(attention).forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
 
     def __call__(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
@@ -140,7 +137,7 @@ class _Attention:
         value = own.v_proj(hidden_states).view(shape)
         query, key = self._pieces.rotation(query, key, *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if (cache := kwargs.pop(_cache_argument(type(own)), None)) is not None:
+        if (cache := kwargs.pop(self._cache_argument, None)) is not None:
             key, value = cache.update(key, value, own.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
         # Only mistral keeps its window in the configuration alone.
