@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The plans of the pretrained pair, setting by setting, the one that matters most first; what is there when the time ends is
 # reported, every arm with the same seeds, and the same command goes on.
-#   bash benchmarks/pretrained.sh --data DATA --to DIR [--pair PAIR] [--minutes M] [--workers N] [--quick]
+#   bash benchmarks/pretrained.sh --data DATA --to DIR [--pair PAIR] [--minutes M] [--workers N] [--devices 0,1] [--quick]
 # --data: the folder with gsm8k/, svamp/, strategyqa/ and arc/; --pair: what launch/pretrained_pair.sh made, with a student of 15
 # layers and, if there is one, of 20 (default outputs/pretrained_pair); --minutes: for all settings together; --workers: runs at a
-# time on the one GPU. --quick: a toy pair and two steps a run, on a CPU, which shows that it all goes through and nothing else.
+# time; --devices: the GPUs that they are dealt out to (default: one). --quick: a toy pair and two steps a run, on a CPU, which
+# shows that it all goes through and nothing else.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-data='' to='' pair=outputs/pretrained_pair minutes=600 workers=1 quick=''
+data='' to='' pair=outputs/pretrained_pair minutes=600 workers=1 devices=() quick=''
 while [ $# -gt 0 ]; do
   case $1 in
     --data) data=$2 && shift 2 ;;
@@ -16,12 +17,15 @@ while [ $# -gt 0 ]; do
     --pair) pair=$2 && shift 2 ;;
     --minutes) minutes=$2 && shift 2 ;;
     --workers) workers=$2 && shift 2 ;;
+    --devices) devices=(--devices "$2") && shift 2 ;;
     --quick) quick=1 && shift ;;
-    *) echo "pretrained: $1: expected --data, --to, --pair, --minutes, --workers or --quick (head -8 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
+    *)
+      echo "pretrained: $1: expected --data, --to, --pair, --minutes, --workers, --devices or --quick (head -9 ${BASH_SOURCE[0]})" >&2
+      exit 2 ;;
   esac
 done
-[ -n "$to" ] || { echo "pretrained: no --to DIR (head -8 ${BASH_SOURCE[0]})" >&2; exit 2; }
-[ -n "$data$quick" ] || { echo "pretrained: no --data DIR (head -8 ${BASH_SOURCE[0]})" >&2; exit 2; }
+[ -n "$to" ] || { echo "pretrained: no --to DIR (head -9 ${BASH_SOURCE[0]})" >&2; exit 2; }
+[ -n "$data$quick" ] || { echo "pretrained: no --data DIR (head -9 ${BASH_SOURCE[0]})" >&2; exit 2; }
 plans=launch/recipes/experiments begun=$SECONDS
 
 if [ -n "$quick" ]; then
@@ -52,8 +56,8 @@ setting() { # NAME PLAN TEACHER LAYERS [KEY=VALUE…]
   echo "== $1"
   local tune=--tune && [ "$2" != pretrained_schedules ] || tune=''
   # shellcheck disable=SC2086
-  python -m kvds.cli ab "$plans/$2.yaml" $tune --in_process --workers "$workers" --max_minutes "$left" --output "$to/$1" --set \
-    data_dir="$data" teacher_name="$3" student_name="$pair/student-$4" tokenizer_name="$model" "${@:5}" || echo "== $1: exit code $?"
+  python -m kvds.cli ab "$plans/$2.yaml" $tune --in_process --workers "$workers" "${devices[@]}" --max_minutes "$left" \
+    --output "$to/$1" --set data_dir="$data" teacher_name="$3" student_name="$pair/student-$4" tokenizer_name="$model" "${@:5}" || echo "== $1: exit code $?"
 }
 
 all=(subset_size=none epochs=1)

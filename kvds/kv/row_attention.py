@@ -179,6 +179,7 @@ def _memory_efficient(
     groups = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(groups, 1) if groups > 1 else heads for heads in (key, value))
     rows = [heads.unsqueeze(0) for heads in (query, key, value)]
+    longest = min(longest, query.shape[0])  # its gradients refuse more than there are tokens
     return torch.ops.aten._efficient_attention_forward(
         *rows, None, bounds, bounds, longest, longest, dropout, _CAUSAL, True, scale=scaling
     )[0].squeeze(0)

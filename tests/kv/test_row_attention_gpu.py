@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,17 +27,19 @@ LENGTHS = (130, 1, 64, 257, 17, 300)
 LONGEST = 384
 
 
-def states(heads: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+def states(heads: int, dim: int, dtype: torch.dtype, seed: int, lengths: Sequence[int] = LENGTHS) -> Tensor:
     """``[1, heads, T, head_dim]``, as a projection leaves them."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(1, sum(LENGTHS), heads, dim, generator=generator)
+    rows = torch.randn(1, sum(lengths), heads, dim, generator=generator)
     return rows.to(dtype).transpose(1, 2)
 
 
-def attended(inputs: list[Tensor], gradient: Tensor, window: int | None, device: str) -> list[Tensor]:
+def attended(
+    inputs: list[Tensor], gradient: Tensor, window: int | None, device: str, lengths: Sequence[int] = LENGTHS
+) -> list[Tensor]:
     """Output and the gradients of all inputs."""
     inputs = [tensor.detach().to(device).requires_grad_() for tensor in inputs]
-    ends = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0).int().to(device)
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int().to(device)
     mask = bounds_as_mask(ends, ends.device)
     module: Any = None
     output, _ = row_attention(module, *inputs, mask, scaling=0.125, sliding_window=window, max_length_q=LONGEST)
@@ -61,6 +64,20 @@ def test_kernels_agree_with_one_sample_after_the_other(dtype: torch.dtype, dim: 
         assert error(ours, expected) < max(1.5 * error(plain, expected), 1e-6)
     wrong = attended(inputs, gradient, 41 if window else 200, "cuda")[0]
     assert error(wrong, exact[0]) > 10 * error(found[0], exact[0])  # a window is seen to the position
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_may_hold_fewer_tokens_than_the_longest_sample(dtype: torch.dtype, window: int | None) -> None:
+    """The last micro-batch of a step often does; ``max_length_q`` is the bound of all of them."""
+    lengths = (5, 20)
+    inputs = [states(heads, 64, dtype, seed, lengths) for seed, heads in enumerate((6, 2, 2))]
+    gradient = states(6, 64, dtype, 9, lengths).transpose(1, 2)
+    exact = attended([tensor.double() for tensor in inputs], gradient.double(), window, "cpu", lengths)
+    own = attended(inputs, gradient, window, "cpu", lengths)
+    found = attended(inputs, gradient, window, "cuda", lengths)
+    for ours, plain, expected in zip(found, own, exact, strict=True):
+        assert error(ours, expected) < max(1.5 * error(plain, expected), 1e-6)
 
 
 def rows() -> list[EncodedSample]:
