@@ -57,7 +57,8 @@ setting() { # NAME PLAN TEACHER LAYERS [KEY=VALUE…]
   local tune=--tune && [ "$2" != pretrained_schedules ] || tune=''
   # shellcheck disable=SC2086
   python -m kvds.cli ab "$plans/$2.yaml" $tune --in_process --workers "$workers" "${devices[@]}" --max_minutes "$left" \
-    --output "$to/$1" --set data_dir="$data" teacher_name="$3" student_name="$pair/student-$4" tokenizer_name="$model" "${@:5}" || echo "== $1: exit code $?"
+    --output "$to/$1" --set data_dir="$data" teacher_name="$3" student_name="$pair/student-$4" tokenizer_name="$model" \
+    "${@:5}" || echo "== $1: exit code $?"
 }
 
 all=(subset_size=none epochs=1)
