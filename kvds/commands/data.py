@@ -62,7 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
     from kvds.config.recipe import parse_run_config
 
     cfg = parse_run_config(flags)
-    cfg.check_paths()
     from kvds.data.mixture import check_rows
     from kvds.data.row_display import segment_table, whole_row
     from kvds.data.run_data import encoded_rows

@@ -15,13 +15,10 @@ def adapter_rules(cfg: AllSettings) -> Iterator[Rule]:
         expected = "an existing adapter_config.json of peft, or its folder"
         yield os.path.exists(cfg.lora_config), "lora_config", cfg.lora_config, expected
         yield cfg.lora_r is None, "lora_r", cfg.lora_r, "none with --lora_config, which says it"
-    if cfg.lora_r is None:
-        why = "which says it" if cfg.lora_config is not None else "the rank of adapters (--lora_r 16)"
-        beside = "none beside --lora_config, " if cfg.lora_config is not None else "none without --lora_r, "
         for name, unset in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_target_modules", ("all-linear",))):
             value = getattr(cfg, name)
             shown = " ".join(value) if isinstance(value, tuple) else value
-            yield value == unset, name, shown, beside + why
+            yield value == unset, name, shown, "none beside --lora_config, which says it"
     if cfg.uses_adapters:
         expected = "auto or off with adapters, which compiled layers would pass by"
         yield cfg.compile != "on", "compile", cfg.compile, expected

@@ -93,15 +93,3 @@ class AllSettings(
     def uses_teacher_kv(self) -> bool:
         """Whether the teacher's keys and values, or its hidden states, are read: to match, or to write from."""
         return self.uses_kv or self.handoff_weight > 0
-
-    @property
-    def warnings(self) -> list[str]:
-        """Settings that are allowed and known to be harmful."""
-        joint = self.uses_kv and self.direction == "teacher_to_student" and self.aligner_update == "trained"
-        if not joint:
-            return []
-        return [
-            "--direction teacher_to_student with a trained map collapses: the KV loss falls while the student's keys "
-            "and values shrink to nothing; expected --direction student_to_teacher, or --aligner_update frozen "
-            "--map_start pca"
-        ]

@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvds.config.all_settings import AllSettings
-from kvds.config.extras import need
 from kvds.config.setting_rules import Rule
-from kvds.config.values import parse_overrides, split_dataset_weight
+from kvds.config.values import DATA_SUFFIXES, parse_overrides, split_dataset_weight
 from kvds.errors import InputError
-
-_DATA_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow")
 
 
 def file_rules(cfg: AllSettings) -> Iterator[Rule]:
@@ -26,8 +23,8 @@ def file_rules(cfg: AllSettings) -> Iterator[Rule]:
         raise InputError(f"data_dir={cfg.data_dir}: no such folder; expected the folder that holds gsm8k/, svamp/, …")
     if not cfg.output_dir:
         raise InputError("output_dir is empty; expected a folder to write the run to (--output_dir outputs/NAME)")
-    if os.path.exists(cfg.output_dir) and not os.path.isdir(cfg.output_dir):
-        raise InputError(f"output_dir={cfg.output_dir}: is a file; expected a folder")
+    there = os.path.exists(cfg.output_dir)
+    yield not there or os.path.isdir(cfg.output_dir), "output_dir", cfg.output_dir, "a folder (this is a file)"
     if cfg.uses_teacher and not cfg.first_teacher:
         raise InputError(
             "--teacher_name is missing; expected a folder or a hub name (or --model_name, or --alignment_mode none)"
@@ -36,23 +33,10 @@ def file_rules(cfg: AllSettings) -> Iterator[Rule]:
         raise InputError("--student_name is missing; expected a folder or a hub name (or --model_name for both models)")
     for name, text in _texts(cfg, "overrides"):
         parse_overrides(text, flag=name)
-    alone = len(cfg.report_to) == 1 or "none" not in cfg.report_to
-    yield alone, "report_to", " ".join(cfg.report_to), "none by itself, or trackers without it"
-    uri = cfg.tracking_uri
-    folder = uri is not None and uri != "databricks" and ("://" not in uri or uri.startswith("file:"))
-    expected = "sqlite:///FILE.db or http(s)://SERVER, as MLflow writes to no folder (unset: OUTPUT_DIR/mlflow.db)"
-    yield not folder, "tracking_uri", uri, expected
 
 
 def path_rules(cfg: AllSettings) -> Iterator[Rule]:
-    """The local files that the run will read are there, and the packages that it will report with.
-
-    Raises:
-        InputError: a package is missing.
-    """
-    for tracker in cfg.report_to:
-        if tracker not in ("mlflow", "none"):  # the default does without: metrics.jsonl has it all
-            need(f"report_to={tracker}", tracker)
+    """The local files that the run will read are there."""
     for name, model in _texts(cfg, "model"):
         # A hub name is NAME or OWNER/NAME: what is anchored or longer can only be a folder.
         if model[0] in "./~" or model.count("/") > 1:
@@ -68,13 +52,13 @@ def path_rules(cfg: AllSettings) -> Iterator[Rule]:
     for spec in cfg.datasets:
         name = split_dataset_weight(spec)[0]
         places = [Path(name), Path(cfg.data_dir or ".") / name]
-        if name.endswith(_DATA_FILES):
+        if name.endswith(DATA_SUFFIXES):
             there = os.path.exists if name.endswith(".parquet") else os.path.isfile  # Spark's parquet is a folder
             expected = "an existing file of rows (see --data_format), also below --data_dir"
             yield any(map(there, places)), "datasets", spec, expected
         elif name.startswith(("./", "../", "/", "~")):
             places = [Path(str(place).rpartition("@")[0] or place) for place in places] + places
-            expected = f"an existing folder of data, or a file of {', '.join(_DATA_FILES)} (or OWNER/NAME of the hub)"
+            expected = f"an existing folder of data, or a file of {', '.join(DATA_SUFFIXES)} (or OWNER/NAME of the hub)"
             yield any(map(os.path.isdir, places)), "datasets", spec, expected
     if cfg.resume not in ("auto", "never"):
         yield os.path.isdir(cfg.resume), "resume", cfg.resume, "auto, never or the folder of a run (--resume auto)"

@@ -12,8 +12,6 @@ from kvds.config.setting_rules import Rule
 def handoff_rules(cfg: AllSettings) -> Iterator[Rule]:
     """What goes with ``--handoff_weight``: the keys and values of one teacher, all of a prompt, as they are."""
     if not cfg.handoff_weight:
-        expected = "none without --handoff_weight, whose map it is of (--handoff_source_layers none)"
-        yield cfg.handoff_source_layers is None, "handoff_source_layers", cfg.handoff_source_layers, expected
         return
     mode = ALIGNMENT_MODES[cfg.alignment_mode]
     for found, flag in (

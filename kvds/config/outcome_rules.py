@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvds.config.all_settings import AllSettings
 from kvds.config.setting_rules import Rule
+from kvds.config.tracker_rules import writes_records
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _TRUE = {"1", "ON", "YES", "TRUE"}
@@ -31,7 +32,7 @@ def outcome_rules(cfg: AllSettings) -> Iterator[Rule]:
 
 def upload_rules(cfg: AllSettings) -> Iterator[Rule]:
     """Whether this machine may upload, seen without asking the hub."""
-    if cfg.push_to_hub:
+    if cfg.push_to_hub and writes_records():
         from huggingface_hub import get_token
 
         offline = any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))

@@ -85,7 +85,7 @@ def parse_run_config(argv: Sequence[str]) -> RunConfig:
     if "output_dir" not in settings:
         raise InputError("--output_dir is missing; expected a folder to write the run to (--output_dir outputs/NAME)")
     cfg = RunConfig(**settings)
-    cfg.check_paths()
+    cfg.check_before_start(settings)
     return cfg
 
 

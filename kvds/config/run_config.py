@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from kvds.config.data_rules import data_rules
 from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.file_rules import file_rules, path_rules
 from kvds.config.handoff_rules import handoff_rules
-from kvds.config.loss_rules import selection_rules, weight_rules
+from kvds.config.loss_rules import collapse_warning, selection_rules, weight_rules
 from kvds.config.outcome_rules import outcome_rules, upload_rules
 from kvds.config.outcome_settings import OutcomeSettings
 from kvds.config.row_rules import row_rules
 from kvds.config.setting_rules import Rule, check, setting_rules
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 from kvds.config.teacher_rules import teacher_rules
+from kvds.config.tracker_rules import reachable_tracker_rules, tracker_rules
+from kvds.config.unread_settings import unread_rules, unread_warning
 from kvds.config.values import parse_overrides, split_dataset_weight
 from kvds.config.weight_settings import WeightSettings
 from kvds.durable_files import write_durably
@@ -47,17 +49,28 @@ class RunConfig(AllSettings):
     def __post_init__(self) -> None:
         check(_rules(self))
 
-    def check_paths(self) -> None:
-        """Look at the local files that the run will read, before anything is loaded.
+    def check_before_start(self, given: Collection[str]) -> None:
+        """Look at what a start asks for beyond the values: local files that the run will read, the way to what it will
+        write to, and that what was given is read at all.
 
-        Construction does not: a saved configuration must be readable on another machine.
+        Construction does not: a saved configuration must be readable later, on another machine.
+
+        Args:
+            given: Names of the settings that flags and recipe set.
 
         Raises:
-            InputError: one is missing, or the DeepSpeed configuration cannot work.
+            InputError: a file is missing, the DeepSpeed configuration cannot work, or a flag needs another.
         """
         load_deepspeed_config(self.deepspeed_config)
         check(path_rules(self))
+        check(reachable_tracker_rules(self))
         check(upload_rules(self))
+        check(unread_rules(self, given))
+
+    @property
+    def warnings(self) -> list[str]:
+        """Settings that are allowed and known to be harmful, or that nothing reads."""
+        return [text for text in (collapse_warning(self), unread_warning(self)) if text]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe holds them."""
@@ -81,6 +94,7 @@ def _rules(cfg: RunConfig) -> Iterator[Rule]:
         teacher_rules,
         outcome_rules,
         file_rules,
+        tracker_rules,
         adapter_rules,
     ):
         yield from rules(cfg)

@@ -19,6 +19,7 @@ class SelectionMethod:
             none, whatever is set.
         observers: The text whose last tokens those are: ``"row"`` or ``"answer"``.
         keeps_window: Whether those are all kept, ahead of any score.
+        weighs_redundancy: Whether ``rkv_lambda`` weighs importance against redundancy.
     """
 
     doc: str
@@ -28,6 +29,7 @@ class SelectionMethod:
     observing_tokens: int = 0
     observers: str = "row"
     keeps_window: bool = False
+    weighs_redundancy: bool = False
 
 
 SELECTION_METHODS: dict[str, SelectionMethod] = {
@@ -40,10 +42,18 @@ SELECTION_METHODS: dict[str, SelectionMethod] = {
     ),
     "keydiff": SelectionMethod(doc="keys least like the mean key", reads_keys=True),
     "rkv": SelectionMethod(
-        doc="most attended to by the answer, least redundant", reads_keys=True, observing_tokens=32, observers="answer"
+        doc="most attended to by the answer, least redundant",
+        reads_keys=True,
+        observing_tokens=32,
+        observers="answer",
+        weighs_redundancy=True,
     ),
     "rkv_window": SelectionMethod(
-        doc="the same by the last tokens", reads_keys=True, observing_tokens=8, keeps_window=True
+        doc="the same by the last tokens",
+        reads_keys=True,
+        observing_tokens=8,
+        keeps_window=True,
+        weighs_redundancy=True,
     ),
 }
 """Value of ``kv_method`` → its facts."""

@@ -38,8 +38,7 @@ def check(rules: Iterable[Rule], place: str = "") -> None:
     """
     for holds, name, value, expected in rules:
         if not holds:
-            words = {"True": "true", "False": "false", "None": "none"}
-            shown = words[str(value)] if isinstance(value, bool | None) else one_line(value)
+            shown = shown_value(value) if isinstance(value, bool | None) else one_line(value)
             remedy = "" if "(" in expected or "--" in expected else f" ({_way_back(name)})"
             raise InputError(f"{place}{name}={shown}: expected {expected}{remedy}")
 
@@ -48,8 +47,14 @@ def _way_back(name: str) -> str:
     [default] = [field.default for field in dataclasses.fields(AllSettings) if field.name == name]
     if default is dataclasses.MISSING:
         return f"for example --{name} outputs/NAME"
-    text = " ".join(default) if isinstance(default, tuple) else "none" if default is None else str(default)
-    return f"the default is --{name} {text or repr(text)}"
+    return f"the default is --{name} {shown_value(default) or repr('')}"
+
+
+def shown_value(value: object) -> str:
+    """A value as a flag takes it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
 @functools.cache

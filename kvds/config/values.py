@@ -8,6 +8,7 @@ from typing import Any
 from kvds.errors import _SHORT, InputError
 
 DATA_FORMATS = ("auto", "reasoning", "messages", "completion", "text")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 DATA_COLUMNS = ("prompt", "rationale", "answer", "teacher_rationale", "completion", "messages", "system", "text")
 
 _SHORT.maxlevel, _SHORT.maxstring = 2, 60

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvds.config.values import DATA_SUFFIXES
 from kvds.data.corpora import CORPORA
 from kvds.errors import InputError
 
 # Names with a meaning of their own; ``all`` is that of the mean over all corpora.
 _KNOWN = {*CORPORA, "arc", "synthetic"}
 _TAKEN = _KNOWN | {"all"}
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 _SPLITS = re.compile(r"(?P<name>.+)@(?P<splits>[\w.-]+(?:,[\w.-]+)?)")
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)?")
 

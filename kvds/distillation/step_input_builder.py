@@ -55,6 +55,9 @@ class StepInputBuilder:
             match: Whether keys and values are matched; None: as :attr:`matching` says.
         """
         match = self.matching if match is None else match
+        for teacher in () if self.reads_keys_and_values else self._teachers:
+            if isinstance(teacher, CachedTeacher):
+                teacher.drop_ahead()  # here, at each step: the thread that reads may be behind
         weights = LossWeights() if weights is None else weights
         continuation = Continuation.from_batch(batch).to(self._device) if self._cfg.handoff_weight else None
         labelled = LabelledPositions.from_labels(batch.labels).to(self._device)

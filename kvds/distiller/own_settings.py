@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import logging
+from dataclasses import asdict, fields, replace
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.alignment_rules import check_alignment
+from kvds.config.all_settings import AllSettings
 from kvds.config.loss_rules import kv_weight_rules, selection_rules
 from kvds.config.setting_rules import check, kind_rules
 from kvds.config.settings import AlignmentSettings
+from kvds.config.unread_settings import unread_warning
+
+log = logging.getLogger("kvds")
 
 
 def own_settings(settings: AlignmentSettings) -> AlignmentSettings:
-    """The section with ``map_start`` chosen: a student of one's own loop is taken for pretrained.
+    """The section with ``map_start`` chosen: a student of one's own loop is taken for pretrained. What nothing reads is
+    told.
 
     Raises:
         InputError: a setting without a meaning, by itself, with the others or without a run.
@@ -39,4 +45,6 @@ def own_settings(settings: AlignmentSettings) -> AlignmentSettings:
             (by_position, "align_tokens", settings.align_tokens, f"position {without}"),
         ]
     )
+    if unread := unread_warning(AllSettings(**asdict(settings), output_dir="")):
+        log.warning("%s", unread)
     return settings

@@ -47,7 +47,7 @@ def check_jobs(work: Sequence[Work], *, ranks: int) -> None:
 
 def _check(settings: dict[str, Any], ranks: int) -> None:
     cfg = RunConfig(**settings)
-    cfg.check_paths()
+    cfg.check_before_start(settings)
     from kvds.training.run_checks import check_run  # where all is done already, nothing of torch is imported
 
     with _warnings_alone():

@@ -37,7 +37,7 @@ def train_job(settings: dict[str, Any], ranks: int, *, in_process: bool = False)
         InputError, Preempted, RunError: see :func:`kvds.training.run.train`.
     """
     cfg = RunConfig(**checked_settings(dict(settings), "job"))
-    cfg.check_paths()
+    cfg.check_before_start(settings)
     if in_process:
         train_measured(cfg)
     else:

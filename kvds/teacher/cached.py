@@ -139,6 +139,10 @@ class CachedTeacher:
         """Read what a later call with this very batch will want; another thread may do so meanwhile."""
         self._ahead[batch.row_samples] = self._read(batch)
 
+    def drop_ahead(self) -> None:
+        """Let go of what was read for calls that will not come."""
+        self._ahead.clear()
+
     def _read(self, batch: TokenBatch) -> list[list[dict[str, Tensor]]]:
         return [[self._reader.sample(i) for i in row] for row in batch.row_samples]
 

@@ -58,6 +58,8 @@ def dry_run(cfg: RunConfig) -> None:
         origin, stage = read_origin(Path(cfg.output_dir), step), raw["zero_optimization"]["stage"]
         cfg = fit_to_origin(cfg, origin, step=step, world_size=machine.ranks, zero_stage=stage)
     cfg = with_token_budget(cfg, machine)
+    for warning in cfg.warnings:
+        log.warning("%s", warning)
     checked = check_run(cfg, raw, ranks=machine.ranks)
     tokenizer, data = checked.tokenizer, checked.data
     if step is not None:

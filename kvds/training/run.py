@@ -232,6 +232,7 @@ class TrainingRun:
 
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""
+        self._weights()  # says to the thread whether keys and values are matched still
         with self.loader.read_ahead(range(self.step, self.total_steps), self._ready):
             self._fit()
 

@@ -66,6 +66,9 @@ def test_without_a_way_or_a_token_nothing_begins(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(InputError, match=r"push_to_hub=true: expected a token that may write \(hf auth login"):
         parse_run_config(flags)
+    monkeypatch.setenv("RANK", "1")  # it does not upload, and may be on a node that has no token
+    assert parse_run_config(flags).push_to_hub
+    monkeypatch.delenv("RANK")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_any")
     assert parse_run_config(flags).push_to_hub
     with pytest.raises(InputError, match="expected --hub_model_id NAME"):

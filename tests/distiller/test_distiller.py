@@ -294,6 +294,13 @@ def test_settings_without_a_meaning_are_refused(changes: dict[str, Any], told: s
     assert told in str(caught.value)
 
 
+def test_settings_that_nothing_reads_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    KVDistiller(*models(), AlignmentSettings(logit_kd_top_k=5, kv_weight=1.0))
+    KVDistiller(*models(), AlignmentSettings(logit_kd_top_k=5, kv_weight=1.0, logit_kd_weight=0.5))
+    told = [record.getMessage() for record in caplog.records if "nothing reads" in record.getMessage()]
+    assert told == ["nothing reads logit_kd_top_k=5 (that takes --logit_kd_weight above 0)"]
+
+
 def test_inputs_that_cannot_be_read_are_refused() -> None:
     distiller = distiller_of(AlignmentSettings(kv_weight=1.0))
     given = inputs()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,18 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
+
+
+@pytest.fixture
+def fresh_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """wandb that reads its environment anew, and finds no account there."""
+    wandb = pytest.importorskip("wandb", reason="pip install 'kvds[wandb]'")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()
+    yield
+    wandb.teardown()
 
 
 def track(folder: Path, *names: str, steps: tuple[int, ...], resume_step: int | None = None) -> None:
@@ -127,7 +141,28 @@ def test_several_trackers_are_asked_for_by_flag_and_recipe(tmp_path: Path) -> No
     (tmp_path / "two.yaml").write_text("report_to: [mlflow, tensorboard]\n")
     recipes = [parse_run_config([*FLAGS, "--config", str(tmp_path / f"{name}.yaml")]) for name in ("one", "two")]
     assert [cfg.report_to for cfg in recipes] == [("none",), ("mlflow", "tensorboard")]
-    assert parse_run_config([*FLAGS, "--report_to", "wandb", "mlflow"]).report_to == ("wandb", "mlflow")
+    assert parse_run_config([*FLAGS, "--report_to", "tensorboard", "mlflow"]).report_to == ("tensorboard", "mlflow")
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, r"report_to=wandb without a key: expected a key \(wandb login, .*WANDB_MODE=offline"),
+        ({"WANDB_API_KEY": "short"}, "report_to=wandb with a key that is none: .*40"),
+        ({"WANDB_MODE": "offline"}, ""),
+        ({"WANDB_MODE": "disabled"}, ""),
+        ({"RANK": "1"}, ""),  # the first rank alone writes, and its node alone may have the key
+    ],
+)
+def test_wandb_without_a_key_is_told_before_anything_is_loaded(
+    environment: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refusal = pytest.raises(InputError, match=told) if told else contextlib.nullcontext()
+    with refusal:
+        assert parse_run_config([*FLAGS, "--report_to", "wandb"]).report_to == ("wandb",)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

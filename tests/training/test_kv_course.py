@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from kvds.cli import main
+from kvds.config import RunConfig
+from kvds.data.batches import collate
+from kvds.data.encoding import EncodedSample
 from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.teacher.cached import CachedTeacher
+from kvds.training.kv_course import KVCourse
 from kvds.training.run import TrainingRun
 from tests.harness.forked_ranks import REPOSITORY, RankServer
 from tests.harness.survival_runs import Start, check_equal, cut, make_models, records, starter
@@ -82,6 +88,36 @@ def test_a_cache_is_read_ahead_for_a_loss_that_is_still_there(
     run = SimpleNamespace(teachers=teachers, inputs=inputs, device=torch.device("cpu"))
     assert TrainingRun._ready(run, ["a", "b"]) == ["a", "b"]  # type: ignore[arg-type, list-item, comparison-overlap]
     assert read == (["a", "b"] if matching or handoff else [])
+
+
+def test_nothing_is_read_ahead_for_a_run_that_goes_on_without_the_loss() -> None:
+    cfg = RunConfig(model_name="m", output_dir="o", kv_weight=1.0, kv_weight_until=0.5)
+    inputs = StepInputBuilder(cfg, [], object(), torch.device("cpu"))  # type: ignore[arg-type]
+    kv = KVCourse(cfg, None, None, inputs, total_steps=8)  # type: ignore[arg-type]
+    asked: list[bool] = []
+
+    @contextlib.contextmanager
+    def read_ahead(steps: range, finish: object) -> Iterator[None]:
+        asked.append(inputs.reads_keys_and_values)
+        yield
+
+    for step in (3, 7):
+        run = SimpleNamespace(cfg=cfg, kv=kv, step=step, total_steps=8, _ready=None, _fit=lambda: None)
+        run.loader, run._weights = SimpleNamespace(read_ahead=read_ahead), partial(TrainingRun._weights, run)  # type: ignore[arg-type]
+        TrainingRun.fit(run)  # type: ignore[arg-type]
+    assert asked == [True, False]
+
+
+def test_what_was_read_ahead_goes_with_the_loss() -> None:
+    teacher = object.__new__(CachedTeacher)
+    cfg = RunConfig(model_name="m", output_dir="o")
+    inputs = StepInputBuilder(cfg, [teacher], object(), torch.device("cpu"))  # type: ignore[arg-type]
+    batch = collate([EncodedSample([1, 2, 3], [-100, 2, 3], [0, 1, 1])], [0], 0, 1.0, 1.0)
+    for matching, left in ((True, 1), (False, 0)):
+        teacher._ahead = {((0,), (1,)): []}
+        inputs.matching = matching
+        inputs(batch, match=False)
+        assert len(teacher._ahead) == left
 
 
 def test_an_empty_map_is_refused_only_by_who_wants_to_keep_it(start: Start) -> None:
