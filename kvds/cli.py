@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
+from kvds.durable_files import full_disk
 from kvds.errors import InputError, RunError
 
 # Command → what it does. Its module under kvds.commands is imported only when it is asked for.
@@ -127,6 +128,11 @@ def _main(flags: list[str]) -> int:
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not (fault := full_disk(error)):
+            raise
+        print(f"kvds: error: {fault} (make room, then start again)", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ in which kvds writes JSON.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".unfinished"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -34,6 +37,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def full_disk(error: BaseException) -> str:
+    """What is said of an error that tells of a full disk, quota or file; empty for any other.
+
+    Libraries in other languages tell of it in errors of their own, with the system's number in the text.
+    """
+    name = error.filename if isinstance(error, OSError) else None
+    known = error.errno if isinstance(error, OSError) else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = known if known is not None or told is None else int(told[1])
+    return f"{name or 'the output'}: {os.strerror(number)}" if number is not None and number in _FULL else ""
 
 
 def sync_file(path: Path) -> None:

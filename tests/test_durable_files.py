@@ -1,15 +1,33 @@
-"""What kvds writes as JSON, any reader of JSON reads."""
+"""What kvds writes as JSON, any reader of JSON reads; a disk that is full is told in one line, whoever writes."""
 
 import ast
 import json
 import math
+import resource
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
 import kvds
-from kvds.durable_files import json_text, put_in_place, remove_folder
+from kvds import cli
+from kvds.checkpoint.aligner_file import save_aligner
+from kvds.durable_files import full_disk, json_text, put_in_place, remove_folder, write_durably
+from kvds.training import rank
+
+# What writes files for a run: all of it is stopped by a disk that takes no more.
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: write_durably(path, "{}"),
+    "tokenizer": lambda path: Tokenizer(models.BPE()).save(str(path)),
+    "safetensors": lambda path: save_file({"a": torch.ones(4)}, path),
+    "aligner": lambda path: save_aligner({}, {"a": torch.ones(400)}, path),
+}
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -71,3 +89,48 @@ def test_a_link_is_removed_and_what_it_leads_to_is_not(tmp_path):
         (tmp_path / "step").symlink_to(tmp_path / "elsewhere")
         remove_folder(tmp_path / "step")
         assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+@pytest.fixture
+def full() -> Callable[[Callable[[], object]], BaseException]:
+    """What is raised by a function while no file may grow."""
+
+    def run(write: Callable[[], object]) -> BaseException:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            write()
+        except Exception as error:
+            return error
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        raise AssertionError("it was written")
+
+    return run
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_whoever_writes_a_full_disk_is_known(name, tmp_path, full):
+    assert full_disk(full(lambda: WRITERS[name](tmp_path / "file"))).endswith(": File too large")
+
+
+def test_any_other_fault_is_none_of_a_full_disk(tmp_path):
+    assert full_disk(PermissionError(13, "Permission denied")) == ""
+    assert full_disk(RuntimeError("connection reset (os error 104)")) == ""
+    assert full_disk(OSError(28, "No space left on device", "here")) == "here: No space left on device"
+
+
+@pytest.mark.parametrize("writer", ["tokenizer", "safetensors"])
+def test_a_full_disk_ends_runs_and_commands_in_one_line(writer, tmp_path, full, monkeypatch, capsys):
+    error = full(lambda: WRITERS[writer](tmp_path / "file"))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(rank, "StopRequest", lambda: SimpleNamespace(install=lambda leave: None))
+    told = "kvds: error: the output: File too large (make room, then start again)\n"
+    assert rank.run_rank(["--model_name", "gpt2", "--output_dir", str(tmp_path)], train=fail) == 1
+    assert capsys.readouterr().err.endswith(told)
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["report"]) == 1 and capsys.readouterr().err.endswith(told)

@@ -19,7 +19,8 @@ ALIGNER_START_FILE = "map_aligner_start.pt"
 def save_aligner(config: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
     """Write ``map_aligner.pt``: state dict and configuration, loadable with ``weights_only=True``."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    torch.save({"config": config, "state_dict": state}, unfinished)
+    with unfinished.open("wb") as file:  # by its name alone torch would not say what is wrong with the disk
+        torch.save({"config": config, "state_dict": state}, file)
     put_in_place(unfinished, path)
 
 

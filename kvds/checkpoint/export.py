@@ -230,4 +230,5 @@ def save_architecture(run_dir: Path, student: Any, tokenizer: PreTrainedTokenize
     if (adapters := adapters_of(student)) is not None:
         adapters.save_pretrained(folder)
     if aligner is not None:
-        torch.save(aligner_config_dict(aligner), folder / "aligner.pt")
+        with (folder / "aligner.pt").open("wb") as file:
+            torch.save(aligner_config_dict(aligner), file)

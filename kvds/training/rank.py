@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvds.distributed.preemption import EXIT_CODE, PREEMPTED_FILE, Preempted, StopRequest, leave_at_once
+from kvds.durable_files import full_disk
 from kvds.errors import InputError, RunError
 from kvds.identity.folder_owner import living_owner
 
@@ -59,10 +59,10 @@ def run_rank(flags: Sequence[str], train: Train | None = None) -> int:
         if isinstance(error, InputError):
             _forget_preemption(flags)
         return _tell(str(error), 2 if isinstance(error, InputError) else 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if not (fault := full_disk(error)):
             raise
-        return _tell(f"{error.filename or 'output_dir'}: {error.strerror} (make room, then start again)", 1)
+        return _tell(f"{fault} (make room, then start again)", 1)
     return 0
 
 
