@@ -119,6 +119,7 @@ def plan_lines(plan: RunPlan, phases: Phases, flops_per_second: float) -> Iterat
         f"{where}, {cfg.deepspeed_config}, teacher {cfg.teacher_placement if plan.teacher_size else 'none'}, "
         f"micro-batch {largest.rows} × {largest.tokens} tokens ({plan.rows.note})",
         f"student {plan.student_size.total:,} parameters{_adapted(plan)}, aligner {plan.aligner_parameters:,}"
+        + (f", map of the handoff {plan.map_parameters:,}" if plan.map_parameters else "")
         + (f", teacher {plan.teacher_size.total:,}" if plan.teacher_size else ""),
         "",
         "per GPU, held between steps" if machine.gpus else "held between steps",
@@ -145,6 +146,8 @@ def plan_lines(plan: RunPlan, phases: Phases, flops_per_second: float) -> Iterat
     for number, size in enumerate(groups := plan.kv_by_group()):
         yield row(f"compared {what}, group {number + 1} of {len(groups)}", size)
     yield row("aligner: gradients of KV and workspace", step.aligner)
+    if cfg.handoff_weight:
+        yield row("handoff: answers over the mapped cache, and map", step.handoff)
     if cfg.teacher_overlap:
         yield row("the next micro-batch's teacher, ahead", step.teacher_ahead)
     yield row("optimizer step", states.update)

@@ -14,11 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvds.handoff.cache_map import CacheMap
+from kvds.handoff.cache_map import CacheMap, source_layers
 from kvds.handoff.moments import MapMoments
 from kvds.handoff.products import map_layers
 from kvds.kv import KVShape, KVStates
 from kvds.kv.states import KV_PARTS
+
+SOURCE_LAYERS = 4
+"""Teacher layers that a following map reads for each student layer, where nothing else is asked for."""
 
 
 class FollowedCache(NamedTuple):
@@ -123,3 +126,20 @@ class FollowingMap(nn.Module):
             found.weight(part).copy_(weight)
             found.bias(part).copy_(bias)
         return found
+
+
+def following_map(teacher: KVShape, student: KVShape, layers: int | None) -> FollowingMap:
+    """The map of a pair, not fitted.
+
+    Args:
+        teacher: Of what is mapped.
+        student: Of what comes out.
+        layers: ``handoff_source_layers``.
+
+    Raises:
+        InputError: more layers than the teacher has.
+    """
+    depth = teacher.num_hidden_layers
+    count = min(SOURCE_LAYERS, depth) if layers is None else layers
+    sources = source_layers(student.num_hidden_layers, depth, count, flag="--handoff_source_layers")
+    return FollowingMap(teacher, student, sources)

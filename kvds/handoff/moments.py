@@ -20,7 +20,8 @@ from kvds.handoff.products import heads_side_by_side
 from kvds.kv import KVStates
 from kvds.kv.states import KV_PARTS
 
-_CHUNK = 2048  # rows in fp64 at a time
+CHUNK = 2048
+"""Rows in fp64 at a time."""
 _LEAST_DEVIATION = 1e-6  # of a channel, as a part of the largest one's
 
 
@@ -150,5 +151,5 @@ class MapMoments:
                 for group in groups:
                     source = torch.cat([x[layer] for layer in group.sources], -1)
                     target = torch.cat([y[layer] for layer in group.layers], -1)
-                    for some, others in zip(source.split(_CHUNK), target.split(_CHUNK), strict=True):
+                    for some, others in zip(source.split(CHUNK), target.split(CHUNK), strict=True):
                         group.add(half, some.double(), others.double())

@@ -13,9 +13,11 @@ from kvds.kv import group_slices
 from kvds.models.adapters import adapter_config
 from kvds.models.architecture import load_config
 from kvds.models.loading import TORCH_DTYPES
+from kvds.plan.batch_shape import BatchShape
+from kvds.plan.handoff import map_size
 from kvds.plan.rows import RowPlan, plan_rows
 from kvds.plan.states import ModelSize, StateMemory, aligner_size, model_size, state_memory
-from kvds.plan.step import BatchShape, StepMemory, StepPlanner
+from kvds.plan.step import StepMemory, StepPlanner
 from kvds.plan.work import Work, checkpoint_bytes, disk_bytes, epoch_work
 
 GIB = 2**30
@@ -73,12 +75,6 @@ class RunPlan:
                 f"teacher_names={' '.join(cfg.teacher_names)}: kvds plan knows runs of one teacher; expected "
                 "--teacher_name (plan with the largest of them)"
             )
-        if cfg.handoff_weight:
-            raise InputError(
-                f"handoff_weight={cfg.handoff_weight:g}: kvds plan does not know the memory of the second forward over "
-                "a cache, of the map and of both parts of the teacher's keys and values; expected --handoff_weight 0 "
-                "to plan what the run takes without them"
-            )
         self.raw: dict[str, Any] = load_deepspeed_config(cfg.deepspeed_config)
         self.dtype = TORCH_DTYPES[compute_dtype(self.raw)]
         self.element = self.dtype.itemsize
@@ -113,6 +109,12 @@ class RunPlan:
         return aligner_size(self.planner.student_shape, shape, self.cfg)
 
     @cached_property
+    def map_parameters(self) -> int:
+        """Learned numbers of the map that a handoff trains beside the student; 0 without."""
+        shape = self.planner.teacher_shape
+        return 0 if shape is None else map_size(self.cfg, shape, self.planner.student_shape)
+
+    @cached_property
     def rows(self) -> RowPlan:
         """The batches."""
         given = self._rows_given
@@ -122,8 +124,8 @@ class RunPlan:
         """What is held between steps, under the recipe's placement of the teacher and DeepSpeed file or others."""
         cfg = self.cfg if placement is None else replace(self.cfg, teacher_placement=placement)
         return state_memory(
-            cfg, raw or self.raw, student=self.student_size, aligner=self.aligner_parameters, teacher=self.teacher_size,
-            element=self.element, ranks=self.machine.ranks, device=self.machine.device,
+            cfg, raw or self.raw, student=self.student_size, aligner=self.aligner_parameters + self.map_parameters,
+            teacher=self.teacher_size, element=self.element, ranks=self.machine.ranks, device=self.machine.device,
         )  # fmt: skip
 
     @cached_property
@@ -171,7 +173,8 @@ class RunPlan:
     def checkpoint(self) -> int:
         """Bytes of one checkpoint."""
         size, stage = self.student_size, self.raw["zero_optimization"]["stage"]
-        trained, frozen = size.trained + self.aligner_parameters, size.total - size.trained
+        trained = size.trained + self.aligner_parameters + self.map_parameters
+        frozen = size.total - size.trained
         return checkpoint_bytes(self.cfg, trained, stage, self.element, frozen=frozen)
 
     @property
@@ -216,14 +219,19 @@ class RunPlan:
         """Of the teacher, those that this run may have."""
         if self.teacher_size is None:
             return ["replicated"]
-        return [placement for placement in PLACEMENTS if self._may_have(placement)]
+        return [placement for placement in PLACEMENTS if self._may_have(teacher_placement=placement)]
 
-    def _may_have(self, placement: str) -> bool:
+    def _may_have(self, **changes: Any) -> bool:
+        """Whether the recipe's other settings allow it."""
         try:
-            replace(self.cfg, teacher_placement=placement)
+            replace(self.cfg, **changes)
         except InputError:
             return False
         return True
+
+    @cached_property
+    def _may_checkpoint(self) -> bool:
+        return self._may_have(gradient_checkpointing=True)
 
     def largest_rows(self, raw: dict[str, Any] | None = None) -> dict[tuple[str, bool], int]:
         """(placement, checkpointing) → rows per micro-batch that fit, at most ``MOST_ROWS``; 0: not even one."""
@@ -234,7 +242,8 @@ class RunPlan:
             fits = self.peak_of(states, 0) <= self.machine.usable
             room = self.machine.usable - states.held - states.gathered
             for checkpointing in (False, True):
-                found[placement, checkpointing] = self._rows_within(room, checkpointing) if fits else 0
+                possible = fits and (not checkpointing or self._may_checkpoint)
+                found[placement, checkpointing] = self._rows_within(room, checkpointing) if possible else 0
         return found
 
     @property
@@ -268,7 +277,7 @@ class RunPlan:
             for checkpointing in dict.fromkeys((cfg.gradient_checkpointing, True)):
                 rows = most.get((placement, checkpointing), 0)
                 rows = next((n for n in range(min(rows, cfg.batch_size), 0, -1) if wanted % n == 0), 0)
-                if rows == 0 or (rows < cfg.batch_size and not checkpointing):
+                if rows == 0 or (rows < cfg.batch_size and not checkpointing and self._may_checkpoint):
                     continue
                 lines = []
                 if placement != cfg.teacher_placement:

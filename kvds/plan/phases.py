@@ -11,17 +11,20 @@ from kvds.align import build_aligner
 from kvds.align.fitting import AlignmentMoments
 from kvds.kv import KVShape
 from kvds.models.own_logits import EVALUATED_LOGITS
+from kvds.plan.batch_shape import BatchShape, kv_bytes
 from kvds.plan.estimate import RunPlan
+from kvds.plan.handoff import map_fitting_bytes
 from kvds.plan.live_memory import LiveMemory
-from kvds.plan.step import BatchShape, kv_bytes
 
 CALIBRATED_ALIGNER, CALIBRATED_WEIGHT = "calibration of the aligner", "calibration of --kv_weight"
+CALIBRATED_MAP = "start of the handoff's map"
 TRAINING, LOSSES, GENERATION = "training", "evaluation, logits", "evaluation, generation"
 _FP32 = 4
 _WHOLE = "each GPU holds a whole student then"
 _MORE = "expected more memory on each GPU, or a smaller batch_size"
 _REMEDIES = {
     CALIBRATED_ALIGNER: f"{_WHOLE}, and its states beside the teacher's; {_MORE}",
+    CALIBRATED_MAP: f"{_WHOLE}, and sums over products of channels; {_MORE} or handoff_source_layers",
     CALIBRATED_WEIGHT: "expected what makes training fit",
     LOSSES: f"{_WHOLE}, and the logits of 4 × batch_size rows; {_MORE}",
     GENERATION: f"{_WHOLE}, and its cache of 4 × batch_size rows; {_MORE} or max_new_tokens",
@@ -44,8 +47,10 @@ class Phases:
         self.peaks: dict[str, int] = {}
         if cfg.uses_kv and plan.planner.teacher_shape is not None:
             self.peaks[CALIBRATED_ALIGNER] = _calibrated_aligner(plan)
-            if cfg.kv_weight_share is not None:
-                self.peaks[CALIBRATED_WEIGHT] = _calibrated_weight(plan)
+        if cfg.handoff_weight:
+            self.peaks[CALIBRATED_MAP] = _calibrated_map(plan)
+        if cfg.uses_kv and plan.planner.teacher_shape is not None and cfg.kv_weight_share is not None:
+            self.peaks[CALIBRATED_WEIGHT] = _calibrated_weight(plan)
         self.peaks |= {TRAINING: plan.peak, LOSSES: _losses(plan), GENERATION: _generation(plan)}
 
     @property
@@ -62,14 +67,31 @@ class Phases:
 
 def _calibrated_aligner(plan: RunPlan) -> int:
     """Before the engine is built: the student whole on each rank, no optimizer; its states stay for the teacher's."""
-    states, step, batch = plan.states(), plan.step, plan.rows.largest
+    left, peak = plan.planner.read_student(plan.rows.largest)
+    teaching = plan.states().teacher_gathered + plan.step.teacher_forward
+    beside = left + plan.step.teacher_kv + max(teaching, fitting_bytes(plan, plan.rows.largest))
+    return _before_the_engine(plan) + max(peak, beside)
+
+
+def _before_the_engine(plan: RunPlan) -> int:
+    """Held then: the teacher as placed, a whole student, aligner and map."""
     student = plan.element * plan.student_size.total
     if plan.raw["zero_optimization"]["stage"] == 3 and plan.cfg.student_init == "pretrained":
         student += -(-student // plan.machine.ranks)  # loaded in shards, gathered for the forwards
-    left, peak = plan.planner.read_student(batch)
-    teaching = states.teacher_gathered + step.teacher_forward
-    beside = left + step.teacher_kv + max(teaching, fitting_bytes(plan, batch))
-    return states.teacher + student + _FP32 * plan.aligner_parameters + max(peak, beside)
+    return plan.states().teacher + student + _FP32 * (plan.aligner_parameters + plan.map_parameters)
+
+
+def _calibrated_map(plan: RunPlan) -> int:
+    """Likewise; the student's states are copied once, without padding, and the fitted map lies beside the one that
+    starts as it.
+    """
+    teacher, batch = plan.planner.teacher_shape, plan.rows.largest
+    assert teacher is not None
+    left, peak = plan.planner.read_student(batch, "kv")
+    teaching = plan.states().teacher_gathered + plan.step.teacher_forward
+    fitting = map_fitting_bytes(plan.cfg, teacher, plan.planner.student_shape, batch, plan.element)
+    beside = left + plan.step.teacher_kv + max(teaching, fitting)
+    return _before_the_engine(plan) + _FP32 * plan.map_parameters + max(peak, 2 * left, beside)
 
 
 def fitting_bytes(plan: RunPlan, batch: BatchShape) -> int:

@@ -17,10 +17,11 @@ from transformers import PreTrainedConfig
 from kvds.align import AlignerGroup
 from kvds.config import RunConfig
 from kvds.distillation.step import StepInput, TeacherKV
+from kvds.plan.batch_shape import BatchShape
 from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.rows import RowPlan
 from kvds.plan.states import ModelSize, state_memory
-from kvds.plan.step import BatchShape, StepPlanner
+from kvds.plan.step import StepPlanner
 from kvds.plan.work import checkpoint_bytes
 
 
@@ -51,8 +52,8 @@ class SeveralTeachersPlanner(StepPlanner):
         members = [planner._aligner(student, batch) for planner in self._planners]
         return AlignerGroup(members, [1.0] * len(members))
 
-    def _inputs(self, batch: BatchShape, aligned: bool) -> StepInput:
-        inputs = super()._inputs(batch, aligned)
+    def _inputs(self, batch: BatchShape, aligned: bool, handed: bool = False) -> StepInput:
+        inputs = super()._inputs(batch, aligned, handed)
         if not aligned:
             return inputs
         sources = [

@@ -35,7 +35,8 @@ from kvds.kv.families import backbone
 from kvds.kv.row_attention import run_attention
 from kvds.models.compiled_layers import compile_layers, why_not_compiled
 from kvds.models.family_check import attention_of
-from kvds.ops.lean import CHUNK_ELEMENTS
+from kvds.plan.batch_shape import BatchShape, kv_bytes, lean_workspace
+from kvds.plan.handoff import planned_continuation, planned_map
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.stand_ins import COMPILED_PIECES, FusedStandIn, PlannedModule
 from kvds.teacher.teacher import TeacherOutput
@@ -44,25 +45,6 @@ from kvds.teacher.teacher import TeacherOutput
 _TRITON_WORKSPACE = 64 * 2**20
 # Chunks of the head that are simulated.
 _HEAD_CHUNKS = 2
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """The largest micro-batch that a run meets.
-
-    Attributes:
-        rows: Per device.
-        tokens: Of the longest row, to which the others are padded.
-        labelled: Tokens of the micro-batch that the task loss counts.
-        slots: Positions per row whose keys and values are compared.
-        samples: That share the rows; 0: one each.
-    """
-
-    rows: int
-    tokens: int
-    labelled: int
-    slots: int
-    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +61,7 @@ class StepMemory:
         teacher_forward: The most that the teacher's forward holds beside its keys and values.
         host: Activations that are kept in host memory instead.
         teacher_ahead: What the next micro-batch's teacher takes beside the student (``--teacher_overlap``).
+        handoff: What the answers' forward over the mapped cache adds, and the map (``--handoff_weight``).
     """
 
     peak: int
@@ -90,31 +73,7 @@ class StepMemory:
     teacher_forward: int
     host: int = 0
     teacher_ahead: int = 0
-
-
-def kv_bytes(shape: KVShape, batch: BatchShape, element: int) -> int:
-    """Keys and values of one forward, ``2 · layers · KV heads · head_dim`` numbers per token."""
-    numbers = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    return numbers * batch.rows * batch.tokens * element
-
-
-def lean_workspace(source: KVShape, target: KVShape, cfg: RunConfig, batch: BatchShape, device: str) -> int:
-    """Bytes of the chunk buffers of :func:`kvds.ops.lean.compute_lean` (fp32)."""
-    heads_x, heads_y = source.num_key_value_heads // cfg.head_groups, target.num_key_value_heads // cfg.head_groups
-    layers_x = -(-source.num_hidden_layers // cfg.layer_groups)
-    layers_y = -(-target.num_hidden_layers // cfg.layer_groups)
-    hard = cfg.layer_map in ("endpoint", "last_aligned")
-    if hard:
-        layers_x = layers_y = min(source.num_hidden_layers, target.num_hidden_layers)
-    widths = [
-        layers_x * heads_x * source.head_dim,
-        layers_y * heads_y * source.head_dim,
-        layers_y * heads_y * target.head_dim,
-    ]
-    if not hard and heads_x * heads_y > 4:
-        widths.append(layers_y * heads_x * source.head_dim)
-    size = max(16, CHUNK_ELEMENTS[device] // max(widths))
-    return 4 * sum(widths) * min(size, batch.rows * batch.slots)
+    handoff: int = 0
 
 
 def _with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
@@ -134,7 +93,9 @@ def _extrapolated(two: int, three: int, layers: int) -> int:
 def _tensors(inputs: StepInput) -> list[Tensor]:
     """All tensors that a step is given."""
     parts = [vars(inputs.batch), vars(inputs.labelled)]
-    parts += [vars(part) for part in (inputs.selection, inputs.teacher) if part is not None]
+    parts += [vars(part) for part in (inputs.selection, inputs.teacher, inputs.continuation) if part is not None]
+    if inputs.continuation is not None:
+        parts.append(vars(inputs.continuation.labelled))
     return [value for value in tree_iter(parts) if isinstance(value, Tensor)]
 
 
@@ -174,7 +135,7 @@ class StepPlanner:
         device: str,
     ) -> None:
         self.cfg, self.student, self.teacher, self.dtype, self.device = cfg, student, teacher, dtype, device
-        shape = KVShape.from_config if cfg.uses_kv else KVShape.estimated
+        shape = KVShape.from_config if cfg.uses_teacher_kv else KVShape.estimated
         self.student_shape = shape(student)
         self.teacher_shape = None if teacher is None else shape(teacher)
         self._element = torch.empty((), dtype=dtype).element_size()
@@ -187,13 +148,18 @@ class StepPlanner:
         # Positions that no key decides are chosen before the teacher's forward, which keeps them alone, and of them the
         # parts that are compared.
         self._keeps_all = self._hidden or SELECTION_METHODS[cfg.kv_method].reads_keys or cfg.teacher_kv == "shuffled"
+        self._keeps_all |= cfg.handoff_weight > 0
 
     def plan(self, batch: BatchShape, *, checkpointing: bool) -> StepMemory:
         """Bytes of one micro-batch of ``batch``."""
         with_kv = self.cfg.uses_kv and self.teacher_shape is not None
         layers = self.student_shape.num_hidden_layers
-        both = [self._simulate(batch, count, checkpointing) for count in (2, 3)]
-        bare = [self._simulate(batch, count, checkpointing, kv=False) for count in (2, 3)] if with_kv else both
+        whole = both = [self._simulate(batch, count, checkpointing) for count in (2, 3)]
+        if self.cfg.handoff_weight:
+            both = [self._simulate(batch, count, checkpointing, handoff=False) for count in (2, 3)]
+        bare = both
+        if with_kv:
+            bare = [self._simulate(batch, count, checkpointing, kv=False, handoff=False) for count in (2, 3)]
 
         def deep(pair: Sequence[tuple[int, ...]], which: int) -> int:
             return _extrapolated(pair[0][which], pair[1][which], layers)
@@ -204,7 +170,7 @@ class StepPlanner:
         teacher_kv = self._teacher_output(batch)
         forward = 0 if self.teacher is None or self.cfg.teacher_cache else self._teacher_forward(batch)
         return StepMemory(
-            peak=self._with_teacher(batch, both),
+            peak=self._with_teacher(batch, whole),
             activations=activations,
             logits=max(0, deep(bare, 1) - activations),
             student_kv=student_kv,
@@ -213,11 +179,13 @@ class StepPlanner:
             teacher_forward=forward,
             host=deep(both, 2),
             teacher_ahead=self._ahead(teacher_kv, forward),
+            handoff=max(0, deep(whole, 1) - peak),
         )
 
     def activations(self, batch: BatchShape, *, checkpointing: bool) -> int:
         """``plan(…).activations`` alone, from forward passes."""
-        two, three = (self._simulate(batch, n, checkpointing, kv=False, backward=False)[0] for n in (2, 3))
+        how = {"kv": False, "backward": False, "handoff": False}
+        two, three = (self._simulate(batch, n, checkpointing, **how)[0] for n in (2, 3))
         return _extrapolated(two, three, self.student_shape.num_hidden_layers)
 
     def peak(self, batch: BatchShape, *, checkpointing: bool) -> int:
@@ -246,7 +214,7 @@ class StepPlanner:
 
     def _teacher_output(self, batch: BatchShape) -> int:
         size = 0
-        if self.cfg.uses_kv and self.teacher_shape is not None:
+        if self.cfg.uses_teacher_kv and self.teacher_shape is not None:
             whole = self._states_bytes(self.teacher_shape, self._kept(batch), self._element)
             size += whole if self._keeps_all else self._compared(whole)
         if self.teacher is not None and self.cfg.logit_kd_weight:
@@ -286,7 +254,13 @@ class StepPlanner:
         return FusedStandIn(parts_of(cfg), workspace)
 
     def _simulate(
-        self, batch: BatchShape, layers: int, checkpointing: bool, kv: bool = True, backward: bool = True
+        self,
+        batch: BatchShape,
+        layers: int,
+        checkpointing: bool,
+        kv: bool = True,
+        backward: bool = True,
+        handoff: bool = True,
     ) -> tuple[int, int, int, int]:
         """Bytes at the end of the student's forward, at the worst moment of forward and backward, in host memory, and
         between forward and backward.
@@ -294,6 +268,7 @@ class StepPlanner:
         cfg = self.cfg
         config = _with_layers(self.student, layers)
         aligned = kv and cfg.uses_kv and self.teacher_shape is not None
+        handed = handoff and cfg.handoff_weight > 0
         memory = LiveMemory(self.device)
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
             student = _model(config, cfg, self.dtype)
@@ -305,13 +280,16 @@ class StepPlanner:
                 student.gradient_checkpointing_enable({"use_reentrant": False})
             batch, chunks = self._few_chunks(student, batch)
             aligner = self._aligner(config, batch) if aligned else None
+            follower = None
+            if handed and self.teacher_shape is not None:
+                follower = planned_map(cfg, self.teacher_shape, KVShape.from_config(config), self.dtype)
             module = PlannedModule(
-                student, aligner, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature,
+                student, aligner, following_map=follower, rope=cfg.kv_rope, kd_temperature=cfg.logit_kd_temperature,
                 kd_divergence=logit_divergence(cfg), head_chunks=chunks,
                 # On a CPU it lies in the same memory.
                 offload_checkpoints=cfg.checkpoint_offload and checkpointing and self.device == "cuda",
             )  # fmt: skip
-            inputs = self._inputs(batch, aligned)
+            inputs = self._inputs(batch, aligned, handed)
             memory.ignore(module.parameters())
             memory.ignore(module.buffers())
             memory.ignore(iter(_tensors(inputs)))
@@ -345,13 +323,13 @@ class StepPlanner:
         kind = self.dtype if self.cfg.packing else torch.bool
         return replace(batch, attention_mask=torch.ones(rows, 1, tokens, tokens, dtype=kind), pads_right=False)
 
-    def _inputs(self, batch: BatchShape, aligned: bool) -> StepInput:
+    def _inputs(self, batch: BatchShape, aligned: bool, handed: bool = False) -> StepInput:
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
         index = None if batch.slots == batch.tokens else torch.zeros(batch.rows, batch.slots, dtype=torch.int64)
         selection = Selection(index, torch.ones(batch.rows, batch.slots, dtype=torch.bool)) if aligned else None
         states: KVStates | HiddenStates | None = None
         hidden = head = None
-        if aligned and self.teacher_shape is not None:
+        if (aligned or handed) and self.teacher_shape is not None:
             shape = hidden_shape(self.teacher_shape) if self._hidden else self.teacher_shape
             size = (batch.rows, shape.num_key_value_heads, self._kept(batch).tokens, shape.head_dim)
             layers = tuple(torch.empty(size, dtype=self.dtype) for _ in range(shape.num_hidden_layers))
@@ -365,9 +343,13 @@ class StepPlanner:
 
         labelled = torch.zeros(batch.labelled, dtype=torch.int64)
         tokens = TokenBatch(ids, ids, ids, ids, ids[:, 0], 1.0, 1.0, pads_right=True)
-        weights = LossWeights(self.cfg.task_weight, 1.0 if aligned else 0.0, self.cfg.logit_kd_weight)
+        weights = LossWeights(
+            self.cfg.task_weight, 1.0 if aligned else 0.0, self.cfg.logit_kd_weight, self.cfg.handoff_weight * handed
+        )
+        continuation = planned_continuation(batch) if handed else None
         teacher = TeacherOutput(states, hidden)
-        return StepInput(tokens, LabelledPositions(labelled, labelled), selection, teacher, head, weights)
+        places = LabelledPositions(labelled, labelled)
+        return StepInput(tokens, places, selection, teacher, head, weights, continuation=continuation)
 
     def _teacher_forward(self, batch: BatchShape) -> int:
         assert self.teacher is not None
@@ -377,9 +359,11 @@ class StepPlanner:
         """The most that the student's forward without gradient holds at once."""
         return self._forward(self.student, batch, 2)[1]
 
-    def read_student(self, batch: BatchShape) -> tuple[int, int]:
-        """Bytes of the student's states that the aligner reads, after a forward without gradient and at its peak."""
-        reads, layers = self._mode.reads, self.student_shape.num_hidden_layers
+    def read_student(self, batch: BatchShape, reads: str = "") -> tuple[int, int]:
+        """Bytes of the student's states that ``reads`` names, or else the aligner, after a forward without gradient and
+        at its peak.
+        """
+        reads, layers = reads or self._mode.reads, self.student_shape.num_hidden_layers
         two, three = (self._forward(self.student, batch, count, reads) for count in (2, 3))
         return _extrapolated(two[0], three[0], layers), _extrapolated(two[1], three[1], layers)
 

@@ -9,10 +9,10 @@ from kvds.config import RunConfig
 from kvds.config.row_rules import forbids_one_row
 from kvds.errors import InputError
 from kvds.models.architecture import forbids_shared_rows, load_config
+from kvds.plan.batch_shape import BatchShape
 from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.rows import RowPlan
 from kvds.plan.several import SeveralTeachersPlan
-from kvds.plan.step import BatchShape
 
 log = logging.getLogger("kvds")
 

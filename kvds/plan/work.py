@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvds.align import ALIGNERS
 from kvds.config import RunConfig
 from kvds.kv import KVShape
+from kvds.plan.handoff import map_flops
 from kvds.plan.rows import RowPlan
 from kvds.plan.states import ModelSize
 
@@ -16,9 +17,9 @@ class Work:
     """FLOPs of an epoch over all ranks, a multiply and an add as two.
 
     Attributes:
-        student: Forward, backward and recomputation.
+        student: Forward, backward and recomputation, also of answers that are written over a cache.
         teacher: Forward.
-        aligner: Forward and backward.
+        aligner: Forward and backward, also of the map that makes that cache.
     """
 
     student: float
@@ -56,6 +57,10 @@ def epoch_work(
     once = 2 if cfg.uses_adapters else 3  # of frozen weights no gradient is computed
     passes = once + int(cfg.gradient_checkpointing)
     students = passes * tokens * (2.0 * size.backbone + _attention(shape, length)) + once * 2.0 * size.head * labelled
+    over = rows.largest.handed + rows.largest.follow
+    if cfg.handoff_weight and rows.followed_tokens is not None:
+        students += once * rows.followed_tokens * (2.0 * size.backbone + _attention(shape, over))
+        students += once * 2.0 * size.head * labelled
     teachers = aligners = 0.0
     if teacher is not None:
         size, teacher_shape = teacher
@@ -64,6 +69,7 @@ def epoch_work(
             teachers += 2.0 * size.head * labelled
         slots = rows.largest.slots
         aligners = aligner_flops(cfg, shape, teacher_shape, slots) * tokens * slots / length
+        aligners += map_flops(cfg, teacher_shape, shape) * (rows.handed_tokens or 0)
     return Work(students, teachers, aligners)
 
 

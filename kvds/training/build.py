@@ -20,7 +20,7 @@ from kvds.data.loader import BatchLoader
 from kvds.distillation.head_chunks import agreed_chunks, logit_divergence
 from kvds.distillation.module import DistillationModule
 from kvds.distributed.process_group import from_first_rank
-from kvds.handoff.following_map import FollowingMap
+from kvds.handoff.following_map import FollowingMap, following_map
 from kvds.kv import KVShape, KVStates
 from kvds.models.adapters import adapter_config, add_adapters, check_adapted
 from kvds.models.architecture import ModelConfigs
@@ -32,7 +32,7 @@ from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher
 from kvds.teacher.token_selection import TokenChoice
 from kvds.training.calibration import attention_output_at_start, calibrate_aligner
-from kvds.training.handoff_start import following_map, start_following_map
+from kvds.training.handoff_start import start_following_map
 
 log = logging.getLogger("kvds")
 

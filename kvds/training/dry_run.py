@@ -8,7 +8,6 @@ Nothing is written to the output folder.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shutil
@@ -97,17 +96,15 @@ def this_machine() -> Machine:
 def _resources(cfg: RunConfig, machine: Machine, loader: BatchLoader, steps: int) -> dict[str, str]:
     """Memory and disk, as ``kvds plan`` reckons them."""
     rows = measured_rows(cfg, loader, machine.ranks)
-    handoff = (
-        f"; --handoff_weight {cfg.handoff_weight:g} takes more, which is not reckoned" if cfg.handoff_weight else ""
-    )
-    cfg = dataclasses.replace(cfg, handoff_weight=0.0, handoff_source_layers=None)
     plan = SeveralTeachersPlan(cfg, machine, rows) if cfg.teacher_names else RunPlan(cfg, machine, rows)
     sizes = [f"student {plan.student_size.total:,}", f"aligner {plan.aligner_parameters:,}"]
+    if isinstance(plan, RunPlan) and plan.map_parameters:
+        sizes.append(f"map of the handoff {plan.map_parameters:,}")
     teachers = " + ".join(f"{size.total:,}" for size in plan.teacher_sizes)
     sizes += [f"teacher{'s' if len(plan.teacher_sizes) > 1 else ''} {teachers}"] if teachers else []
     return {
         "models": f"{', '.join(sizes)} parameters",
-        "memory": _memory(plan) + handoff,
+        "memory": _memory(plan),
         "disk": _disk(cfg, plan, steps),
     }
 

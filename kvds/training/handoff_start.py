@@ -12,33 +12,14 @@ from torch import nn
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import Segment
 from kvds.distributed.process_group import all_reduce_sum
-from kvds.handoff.cache_map import CacheMap, source_layers
+from kvds.handoff.cache_map import CacheMap
 from kvds.handoff.fitting import fit_map
 from kvds.handoff.following_map import FollowingMap
 from kvds.handoff.moments import MapMoments
 from kvds.handoff.reading import read_states
-from kvds.kv import KVShape, KVStates
+from kvds.kv import KVStates
 
 log = logging.getLogger("kvds")
-SOURCE_LAYERS = 4
-"""Teacher layers that a following map reads for each student layer, where nothing else is asked for."""
-
-
-def following_map(teacher: KVShape, student: KVShape, layers: int | None) -> FollowingMap:
-    """The map of a pair, not fitted.
-
-    Args:
-        teacher: Of what is mapped.
-        student: Of what comes out.
-        layers: ``handoff_source_layers``.
-
-    Raises:
-        InputError: more layers than the teacher has.
-    """
-    depth = teacher.num_hidden_layers
-    count = min(SOURCE_LAYERS, depth) if layers is None else layers
-    sources = source_layers(student.num_hidden_layers, depth, count, flag="--handoff_source_layers")
-    return FollowingMap(teacher, student, sources)
 
 
 @torch.no_grad()

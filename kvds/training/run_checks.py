@@ -17,6 +17,7 @@ from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.deepspeed_file import compute_dtype
 from kvds.config.engine_config import student_engine_config, teacher_engine_config
 from kvds.data.run_data import RunData, load_run_data
+from kvds.handoff.following_map import following_map
 from kvds.kv import KVShape
 from kvds.models.architecture import ModelConfigs, load_model_configs
 from kvds.models.compiled_layers import check_compilable
@@ -75,8 +76,6 @@ def _check_engine(cfg: RunConfig, raw: dict[str, Any], ranks: int) -> None:
 
 def _check_aligners(cfg: RunConfig, student: Any, teachers: list[Any], raw: dict[str, Any], *, kernel: bool) -> None:
     if cfg.handoff_weight:
-        from kvds.training.handoff_start import following_map  # imports DeepSpeed
-
         with torch.device("meta"):
             following_map(KVShape.from_config(teachers[0]), KVShape.from_config(student), cfg.handoff_source_layers)
     if not cfg.uses_kv:

@@ -67,7 +67,7 @@ def test_without_the_data_rows_are_assumed(recipe, capsys, tmp_path):
         (["--gpu-memory", "80 apples"], "--gpu-memory 80 apples: expected a size such as 80GiB"),
         (["--utilization", "2"], "a share in (0, 1]"),
         (["--set", "batch_size"], "--set batch_size: expected KEY=VALUE"),
-        (["--set", "handoff_weight=1"], "handoff_weight=1: kvds plan does not know"),
+        (["--set", "handoff_weight=1", "handoff_source_layers=40"], "--handoff_source_layers 40: expected 1 to 28"),
         (["--set", "batchsize=1"], "unknown flag --batchsize"),
         (["--set", "student_name=./nowhere"], "student_name=./nowhere"),
     ],

@@ -17,11 +17,12 @@ from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates, Selection
 from kvds.kv.row_attention import ROW_ATTENTION
 from kvds.models.architecture import load_config
+from kvds.plan.batch_shape import BatchShape, kv_bytes, lean_workspace
 from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.phases import GENERATION, LOSSES, Phases
 from kvds.plan.states import ModelSize, aligner_size, model_size, state_memory
-from kvds.plan.step import BatchShape, StepPlanner, kv_bytes, lean_workspace
+from kvds.plan.step import StepPlanner
 from kvds.plan.work import aligner_flops, checkpoint_bytes, disk_bytes
 from tests.harness.plan_recipe import QWEN, config
 

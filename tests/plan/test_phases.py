@@ -18,10 +18,10 @@ from kvds.evaluation.model import completion_losses
 from kvds.kv import KVStates, Selection, open_capture
 from kvds.models.own_logits import EVALUATED_LOGITS
 from kvds.plan import phases
+from kvds.plan.batch_shape import BatchShape
 from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.live_memory import LiveMemory
 from kvds.plan.phases import CALIBRATED_ALIGNER, CALIBRATED_WEIGHT, GENERATION, LOSSES, TRAINING, Phases, fitting_bytes
-from kvds.plan.step import BatchShape
 from tests.harness.plan_recipe import config
 
 SMALL = "hidden_size=64,intermediate_size=160,num_attention_heads=4,head_dim=16,vocab_size=512,num_hidden_layers={}"

@@ -14,9 +14,10 @@ from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput, TeacherKV
 from kvds.kv import KVShape, Selection, open_capture
 from kvds.kv.families import backbone
+from kvds.plan.batch_shape import BatchShape
 from kvds.plan.live_memory import LiveMemory, drop_gradients
 from kvds.plan.several import SeveralTeachersPlanner
-from kvds.plan.step import BatchShape, StepPlanner
+from kvds.plan.step import StepPlanner
 
 ROWS, TOKENS, LABELLED = 4, 48, 100
 

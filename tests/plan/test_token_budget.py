@@ -11,9 +11,9 @@ import pytest
 
 from kvds.config import RunConfig
 from kvds.plan import token_budget
+from kvds.plan.batch_shape import BatchShape
 from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.rows import RowPlan
-from kvds.plan.step import BatchShape
 from kvds.plan.token_budget import MOST_TOKENS, with_token_budget
 from tests.harness.plan_recipe import config
 from tests.harness.real_data import data_folder

@@ -140,7 +140,9 @@ def test_the_weights_of_all_teachers_are_reckoned(check, models, monkeypatch):
         peak("large", "larger", "large")
 
 
-def test_what_handoff_takes_is_not_reckoned_and_said_so(check):
-    assert "--handoff_weight 1 takes more, which is not reckoned" in check(handoff_weight=1)["memory"]
+def test_what_handoff_takes_is_reckoned(check):
+    # Keys and values: of two source layers of 4 numbers each one layer of 4, and its bias.
+    assert "map of the handoff 72, " in check(handoff_weight=1)["models"]
+    assert "map of" not in check()["models"]
     with pytest.raises(InputError, match="--handoff_source_layers 3: expected 1 to 2"):
         check(handoff_weight=1, handoff_source_layers=3)
