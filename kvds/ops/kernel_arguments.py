@@ -137,7 +137,14 @@ class _Rows:
 
 
 class _Form:
-    """What a kernel is compiled for, and what each of its programs sums up: arrays one behind the other."""
+    """What a kernel is compiled for, and what each of its programs sums up: arrays one behind the other.
+
+    Compares by identity, whatever else a form is: with the comparison of a Stage, two forms of one stage would be one
+    to the cache of compiled kernels, and a launch would run what was compiled for another.
+    """
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -165,11 +165,14 @@ def compile_all(slow: bool) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     done: dict[str, dict[str, int]] = {}
+    forms: dict[Any, str] = {}
     for (name, problem), arch in itertools.product(problems(slow).items(), SHARED_LIMIT):
         seen = set()
         for kernel, args, kwargs in launches_of(problem, arch):
             source, options = specialised(kernel, args, kwargs, arch)
             form = next((value for value in source.constants.values() if hasattr(value, "mode")), None)
+            # The JIT finds a compiled kernel by its form: two that are equal would be launched for one another.
+            assert forms.setdefault(form, repr(form)) == repr(form), f"{forms[form]} equals {form}"
             launch = f"{kernel.__name__} {source.signature} {source.constants} {source.attrs} {options}"
             if not slow and kernel.__name__ in SMALL:
                 launch = kernel.__name__  # sums and rescaling differ in sizes only: one of each is enough

@@ -141,6 +141,24 @@ def test_two_runs_agree_to_the_bit(form: dict) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"dim_form": 2, "head_form": 2, "sparse": True}, {"dim_form": 2, "head_form": 3}],
+    ids=["per row", "sparse and shared", "fused"],
+)
+def test_what_one_call_asks_for_is_not_launched_for_the_next(form: dict) -> None:
+    """Calls that differ in nothing but the gradients that they want, in every order of two."""
+    p = make(*PAIRS["qwen2"][::-1], **form)
+    oracle = run(p, "reference", wide=True)["losses"]
+    for moves in ("target", "both", "source", "target"):
+        assert_rounds_like_eager(p, None, moves=moves)
+        with torch.no_grad():
+            total, per_layer = map_projection_loss(**p, impl="triton")
+            map_projection(**{name: p[name] for name in ("source", *MAPS, "source_index")}, impl="triton")
+        found = torch.cat([total[None], per_layer]).double()
+        assert float((found - oracle).norm() / oracle.norm()) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_kept_graph_answers_twice_and_scales_with_its_upstream(dtype: torch.dtype) -> None:
     p = make((5, 2, 64), (4, 2, 128), dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import os
 from collections import Counter
@@ -12,6 +14,7 @@ import torch
 
 from kvds.ops import map_projection, triton_plan
 from kvds.ops.gradients import LossProblem, Wanted
+from kvds.ops.kernel_arguments import FoldForm, FusedForm, ProjectForm, Stage, StageForm, Sum
 from tests.harness.ops_problems import make, run
 
 pytest.importorskip("triton")
@@ -52,6 +55,35 @@ def test_launches_of_a_call(form: dict, stages: int, monkeypatch: pytest.MonkeyP
     expected |= {"map_projection_kernel": 1} if stages == 1 else {}
     expected |= {"mix_kernel": 2, "map_projection_kernel": 2, "unmix_kernel": 2} if stages == 3 else {}
     assert Counter(launches) == expected
+
+
+@pytest.mark.parametrize("form", [StageForm, FusedForm, ProjectForm, FoldForm, Sum])
+def test_forms_that_differ_are_two_to_a_cache(form: type) -> None:
+    """In anything: the JIT looks compiled kernels up by them."""
+    names = [field.name for field in dataclasses.fields(form)]
+    first = form(**dict.fromkeys(names, 0))
+    for other in (dataclasses.replace(first, **{name: 1}) for name in names):
+        assert first != other and len({("constexpr", first): 0, ("constexpr", other): 1}) == 2
+
+
+def test_every_launch_of_a_process_has_the_kernel_of_its_own_form() -> None:
+    """Loss, gradients of either side and projections of one stage, as a process may ask for them in turn."""
+    from kvds.ops import triton_launch
+
+    stage = Stage("layers", 3, 1, 1, 2, 1, 2, projects=True)
+    flags = ("any_gradient", "source_grad", "target_grad", "mix_grad", "proj_grad", "bias_grad", "aligned")
+    forms = [
+        triton_launch._form(
+            stage, (128, 64), dtype, True, mode=mode, loss="mse", normalize=True, source_flat=False, target_flat=False,
+            **dict(zip(flags, on, strict=True)),
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for mode in ("loss", "store", "given")
+        for on in itertools.product((False, True), repeat=len(flags))
+    ]  # fmt: skip
+    kernels: dict[StageForm, str] = {}
+    for form in forms:
+        assert kernels.setdefault(form, repr(form)) == repr(form)
 
 
 def test_a_projection_without_gradient_has_no_node_and_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
