@@ -152,6 +152,11 @@ class AlignerPart(nn.Module, ABC):
             mix[y, x] = self.block_weights(y, x).to(mix.dtype)
         return mix
 
+    def set_layer_mix(self, mix: Tensor) -> None:
+        """Start a learned layer map from ``mix``, ``[L_y, L_x]`` positive weights within each row's group."""
+        for y, x in self.layer_blocks:
+            self.layer_logits[y, : x.stop - x.start] = mix[y, x].log().to(self.layer_logits)
+
     def mixed_layers(self, rows: Tensor) -> Tensor:
         """``[layers of source after sides(), …]`` → ``[L_y, …]`` by the layer mix as it is now."""
         if self.pairs is not None:
@@ -185,6 +190,13 @@ class AlignerPart(nn.Module, ABC):
         offset = self.target_mean.double().reshape(mean_y.shape)
         bias = (mean_y - offset) / target_unit - ((mean_x / source_unit).unsqueeze(-2) @ projection).squeeze(-2)
         self.bias.copy_(bias.reshape(self.bias.shape))
+
+    def layer_rows(self, rows: Tensor) -> Tensor:
+        """As :meth:`source_rows`, before layers are mixed: ``[layers, N, H_x, D_x]`` → ``[layers, maps, N, width]``.
+
+        Heads are mixed as for the first target layer.
+        """
+        return rows.flatten(2).unsqueeze(1)
 
     @abstractmethod
     def source_rows(self, rows: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Fit of an aligner before step 1: statistics of both sides, and closed-form starts of the dimension maps.
 
 Moments are summed in fp64 over batches and ranks, then written once, so that every rank starts from the same numbers
-whatever the number of ranks. With ``x`` the mixed source rows and ``y`` the target rows of a dimension map ``P``, both
-centred and in units of ``source_scale`` and ``target_scale``:
+whatever the number of ranks. Layers are mixed as the aligner does now: a learned mix is fitted before, in a pass of its
+own (:mod:`kvds.align.mix_fitting`). With ``x`` the mixed source rows and ``y`` the target rows of a dimension map
+``P``, both centred and in units of ``source_scale`` and ``target_scale``:
 
 * ``random``: ``P`` stays as it was drawn;
 * ``pca``: the directions in which the teacher's rows vary most, its own side alone (``P`` takes the teacher's rows to
@@ -26,7 +27,7 @@ from kvds.align.ridge import Moments, fit_ridge
 from kvds.errors import InputError
 from kvds.kv import Selection, States, gather_positions
 
-_CHUNK = 2048  # positions in fp64 at a time
+CHUNK = 2048  # positions in fp64 at a time
 _BLOCKS = 4  # of a row's positions, by turns in either half
 
 
@@ -60,7 +61,7 @@ class PartMoments:
     ) -> None:
         """Add one batch; ``halves`` as :func:`halves_of` has them."""
         source, target = self.sides(student, teacher)
-        self.add_rows(selected_rows(source, selection), selected_rows(target, selection), halves)
+        self.add_states(selected_rows(source, selection), selected_rows(target, selection), halves)
 
     def sides(
         self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
@@ -68,7 +69,7 @@ class PartMoments:
         """``source`` and ``target`` of the part, see :meth:`AlignerPart.sides`."""
         return self._part.sides(student, teacher)
 
-    def add_rows(self, source_rows: Tensor, target_rows: Tensor, halves: Tensor) -> None:
+    def add_states(self, source_rows: Tensor, target_rows: Tensor, halves: Tensor) -> None:
         """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, a chunk of them in fp64 at a time.
 
         Args:
@@ -78,8 +79,8 @@ class PartMoments:
         """
         if len(self.count) == 1:
             halves = torch.zeros_like(halves)
-        for x, y, places in zip(*(rows.split(_CHUNK, 1) for rows in (source_rows, target_rows)),
-                                halves.split(_CHUNK), strict=True):  # fmt: skip
+        for x, y, places in zip(*(rows.split(CHUNK, 1) for rows in (source_rows, target_rows)),
+                                halves.split(CHUNK), strict=True):  # fmt: skip
             rows = self._part.source_rows(x.to(self.count)), self._part.target_rows(y.to(self.count))
             for half in range(len(self.count)):
                 # Zeros in place of the others: no shape depends on what is selected.

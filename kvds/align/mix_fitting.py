@@ -10,13 +10,19 @@ A mix is taken where it explains the half of the positions that it was not fitte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from kvds.align.aligner import KVAligner
 from kvds.align.aligner_part import AlignerPart
+from kvds.align.fitting import CHUNK, halves_of, selected_rows
 from kvds.align.ridge import ridge_map
+from kvds.kv import Selection, States
 
-SKETCH = 2048  # source layers × dimensions of a sketched row
+SKETCH = 1024  # source layers × dimensions of a sketched row
 TARGET_SKETCH = 64
 _STRENGTH = 1e-2  # λ while mixes are compared; the maps' own is chosen afterwards
 _ROUNDS, _STEPS = 6, 200
@@ -30,13 +36,23 @@ def orthonormal(width: int, dimensions: int, seed: int) -> Tensor:
 
 
 def simplex_minimum(quadratic: Tensor, linear: Tensor, start: Tensor, steps: int = _STEPS) -> Tensor:
-    """``argmin wᵀ Q w − 2 cᵀ w`` over weights that sum to 1, by exponentiated gradient from ``start``."""
-    weights = start
-    rate = 1 / (2 * quadratic.abs().max() + 2 * linear.abs().max()).clamp_min(1e-300)
+    """``argmin wᵀ Q w − 2 cᵀ w`` over weights that sum to 1, by exponentiated gradient from ``start``; where that is 0,
+    it stays 0.
+
+    Args:
+        quadratic: ``[…, L, L]``.
+        linear: ``[…, L]``.
+        start: ``[…, L]``, rows that sum to 1.
+        steps: Of the descent.
+    """
+    weights, seen = start, start > 0
+    largest = [side.abs().flatten(linear.dim() - 1).max(-1, keepdim=True).values for side in (quadratic, linear)]
+    rate = 1 / (2 * largest[0] + 2 * largest[1]).clamp_min(1e-300)
     for _ in range(steps):
-        gradient = 2 * (quadratic @ weights - linear)
-        weights = weights * torch.exp(-rate * (gradient - gradient.min()))
-        weights = weights / weights.sum()
+        gradient = 2 * ((quadratic @ weights.unsqueeze(-1)).squeeze(-1) - linear)
+        least = gradient.masked_fill(~seen, torch.inf).min(-1, keepdim=True).values
+        weights = weights * torch.exp(-rate * (gradient - least).masked_fill(~seen, 0))
+        weights = weights / weights.sum(-1, keepdim=True)
     return weights
 
 
@@ -63,6 +79,37 @@ class MixMoments:
         self.xy = self.count.new_zeros(2, self.maps, layers_x * size_x, layers_y * size_y)
         self.yy = self.count.new_zeros(2, self.maps, layers_y)
 
+    def update(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], selection: Selection, halves: Tensor
+    ) -> None:
+        """Add one batch, a chunk of positions in fp64 at a time."""
+        source, target = self.sides(student, teacher)
+        self.add_states(selected_rows(source, selection), selected_rows(target, selection), halves)
+
+    def sides(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """``source`` and ``target`` of the part, see :meth:`AlignerPart.sides`."""
+        return self._part.sides(student, teacher)
+
+    def add_states(self, source: Tensor, target: Tensor, halves: Tensor) -> None:
+        """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, in the halves that ``[N]`` numbers say."""
+        for x, y, places in zip(source.split(CHUNK, 1), target.split(CHUNK, 1), halves.split(CHUNK), strict=True):
+            rows = self._part.layer_rows(x.double()), self._part.target_rows(y.double())
+            self.add_rows(*rows, places)
+
+    def apply(self) -> None:
+        """Write the mix into the part."""
+        part = self._part
+        if not all(bool(tensor.isfinite().all()) for tensor in self.tensors):
+            return  # told of by the fit of the maps
+        # On the CPU: thousands of small products.
+        self.count, self.x, self.y, self.xx, self.xy, self.yy = (tensor.cpu() for tensor in self.tensors)
+        start = part.layer_mix().cpu()
+        assert part.projection is not None
+        mix = fit_mix(self, start, start > 0, shared=part.projection.dim() == 2)
+        part.set_layer_mix(mix.to(part.source_scale.device))
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What is summed over ranks."""
@@ -88,38 +135,38 @@ class MixMoments:
             self.xx[half] += left.mT @ left
             self.xy[half] += left.mT @ right
 
-    def covariances(self, halves: list[int]) -> MixCovariances:
-        """Of one half, or of both together, each channel around its mean."""
+    def target_scale(self) -> Tensor:
+        """``[L_y]`` root of what each target layer varies by, over all positions; 1 if by nothing."""
+        varied = self.covariances([0, 1]).yy.sum(0)
+        return torch.where(varied > 0, varied, torch.ones_like(varied)).sqrt()
+
+    def covariances(self, halves: list[int], unit: Tensor | None = None) -> MixCovariances:
+        """Of one half, or of both together, each channel around its mean; target layers in their ``unit`` ``[L_y]``."""
+        if unit is None:
+            unit = self.yy.new_ones(self.yy.shape[-1])
         count = self.count[halves].sum().clamp_min(1)
         x, y = (sums[halves].sum(0) / count for sums in (self.x, self.y))
         flat_x, flat_y = x.flatten(1), y.flatten(1)
         return MixCovariances(
             self.xx[halves].sum(0) / count - flat_x.unsqueeze(2) * flat_x.unsqueeze(1),
-            self.xy[halves].sum(0) / count - flat_x.unsqueeze(2) * flat_y.unsqueeze(1),
-            self.yy[halves].sum(0) / count - y.square().sum(2),
+            (self.xy[halves].sum(0) / count - flat_x.unsqueeze(2) * flat_y.unsqueeze(1))
+            / unit.repeat_interleave(y.shape[-1]),
+            (self.yy[halves].sum(0) / count - y.square().sum(2)) / unit.square(),
         )
 
 
-class MixCovariances:
+class MixCovariances(NamedTuple):
     """Covariances of sketched rows, by map, layer and dimension.
 
-    Args:
+    Attributes:
         xx: ``[maps, L_x·k, L_x·k]``.
         xy: ``[maps, L_x·k, L_y·k_y]``.
         yy: ``[maps, L_y]`` sums of variances.
     """
 
-    def __init__(self, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
-        self.yy, self._flat = yy, (xx, xy)
-
-    def of_layers(self, layers_x: int) -> tuple[Tensor, Tensor]:
-        """``[maps, L_x, k, L_x, k]`` and ``[maps, L_x, k, L_y, k_y]``."""
-        xx, xy = self._flat
-        size = xx.shape[1] // layers_x
-        return (
-            xx.view(len(xx), layers_x, size, layers_x, size),
-            xy.view(len(xy), layers_x, size, self.yy.shape[1], -1),
-        )
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
 
 
 class MixFit:
@@ -132,55 +179,59 @@ class MixFit:
     """
 
     def __init__(self, covariances: MixCovariances, allowed: Tensor, *, shared: bool) -> None:
-        self.xx, self.xy = covariances.of_layers(allowed.shape[1])
-        self.yy, self.allowed, self.shared = covariances.yy, allowed, shared
+        self.allowed, self.shared, self.yy = allowed, shared, covariances.yy
+        (maps, wide, _), (layers_y, layers_x) = covariances.xx.shape, allowed.shape
+        self._size, size_y = wide // layers_x, covariances.xy.shape[2] // layers_y
+        # Pairs of source layers in rows, so that a mix of all target layers is one product.
+        xx = covariances.xx.view(maps, layers_x, self._size, layers_x, self._size)
+        self._xx = xx.transpose(2, 3).reshape(maps, layers_x**2, self._size**2)
+        xy = covariances.xy.view(maps, layers_x, self._size, layers_y, size_y)
+        self._xy = xy.permute(0, 3, 1, 2, 4).reshape(maps, layers_y, layers_x, self._size * size_y)
 
-    def maps(self, mix: Tensor) -> list[list[Tensor]]:
-        """``[L_y][maps]`` maps of sketched rows, in closed form given the mix."""
-        pairs = [[self._mixed(mix[i], i, j) for j in range(len(self.xx))] for i in range(len(mix))]
+    def mixed(self, mix: Tensor) -> tuple[Tensor, Tensor]:
+        """``[maps, L_y, k, k]`` and ``[maps, L_y, k, k_y]``: the covariances of mixed source rows."""
+        pairs = (mix[:, :, None] * mix[:, None, :]).flatten(1)  # [L_y, L_x²]
+        xx = (pairs @ self._xx).unflatten(2, (self._size, self._size))
+        xy = (mix[:, None] @ self._xy).squeeze(2)
+        return xx, xy.unflatten(2, (self._size, -1))
+
+    def maps(self, mix: Tensor) -> Tensor:
+        """``[maps, L_y, k, k_y]`` maps of sketched rows, in closed form given the mix."""
+        return self._solved(*self.mixed(mix))
+
+    def _solved(self, xx: Tensor, xy: Tensor) -> Tensor:
         if not self.shared:
-            return [[self._map(*pair) for pair in row] for row in pairs]
-        # In a unit of each layer's own, so that no large layer speaks for all.
-        every = [pair for row in pairs for pair in row]
-        units = [xx.diagonal().mean().clamp_min(1e-300) for xx, _ in every]
-        xx = sum((xx / unit for (xx, _), unit in zip(every, units, strict=True)), torch.zeros_like(every[0][0]))
-        xy = sum((xy / unit for (_, xy), unit in zip(every, units, strict=True)), torch.zeros_like(every[0][1]))
-        one = self._map(xx, xy)
-        return [[one] * len(row) for row in pairs]
+            return _each_map(xx, xy)
+        # One map of rows in a unit of each layer's own, as the aligner has it.
+        unit = xx.diagonal(dim1=2, dim2=3).mean((0, 2)).clamp_min(1e-300).sqrt()[:, None, None]
+        one = _map((xx / unit.square()).sum((0, 1)), (xy / unit).sum((0, 1)))
+        return (one / unit).expand_as(xy)
 
-    def mixes(self, maps: list[list[Tensor]], start: Tensor) -> Tensor:
+    def mixes(self, maps: Tensor, start: Tensor) -> Tensor:
         """``[L_y, L_x]`` weights given the maps, from ``start``."""
-        found = []
-        for i, row in enumerate(maps):
-            kept = self.allowed[i].nonzero().flatten()
-            quadratic, linear = self._forms(i, row, kept)
-            weights = torch.zeros_like(start[i])
-            weights[kept] = simplex_minimum(quadratic, linear, start[i][kept] / start[i][kept].sum())
-            found.append(weights)
-        return torch.stack(found)
+        layers = self.allowed.shape[1]
+        gram = (maps @ maps.mT).flatten(2)  # [maps, L_y, k²]
+        quadratic = (gram @ self._xx.mT).sum(0).view(-1, layers, layers)
+        linear = (self._xy @ maps.flatten(2).unsqueeze(-1)).sum(0).squeeze(-1)
+        return simplex_minimum(quadratic, linear, start)
 
     def single_layers(self) -> Tensor:
-        """``[L_y, L_x]``: all weight on the layer that alone explains most."""
-        layers = self.allowed.shape[1]
-        left = self.yy.new_full(self.allowed.shape, torch.inf)
-        for layer in range(layers):
-            only = torch.zeros_like(left)
-            only[:, layer] = 1
-            rest = self.residuals(only, MixFit.maps(_unshared(self), only))
-            left[:, layer] = torch.where(self.allowed[:, layer], rest, left[:, layer])
-        weights = torch.zeros_like(left).scatter(1, left.argmin(1, keepdim=True), 1)
-        return with_floor(weights, self.allowed)
-
-    def residuals(self, mix: Tensor, maps: list[list[Tensor]]) -> Tensor:
-        """``[L_y]`` variance that the maps leave of these positions."""
+        """``[L_y, L_x]``: all weight on the layer that alone explains most, each target layer with a map of its own."""
         left = []
-        for i, row in enumerate(maps):
-            total = self.yy[:, i].sum()
-            for j, weight in enumerate(row):
-                xx, xy = self._mixed(mix[i], i, j)
-                total = total + (weight * (xx @ weight - 2 * xy)).sum()
-            left.append(total)
-        return torch.stack(left)
+        for layer in range(self.allowed.shape[1]):
+            only = torch.zeros(self.allowed.shape, dtype=self.yy.dtype)
+            only[:, layer] = 1
+            xx, xy = self.mixed(only)
+            left.append(self._left(xx, xy, _each_map(xx, xy)))
+        found = torch.stack(left, 1).masked_fill(~self.allowed, torch.inf)
+        return with_floor(torch.zeros_like(found).scatter(1, found.argmin(1, keepdim=True), 1), self.allowed)
+
+    def residuals(self, mix: Tensor, maps: Tensor) -> Tensor:
+        """``[L_y]`` variance that the maps leave of these positions."""
+        return self._left(*self.mixed(mix), maps)
+
+    def _left(self, xx: Tensor, xy: Tensor, maps: Tensor) -> Tensor:
+        return (self.yy + (maps * (xx @ maps - 2 * xy)).sum((2, 3))).sum(0)
 
     def alternate(self, start: Tensor) -> Tensor:
         """The mix after some rounds of maps and mixes by turns."""
@@ -189,30 +240,16 @@ class MixFit:
             mix = self.mixes(self.maps(mix), with_floor(mix, self.allowed))
         return with_floor(mix, self.allowed)
 
-    def _mixed(self, weights: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
-        return (
-            torch.einsum("l,lamb,m->ab", weights, self.xx[j], weights),
-            torch.einsum("l,lab->ab", weights, self.xy[j, :, :, i]),
-        )
 
-    @staticmethod
-    def _map(xx: Tensor, xy: Tensor) -> Tensor:
-        found = ridge_map(xx, xy, _STRENGTH)
-        return torch.zeros_like(xy) if found is None else found
-
-    def _forms(self, i: int, row: list[Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
-        quadratic, linear = self.yy.new_zeros(len(kept), len(kept)), self.yy.new_zeros(len(kept))
-        for j, weight in enumerate(row):
-            xx = self.xx[j][kept][:, :, kept]
-            quadratic += torch.einsum("lamb,ab->lm", xx, weight @ weight.T)
-            linear += torch.einsum("lab,ab->l", self.xy[j, kept][:, :, i], weight)
-        return quadratic, linear
+def _map(xx: Tensor, xy: Tensor) -> Tensor:
+    found = ridge_map(xx, xy, _STRENGTH)
+    return torch.zeros_like(xy) if found is None else found
 
 
-def _unshared(fit: MixFit) -> MixFit:
-    other = object.__new__(MixFit)
-    other.xx, other.xy, other.yy, other.allowed, other.shared = fit.xx, fit.xy, fit.yy, fit.allowed, False
-    return other
+def _each_map(xx: Tensor, xy: Tensor) -> Tensor:
+    """One after the other, see :func:`kvds.align.ridge.ridge_map`."""
+    found = [_map(*pair) for pair in zip(xx.flatten(0, 1), xy.flatten(0, 1), strict=True)]
+    return torch.stack(found).view_as(xy)
 
 
 def with_floor(mix: Tensor, allowed: Tensor) -> Tensor:
@@ -233,7 +270,8 @@ def fit_mix(moments: MixMoments, start: Tensor, allowed: Tensor, *, shared: bool
     start = start.double()
     if not bool((moments.count > 0).all()):
         return start
-    parts = [MixFit(moments.covariances(halves), allowed, shared=shared) for halves in ([0], [1], [0, 1])]
+    unit = moments.target_scale()
+    parts = [MixFit(moments.covariances(halves, unit), allowed, shared=shared) for halves in ([0], [1], [0, 1])]
 
     def candidates(fit: MixFit) -> list[Tensor]:
         return [start, fit.alternate(start), fit.alternate(fit.single_layers())]
@@ -245,3 +283,40 @@ def fit_mix(moments: MixMoments, start: Tensor, allowed: Tensor, *, shared: bool
         left = (left / parts[2].yy.sum(0).clamp_min(1e-300)).sum(1, keepdim=True).expand_as(left)
     best = left.argmin(0)
     return torch.stack(candidates(parts[2]))[best, torch.arange(len(best), device=best.device)]
+
+
+class MixFitting:
+    """First pass of a fit, where a learned layer mix is to be found: ``update`` per batch, ``reduce`` over ranks,
+    ``apply`` once.
+
+    Args:
+        aligner: Whole (not sharded), on the device of the states.
+    """
+
+    def __init__(self, aligner: KVAligner) -> None:
+        self._aligner = aligner
+        self.parts = {
+            name: MixMoments(part)  # type: ignore[arg-type]
+            for name, part in aligner.parts.items()
+            if aligner.settings.map_start == "ridge" and part.layer_logits is not None
+        }
+
+    @torch.no_grad()
+    def update(self, student: States, teacher: States, selection: Selection, samples: Tensor | None = None) -> None:
+        """Add one batch, ``samples`` as :func:`kvds.align.fitting.halves_of` takes them."""
+        self._aligner.check_states(student, teacher)
+        halves = halves_of(selection.mask, samples)
+        for name, moments in self.parts.items():
+            moments.update(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection, halves)
+
+    def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Sum over ranks in place; every rank makes the same calls, whatever its batches held."""
+        for moments in self.parts.values():
+            for tensor in moments.tensors:
+                all_reduce(tensor)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Write the mixes into the aligner, where held-out positions speak for them."""
+        for moments in self.parts.values():
+            moments.apply()

@@ -81,6 +81,10 @@ class MapProjectionPart(AlignerPart):
             whole[:, y, x] = mix[:, y]
         return whole
 
+    def layer_rows(self, rows: Tensor) -> Tensor:
+        """``[layers, N, H_x, D_x]`` → ``[layers, H_y, N, D_x]``, heads mixed as for the first target layer."""
+        return torch.einsum("jh,lnhd->ljnd", self.head_weights()[0].to(rows.dtype), rows)
+
     def source_rows(self, rows: Tensor) -> Tensor:
         """``[layers, N, H_x, D_x]`` → ``[L_y, H_y, N, D_x]``."""
         return torch.einsum("ijh,inhd->ijnd", self.head_weights().to(rows.dtype), self.mixed_layers(rows))

@@ -1,8 +1,8 @@
-"""Calibration: the moments that an aligner starts from, and the weight that a ratio of two gradients gives."""
+"""Calibration: an aligner's statistics and closed-form start, and the weight that a ratio of two gradients gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kvds.align import KVAligner
 from kvds.align.attention_output import AttentionOutputError
 from kvds.align.fitting import AlignmentMoments
+from kvds.align.mix_fitting import MixFitting
 from kvds.data.batches import TokenBatch
 from kvds.data.model_inputs import first_rows, model_inputs, unpacked
 from kvds.errors import InputError
@@ -21,42 +22,66 @@ _JUDGED_ROWS = 8  # whose queries, keys and values of all layers are there at on
 
 
 @torch.no_grad()
-def moments_of_batches(
+def fit_to_batches(
     aligner: KVAligner,
     student: nn.Module,
-    batches: Iterable[TokenBatch],
+    batches: Callable[[], Iterable[TokenBatch]],
     match: Callable[[TokenBatch], tuple[TeacherOutput, Selection]],
     *,
     rope: str,
+    all_reduce: Callable[[Tensor], None],
     forward: nn.Module | None = None,
-) -> AlignmentMoments:
-    """What ``aligner`` is fitted to, of this rank's batches; neither reduced over ranks nor applied.
+) -> dict[str, list[float]]:
+    """Fill the statistics of ``aligner`` and its closed-form start: layer mixes where they are learned, then the maps.
 
     Args:
         aligner: Not sharded.
         student: On its device, its parameters whole; in evaluation mode for these forwards only.
-        batches: On its device.
+        batches: Gives this rank's batches, on its device, as often as it is called; equally many on every rank.
         match: From a batch to the teacher's output and the positions that count.
         rope: ``"pre"`` or ``"post"``.
+        all_reduce: Sums over ranks in place.
         forward: What is called in place of the student's backbone: what shards it and gathers it when it is called.
+
+    Returns:
+        As :meth:`kvds.align.fitting.AlignmentMoments.apply`.
     """
-    moments = AlignmentMoments(aligner)
+    body = backbone(student)
+
+    def add_all(moments: MixFitting | AlignmentMoments) -> None:
+        for batch in batches():
+            with open_capture(body, aligner.reads, rope=rope) as capture:
+                inputs = model_inputs(batch, body.config, next(student.parameters()).dtype)
+                (body if forward is None else forward)(**inputs, use_cache=False)
+            output, selection = match(batch)
+            if output.states is None:
+                raise RuntimeError("calibration needs a teacher whose states are captured")
+            own = capture.states
+            if batch.reasoning_step_ids is not None:
+                own = pool_reasoning_steps(own, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
+            moments.update(own, output.states, selection, _samples(batch, selection))
+        moments.reduce(all_reduce)
+
     was_training = student.training
     student.eval()
-    body = backbone(student)
-    for batch in batches:
-        with open_capture(body, aligner.reads, rope=rope) as capture:
-            inputs = model_inputs(batch, body.config, next(student.parameters()).dtype)
-            (body if forward is None else forward)(**inputs, use_cache=False)
-        output, selection = match(batch)
-        if output.states is None:
-            raise RuntimeError("calibration needs a teacher whose states are captured")
-        own = capture.states
-        if batch.reasoning_step_ids is not None:
-            own = pool_reasoning_steps(own, batch.reasoning_step_ids, batch.num_reasoning_steps)  # type: ignore[type-var]
-        moments.update(own, output.states, selection, _samples(batch, selection))
+    if (mixes := MixFitting(aligner)).parts:
+        add_all(mixes)
+        mixes.apply()
+    del mixes  # before what the maps take
+    moments = AlignmentMoments(aligner)
+    add_all(moments)
     student.train(was_training)
-    return moments
+    return moments.apply()
+
+
+def nothing_mapped(start_r2: Sequence[Mapping[str, Sequence[float]]]) -> bool:
+    """Whether maps were fitted, for one teacher or several, and none explains anything.
+
+    Args:
+        start_r2: Of each teacher, as :func:`fit_to_batches` returns it.
+    """
+    found = [r2 for parts in start_r2 for layers in parts.values() for r2 in layers]
+    return bool(found) and not any(r2 > 0 for r2 in found)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import TokenBatch
 from kvds.data.labels import IGNORED_LABEL, LabelledPositions
-from kvds.distillation.calibration import kv_weight_of_share, moments_of_batches
+from kvds.distillation.calibration import fit_to_batches, kv_weight_of_share, nothing_mapped
 from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.distiller.model_batch import token_batch
@@ -136,14 +136,17 @@ class KVDistiller(DistillationModule):
         if not taken:
             raise InputError("fit: no batch; expected at least one, of input_ids, attention_mask and labels")
         outer = self._outer[0]
-        moments = moments_of_batches(
-            self.aligner, self.student, taken, self._match, rope=self._rope,  # type: ignore[arg-type]
-            forward=outer if runs_whole(outer) else None,
+        held_out_r2 = fit_to_batches(
+            self.aligner, self.student, lambda: taken, self._match, rope=self._rope,  # type: ignore[arg-type]
+            all_reduce=sum_over_ranks, forward=outer if runs_whole(outer) else None,
         )  # fmt: skip
-        moments.reduce(sum_over_ranks)
-        held_out_r2 = moments.apply()
         weight = self._settings.kv_weight
-        if isinstance(weight, str):
+        if isinstance(weight, str) and nothing_mapped([held_out_r2]):
+            log.warning(
+                "kv_weight=%s: no map explains held-out states of the teacher; the KV loss weighs nothing", weight
+            )
+            weight = 0.0
+        elif isinstance(weight, str):
             weight = self._weight_of_share(taken[0], float(weight.split(":")[1]), fitted=bool(held_out_r2))
         self.kv_weight = float(weight)
         return held_out_r2

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvds.align import build_aligner
 from kvds.align.fitting import AlignmentMoments
+from kvds.align.mix_fitting import MixFitting
 from kvds.kv import KVShape
 from kvds.models.own_logits import EVALUATED_LOGITS
 from kvds.plan.batch_shape import BatchShape, kv_bytes
@@ -95,20 +96,23 @@ def _calibrated_map(plan: RunPlan) -> int:
 
 
 def fitting_bytes(plan: RunPlan, batch: BatchShape) -> int:
-    """What the statistics of ``batch`` take: its selected rows side by side, a chunk of them in fp64, and the sums."""
-    memory, planner = LiveMemory(plan.machine.device), plan.planner
+    """What the statistics of ``batch`` take, for layer mixes or for maps: its selected rows, a chunk in fp64, sums."""
+    memories = LiveMemory(plan.machine.device), LiveMemory(plan.machine.device)
+    planner = plan.planner
     assert planner.teacher_shape is not None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         aligner = build_aligner(planner.student_shape, planner.teacher_shape, plan.cfg)
         positions = batch.rows * batch.slots
-        with memory:
-            for part in AlignmentMoments(aligner).parts.values():
-                seen = [aligner.seen_shape(shape) for shape in (planner.student_shape, planner.teacher_shape)]
-                student, teacher = (_rows(shape, positions, plan.dtype) for shape in seen)
-                halves = torch.zeros(positions, dtype=torch.int64)
-                source, target = map(torch.stack, part.sides(student, teacher))
-                part.add_rows(source, target, halves)
-    return memory.peak
+        seen = [aligner.seen_shape(shape) for shape in (planner.student_shape, planner.teacher_shape)]
+        halves = torch.zeros(positions, dtype=torch.int64)
+        passes: tuple[type[MixFitting | AlignmentMoments], ...] = (MixFitting, AlignmentMoments)
+        for memory, moments in zip(memories, passes, strict=True):
+            with memory:
+                for part in moments(aligner).parts.values():
+                    student, teacher = (_rows(shape, positions, plan.dtype) for shape in seen)
+                    source, target = map(torch.stack, part.sides(student, teacher))
+                    part.add_states(source, target, halves)
+    return max(memory.peak for memory in memories)
 
 
 def _rows(shape: KVShape, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

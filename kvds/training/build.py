@@ -78,7 +78,7 @@ class RunModels:
         if self.aligner is not None:
             for (_, member), teacher in zip(members_of(self.aligner), self.teachers, strict=True):
                 match = partial(choice.with_teacher, teacher)
-                self.start_r2.append(calibrate_aligner(member, self.student, batches(), match, rope=cfg.kv_rope))
+                self.start_r2.append(calibrate_aligner(member, self.student, batches, match, rope=cfg.kv_rope))
             if cfg.teacher_kv == "matched":
                 between_batches()
                 judged = loader.out_of_turn(min(cfg.calibration_batches, loader.steps_per_epoch - 1))[0].to(device)

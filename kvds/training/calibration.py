@@ -12,7 +12,7 @@ from torch import nn
 
 from kvds.align import KVAligner
 from kvds.data.batches import TokenBatch
-from kvds.distillation.calibration import attention_output_of_batch, moments_of_batches
+from kvds.distillation.calibration import attention_output_of_batch, fit_to_batches
 from kvds.distributed.process_group import all_reduce_sum
 from kvds.kv import Observed, Selection
 from kvds.teacher.teacher import Teacher, TeacherOutput
@@ -21,7 +21,7 @@ from kvds.teacher.teacher import Teacher, TeacherOutput
 def calibrate_aligner(
     aligner: KVAligner,
     student: nn.Module,
-    batches: Iterable[TokenBatch],
+    batches: Callable[[], Iterable[TokenBatch]],
     match: Callable[[TokenBatch], tuple[TeacherOutput, Selection]],
     *,
     rope: str,
@@ -31,7 +31,7 @@ def calibrate_aligner(
     Args:
         aligner: Not yet sharded.
         student: On its device; sharded by ZeRO-3 or whole. Its parameters are gathered for these forwards only.
-        batches: This rank's calibration batches; equally many on every rank.
+        batches: Gives this rank's calibration batches, as often as it is called; equally many on every rank.
         match: From a batch to the teacher's output and the positions that count.
         rope: ``"pre"`` or ``"post"``.
 
@@ -40,9 +40,7 @@ def calibrate_aligner(
     """
     sharded = [p for p in student.parameters() if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        moments = moments_of_batches(aligner, student, batches, match, rope=rope)
-    moments.reduce(all_reduce_sum)
-    return moments.apply()
+        return fit_to_batches(aligner, student, batches, match, rope=rope, all_reduce=all_reduce_sum)
 
 
 def attention_output_at_start(

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvds.config import RunConfig
 from kvds.data.loader import BatchLoader
+from kvds.distillation.calibration import nothing_mapped
 from kvds.distillation.step_input_builder import StepInputBuilder
 from kvds.training.kv_health import KVHealth
-from kvds.training.kv_let_go import KVLetGo, nothing_mapped
+from kvds.training.kv_let_go import KVLetGo
 from kvds.training.kv_weight import KVWeight, other_losses
 from kvds.training.loss_gradients import MakeInput, balanced_kv_weight, calibrate_kv_weight, kv_agreement
 

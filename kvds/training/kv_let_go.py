@@ -2,18 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-
-def nothing_mapped(start_r2: Sequence[Mapping[str, Sequence[float]]]) -> bool:
-    """Whether maps were fitted before step 1, for one teacher or several, and none explains anything.
-
-    Args:
-        start_r2: As :attr:`kvds.training.build.RunModels.start_r2`.
-    """
-    found = [r2 for parts in start_r2 for layers in parts.values() for r2 in layers]
-    return bool(found) and not any(r2 > 0 for r2 in found)
-
 
 class KVLetGo:
     """When a run gives up its KV loss: its gradient on the student has turned against that of the task.

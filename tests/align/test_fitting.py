@@ -305,7 +305,7 @@ def test_many_positions_are_read_in_chunks(monkeypatch):
     student, teacher = normal_states(STUDENT, 1), normal_states(TEACHER, 2)
     aligners = [build_aligner(STUDENT, TEACHER, both_parts(map_start="ridge")).double() for _ in range(2)]
     fit_aligner(aligners[0], [(student, teacher, everything(student))])
-    monkeypatch.setattr("kvds.align.fitting._CHUNK", 7)
+    monkeypatch.setattr("kvds.align.fitting.CHUNK", 7)
     fit_aligner(aligners[1], [(student, teacher, everything(student))])
     for name, value in aligners[0].state_dict().items():
         torch.testing.assert_close(value, aligners[1].state_dict()[name], rtol=1e-9, atol=1e-10)

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from kvds.align import build_aligner
-from kvds.align.mix_fitting import FLOOR, MixFit, MixMoments, fit_mix, simplex_minimum, with_floor
+from kvds.align.fitting import fit_aligner
+from kvds.align.mix_fitting import FLOOR, MixFit, MixFitting, MixMoments, fit_mix, simplex_minimum, with_floor
 from kvds.align.ridge import ridge_map
-from kvds.kv import KVShape
+from kvds.kv import KVShape, KVStates, Selection
+from kvds.kv.hidden import HiddenStates
 from tests.harness.kv_settings import both_parts
 
 
@@ -93,3 +95,85 @@ def test_residuals_equal_those_of_rows_in_numpy():
         x, y = x - x.mean(0), target[i, 0] - target[i, 0].mean(0)
         weight = ridge_map(x.T @ x / 80, x.T @ y / 80, 1e-2)
         np.testing.assert_allclose(found[i], ((y - x @ weight) ** 2).sum() / 80, rtol=1e-9)
+
+
+MODES = {
+    "structured": {"alignment_mode": "structured"},
+    "shared": {"alignment_mode": "structured", "map_proj_share_dim": True},
+    "grouped": {"alignment_mode": "structured", "layer_groups": 2},
+    "flat": {"alignment_mode": "flat", "layer_map": "learned"},
+    "hidden": {"alignment_mode": "hidden"},
+}
+ORDER = (1, 0, 3, 2)  # the source layer that each target layer is made of, within its group
+
+
+def pair_of(mode, samples=12):
+    """An aligner of four source and four target layers, and batches whose target layers are maps of others' rows."""
+    shape = KVShape(4, 2, 4, 2, hidden_size=8)
+    settings = both_parts(**MODES[mode], map_start="ridge", **({} if mode == "hidden" else {"kv_parts": "v"}))
+    aligner = build_aligner(shape, shape, settings).double()
+    planted = draw(99, 8, 8) if mode in ("flat", "hidden") else torch.block_diag(*[draw(99, 4, 4)] * 2)
+    batches = []
+    for number in range(2):
+        rows = [(1 + layer) * draw(10 * number + layer, samples, 20, 8) for layer in range(4)]
+        noise = [0.1 * draw(70 + layer, samples, 20, 8) for layer in range(4)]
+        made = [(rows[layer] @ planted + noise[layer]) * (4 - i) for i, layer in enumerate(ORDER)]
+        states = []
+        for layers in (rows, made):
+            if mode == "hidden":
+                states.append(HiddenStates(tuple(layer.unsqueeze(1) for layer in layers)))
+            else:
+                heads = tuple(layer.unflatten(2, (2, 4)).transpose(1, 2) for layer in layers)
+                states.append(KVStates(heads, heads))
+        selection = Selection(None, torch.ones(samples, 20, dtype=torch.bool))
+        batches.append((*states, selection))
+    return aligner, batches
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mix_is_fitted_before_the_maps_and_on_any_number_of_ranks(mode):
+    aligner, batches = pair_of(mode)
+    before = fit_aligner(pair_of(mode)[0], batches)
+    [part] = aligner.parts.values()
+    first, second = MixFitting(aligner), MixFitting(aligner)
+    first.update(*batches[0])
+    second.update(*batches[1])
+    other = [tensor.clone() for moments in second.parts.values() for tensor in moments.tensors]
+    sums = iter(other)
+    first.reduce(lambda tensor: tensor.add_(next(sums)))
+    first.apply()
+    mix = part.layer_mix()
+    assert mix.argmax(1).tolist() == list(ORDER) and (mix.max(1).values > 0.9).all()
+    alone = pair_of(mode)[0]
+    whole = MixFitting(alone)
+    for batch in batches:
+        whole.update(*batch)
+    whole.apply()
+    for name, found in alone.parts.items():
+        torch.testing.assert_close(found.layer_mix(), aligner.parts[name].layer_mix())
+    after = fit_aligner(aligner, batches)
+    for name, layers in after.items():
+        assert min(layers) > 0.9 > 0.5 > max(before[name])
+
+
+def test_a_part_without_a_mix_or_without_a_fit_is_left_alone():
+    shape = KVShape(3, 1, 4, 1)
+    for changes in (
+        {"layer_map": "endpoint", "map_start": "ridge"},
+        {"map_start": "procrustes"},
+        {"map_start": "random"},
+    ):
+        assert not MixFitting(build_aligner(shape, shape, both_parts(**changes))).parts
+
+
+def test_of_unrelated_states_no_start_is_worse_than_the_mean():
+    for mode in MODES:
+        aligner, batches = pair_of(mode, samples=3)
+        unrelated = [(student, type(teacher)(*(tuple(torch.roll(layer, 7, 2).flip(3) for layer in field)
+                      for field in teacher)), selection) for student, teacher, selection in batches]  # fmt: skip
+        mixes = MixFitting(aligner)
+        for batch in unrelated:
+            mixes.update(*batch)
+        mixes.apply()
+        for layers in fit_aligner(aligner, unrelated).values():
+            assert min(layers) >= 0, mode

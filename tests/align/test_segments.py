@@ -103,7 +103,7 @@ def test_texts_of_different_lengths_meet_step_by_step(mode, monkeypatch):
 
     batch = batch_of(list(ROWS))
     monkeypatch.setattr("kvds.training.calibration.all_reduce_sum", lambda tensor: None)
-    calibrate_aligner(aligner, student, [batch], match, rope="pre")
+    calibrate_aligner(aligner, student, lambda: [batch], match, rope="pre")
     module = DistillationModule(student, aligner)
     loss, metrics = module(step_input(batch, teacher, watch=True))
     assert metrics["loss/kv"] > 0

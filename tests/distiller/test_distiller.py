@@ -71,7 +71,7 @@ def product_step(
         teacher_model, device=CPU, rope=cfg.kv_rope, reads=aligner.teacher_reads, wants_hidden=kd > 0,
         observe=choice.observing,
     )  # fmt: skip
-    calibrate_aligner(aligner, student, [the_batch()], partial(choice.with_teacher, teacher), rope=cfg.kv_rope)
+    calibrate_aligner(aligner, student, lambda: [the_batch()], partial(choice.with_teacher, teacher), rope=cfg.kv_rope)
     module = DistillationModule(student, aligner, rope=cfg.kv_rope, kd_vocab_size=50).train()
     step = StepInputBuilder(cfg, [teacher], choice, CPU)(the_batch(), LossWeights(1.0, weight, kd))
     assert step.selection is not None
@@ -182,6 +182,16 @@ def test_normalizers_of_a_global_step_are_taken_through_what_is_around_the_stude
     assert float(found.loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=1e-5)
     with pytest.raises(InputError, match="its samples share rows"):
         wrapped(batch=replace(batch, packing=object()))
+
+
+def test_maps_that_explain_nothing_weigh_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvds.align.ridge._LEAST_R2", 2.0)  # whatever is fitted is not told from chance
+    distiller = distiller_of(AlignmentSettings(kv_weight="auto:2.0"))
+    assert distiller.kv_weight == 0.0 and "no map explains held-out states of the teacher" in caplog.text
+    distiller(**inputs()).loss.backward()
+    assert any(bool(p.grad.any()) for p in distiller.student.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

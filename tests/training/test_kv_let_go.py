@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kvds.config.recipe import parse_run_config
-from kvds.training.kv_let_go import KVLetGo, nothing_mapped
+from kvds.distillation.calibration import nothing_mapped
+from kvds.training.kv_let_go import KVLetGo
 
 
 @pytest.mark.parametrize(
