@@ -1,7 +1,7 @@
 """Evidence of handoff on the built-in problems: every student of an experiment, fitted, judged, tabled.
 
-    kvds ab launch/recipes/experiments/handoff_problems.yaml --in_process --keep student --output outputs/handoff
-    python -m benchmarks.handoff.evidence outputs/handoff/handoff_problems   # 1 to 2 minutes a student on one core
+    bash benchmarks/handoff_problems.sh --to outputs/handoff                       # students, then this
+    python -m benchmarks.handoff.evidence outputs/handoff/handoff_problems         # a minute a student and core
 
 Students that are judged already are not judged again. benchmarks/results/HANDOFF.md says what is asked.
 """
@@ -9,17 +9,17 @@ Students that are judged already are not judged again. benchmarks/results/HANDOF
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
+from benchmarks.handoff.students import common_seeds, judged_rows, model_device, number, students_in
+from benchmarks.records import RESULTS, markdown_table
 from kvds.data.encoding import encode_examples, prompt_ids
 from kvds.data.example import Example
 from kvds.data.synthetic import GAINS, LOSSES, synthetic_examples
@@ -38,9 +38,10 @@ def changes(example: Example) -> int:
     return sum(word in (*GAINS, *LOSSES) for word in example.prompt.split())
 
 
-def judge_student(folder: Path, teacher: Any, tokenizer: Any, held_out: int) -> list[dict[str, Any]]:
+def judge_student(folder: Path, *, held_out: int) -> list[dict[str, Any]]:
     """A row per fit."""
-    student = AutoModelForCausalLM.from_pretrained(folder).eval()
+    device, tokenizer = model_device(), AutoTokenizer.from_pretrained(TEACHER)
+    teacher, student = (AutoModelForCausalLM.from_pretrained(path).to(device).eval() for path in (TEACHER, folder))
     training = synthetic_examples("train", problems=1000, seed=0)
     judged = synthetic_examples("eval", problems=1, seed=0)[:held_out]
     longer = [example for example in judged if changes(example) == 3]
@@ -71,25 +72,14 @@ def judge_student(folder: Path, teacher: Any, tokenizer: Any, held_out: int) -> 
     return rows
 
 
-def students_in(folder: Path) -> list[tuple[str, int, Path]]:
-    """Arm, seed and folder of each student of an experiment that keeps them."""
-    found = []
-    for path in sorted(folder.glob("**/report-*/student/config.json")):
-        arm, _, seed = path.parent.parent.name.removeprefix("report-").rpartition("-seed")
-        found.append((arm, int(seed), path.parent))
-    return found
-
-
-def number(value: Any) -> float:
-    """A cell of the CSV; NaN where it is empty."""
-    return float("nan") if value in ("", None) else float(value)
-
-
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """Tables: per arm; how few prompts; other text; what predicts."""
+    """Tables: per arm; how few prompts; other text; what predicts. Of seeds that every arm has, if there are any."""
+    arms, seeds = len({row["arm"] for row in rows}), common_seeds(rows)
+    rows = [row for row in rows if int(row["seed"]) in seeds] or rows
+    told = f"{arms} arms, seeds {' '.join(map(str, seeds))}" if seeds else f"{arms} arms, no seed in all of them"
     whole = [row for row in rows if row["fit"] == f"{PROMPTS[-1]} prompts"]
     learned = {(row["arm"], row["seed"]) for row in whole if number(row["own_exact_match"]) >= LEARNED}
-    lines = []
+    lines = [f"{told}.", ""]
     table = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in whole if row["arm"] == arm]
@@ -143,29 +133,19 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path, help="folder of an experiment whose runs keep their students")
     parser.add_argument("--held_out", type=int, default=200, help="problems judged (200)")
+    parser.add_argument("--workers", type=int, default=1, help="students judged at a time (1)")
+    parser.add_argument("--minutes", type=float, help="begin no further student after them")
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "handoff_problems.csv", help="CSV; tables go beside it"
     )
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    teacher = AutoModelForCausalLM.from_pretrained(TEACHER).eval()
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    rows: list[dict[str, Any]] = []
-    if arguments.output.is_file():
-        with arguments.output.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    done = {(row["arm"], int(row["seed"])) for row in rows}
-    for arm, seed, folder in students_in(arguments.experiment):
-        if (arm, seed) in done:
-            continue
-        facts = provenance(("torch", "transformers"))
-        for row in judge_student(folder, teacher, tokenizer, arguments.held_out):
-            rows.append({"arm": arm, "seed": seed, **row, **facts})
-        write_csv(arguments.output, rows)
-        print(f"{arm}, seed {seed}: mapped {100 * rows[-3]['mapped_exact_match']:.1f} %", flush=True)
+    rows = judged_rows(
+        students_in(arguments.experiment), partial(judge_student, held_out=arguments.held_out), arguments.output,
+        workers=arguments.workers, minutes=arguments.minutes,
+    )  # fmt: skip
     if not rows:
         sys.exit(f"{arguments.experiment}: no student; expected an experiment that was run with --keep student")
-    text = report([{**row, "seed": int(row["seed"])} for row in rows])
+    text = report(rows)
     arguments.output.with_suffix(".md").write_text(text)
     print(text)
     return rows

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import benchmarks.handoff.students as module
 from benchmarks.handoff.bench import COLUMNS, main
 from benchmarks.handoff.evidence import changes, report
+from benchmarks.handoff.students import common_seeds, judged_rows, students_in
 from kvds.data.synthetic import synthetic_examples
 
 
@@ -38,7 +41,35 @@ def test_the_evidence_tells_apart_what_has_not_learned() -> None:
 
     rows = [row("flat", seed, f"{n} prompts", 1.0, 0.5 + 0.1 * seed) for seed in (0, 1) for n in (8, 512)]
     rows += [row("task_only", 0, "512 prompts", 0.1, 0.05)]
+    rows += [row("task_only", 1, "512 prompts", 0.1, 0.05)]
     text = report(rows)
-    assert "| flat | 2 | 2 | 100.0 | 55.0 |" in text and "| task_only | 1 | 0 | 10.0 | 5.0 |" in text
+    assert text.startswith("2 arms, seeds 0 1.")
+    assert "| flat | 2 | 2 | 100.0 | 55.0 |" in text and "| task_only | 2 | 0 | 10.0 | 5.0 |" in text
     assert "| r2_keys | 1.000 |" in text and "| r2_values | -1.000 |" in text
+    alone = report([*rows, row("flat", 2, "512 prompts", 1.0, 0.0)])
+    assert alone == text  # a seed that one arm has and another has not compares nothing
     assert {changes(example) for example in synthetic_examples("train", problems=20, seed=0)} == {2, 3}
+
+
+def judged(folder: Path) -> list[dict[str, object]]:
+    """A row that says which student it is of."""
+    return [{"of": (folder / "config.json").read_text()}]
+
+
+def test_students_are_judged_in_turn_and_the_next_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_pool", ThreadPoolExecutor)
+    for arm, seed in (("flat", 0), ("flat", 10), ("a-b", 0), ("a-b", 2)):
+        folder = tmp_path / f"runs/report-{arm}-seed{seed}/student"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(f"{arm} {seed}")
+    students, output = students_in(tmp_path), tmp_path / "rows.csv"
+    assert [(s.arm, s.seed) for s in students] == [("a-b", 0), ("flat", 0), ("a-b", 2), ("flat", 10)]
+    assert judged_rows(students, judged, output, minutes=0) == [] and not output.exists()
+    first = judged_rows(students[:1], judged, output)
+    assert [(row["arm"], row["seed"], row["of"]) for row in first] == [("a-b", 0, "a-b 0")]
+    rows = judged_rows(students, judged, output, workers=2)
+    assert {row["of"]: (row["arm"], row["seed"]) for row in rows} == {
+        "a-b 0": ("a-b", 0), "flat 0": ("flat", 0), "a-b 2": ("a-b", 2), "flat 10": ("flat", 10)
+    }  # fmt: skip
+    assert len(rows) == 4 and judged_rows(students, judged, output) == rows
+    assert common_seeds(rows) == [0]
