@@ -19,10 +19,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the fir
 
 import torch
 
-from benchmarks.records import command, device_name, revision, write_csv
+from benchmarks.records import device_name, revision, write_csv
 from benchmarks.train_step.arms import ARMS, Workbench
 from benchmarks.train_step.workbench import Clock, load_samples, make_loader, make_pair
 from kvds.data.batches import TokenBatch
+from kvds.tracking.provenance import typed_command
 from kvds.training.fixed_order import fixed_order
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
             rows.append({
                 "arm": name, "order": "fixed" if ordered else "any", "ms": f"{1000 * medians[ordered]:.2f}",
                 "ratio": f"{medians[ordered] / medians[False]:.3f}", "same_bits": bits[ordered],
-                "device": device_name(), "torch": torch.__version__, "revision": revision(), "command": command(),
+                "device": device_name(), "torch": torch.__version__, "revision": revision(), "command": typed_command(),
             })  # fmt: skip
     print(f"{'arm':<24} {'order':<6} {'ms':>10} {'ratio':>7}  same bits twice")
     for row in rows:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from benchmarks.records import RESULTS, command
+from benchmarks.records import RESULTS
 from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.data.batches import TokenBatch
 from kvds.data.encoding import Segment
 from kvds.kv import observing_rows, row_draws, select_tokens
 from kvds.teacher.teacher import Teacher
-from kvds.tracking.provenance import collect_versions, git_revision
+from kvds.tracking.provenance import collect_versions, git_revision, typed_command
 
 # Qwen2-1.5B, and two layers of half its width (a quarter of the weights) with as many keys and values of the same size:
 # there a selection, whose work is that on keys, costs about four times the share.
@@ -118,7 +118,7 @@ def main() -> None:
     facts = {
         "model": args.model, "layers": args.layers or MODELS[args.model]["num_hidden_layers"], "tokens": args.tokens,
         "batch": 4, "budget": args.budget, "dtype": args.dtype, "rounds": args.rounds, "machine": machine,
-        **collect_versions(), "git_revision": git_revision(), "command": command(),
+        **collect_versions(), "git_revision": git_revision(), "command": typed_command(),
     }  # fmt: skip
     rows = []
     print(f"{'method':<12}{'forward s':>12}{'select s':>12}{'share':>9}{'worst':>9}")

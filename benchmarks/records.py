@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from kvds.tracking.provenance import git_revision
+from kvds.tracking.provenance import git_revision, typed_command
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -42,13 +40,6 @@ def revision() -> str:
     return os.environ.get("KVDS_REVISION") or git_revision() or "unknown"
 
 
-def command() -> str:
-    """What this process was started with, as one would type it: ``python -m benchmarks.bench_plan --quick``."""
-    spec = sys.modules["__main__"].__spec__
-    program = ["-m", spec.name] if spec is not None else [os.path.relpath(sys.argv[0])]
-    return shlex.join(["python", *program, *sys.argv[1:]])
-
-
 def provenance(packages: Sequence[str] = ("torch", "triton")) -> dict[str, str]:
     """Columns that say where and by what a row was measured."""
     return {
@@ -56,7 +47,7 @@ def provenance(packages: Sequence[str] = ("torch", "triton")) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
         "git_revision": revision(),
-        "command": command(),
+        "command": typed_command(),
     }
 
 

@@ -31,7 +31,7 @@ import torch
 import transformers
 
 from benchmarks.memory_peak import MemoryPeak
-from benchmarks.records import command, revision, write_csv
+from benchmarks.records import revision, write_csv
 from benchmarks.train_step.arms import ARMS, LR, ONLY_ON_GPU, Arm, Workbench
 from benchmarks.train_step.profile import profile_arms
 from benchmarks.train_step.report import PHASES, csv_row, draw_picture, format_table
@@ -47,6 +47,7 @@ from benchmarks.train_step.workbench import (
     real_tokens,
 )
 from kvds.data.batches import TokenBatch
+from kvds.tracking.provenance import typed_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHED = ("kvds_structured_cached", "kvds_structured_values_cached")
@@ -310,7 +311,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
         "padding_share_packed": round(1 - sum(tokens) / packed, 4), "vocab_size": pair.student.vocab_size,
         "torch": torch.__version__, "transformers": transformers.__version__,
         "trl": trl.versions["trl"] if trl is not None else "", "git": revision(),
-        "command": command(),
+        "command": typed_command(),
     }  # fmt: skip
     return table, facts
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,9 +19,21 @@ PROVENANCE_FILE = "provenance.json"
 
 def write_provenance(folder: Path, facts: Mapping[str, str]) -> None:
     """Write ``facts`` and the command line of this process, without what the launcher added to it."""
-    flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    content = {**facts, "command": shlex.join([sys.argv[0], *flags])}
+    content = {**facts, "command": typed_command()}
     (folder / PROVENANCE_FILE).write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
+
+
+def typed_command() -> str:
+    """What this process was started with, as one would type it: ``kvds distill …``, ``python -m kvds distill …``."""
+    spec, script = sys.modules["__main__"].__spec__, sys.argv[0]
+    name = os.path.basename(script)
+    if spec is not None:
+        program = ["python", "-m", spec.name.removesuffix(".__main__")]
+    else:
+        program = [name] if shutil.which(name) == script else ["python", script]
+    return shlex.join(
+        [*program, *(word for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank")))]
+    )
 
 
 def collect_versions() -> dict[str, str]:
