@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,9 @@ def installed(wheel, tmp_path_factory):
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
 
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
+    def run(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
         words = [str(python) if word == "python" else word for word in command]
-        environment = {**kept, "PATH": path, "DS_ACCELERATOR": "cpu"}
+        environment = {**kept, "PATH": path, "DS_ACCELERATOR": "cpu", **more}
         return subprocess.run(words, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=600)
 
     run.folder = elsewhere
@@ -80,15 +81,54 @@ def test_a_dry_run_by_bare_names(installed):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "did you mean quickstart?" in done.stderr
 
 
-@pytest.mark.multiprocess
-def test_one_step_through_the_launcher(installed):
-    done = installed(
-        "python", "-m", "deepspeed.launcher.runner", "--num_accelerators", "1", "--master_port", str(quiet_port()),
-        "--module", "kvds", "distill", "--config", "quickstart", "--deepspeed_config", "zero3_cpu", "--max_steps", "1",
-        "--logging_steps", "1", "--synthetic_problems", "16", "--eval_subset_size", "2", "--max_new_tokens", "2",
-        "--report_to", "none", "--output_dir", "one_step",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    run = installed.folder / "one_step"
+ONE_STEP = (
+    *(
+        "distill",
+        "--config",
+        "quickstart",
+        "--deepspeed_config",
+        "zero3_cpu",
+        "--max_steps",
+        "1",
+        "--logging_steps",
+        "1",
+    ),
+    *("--synthetic_problems", "16", "--eval_subset_size", "2", "--max_new_tokens", "2", "--report_to", "none"),
+)
+
+
+def one_step_is_there(run: Path, ranks: int) -> None:
     assert (run / "student/model.safetensors").is_file()
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] in (0, 1)
+    told = json.loads((run / "provenance.json").read_text())
+    assert told["world_size"] == str(ranks) and told["command"].startswith("python -m kvds distill --config quickstart")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("ranks", "launcher"),
+    [
+        (1, ("-m", "deepspeed.launcher.runner", "--num_accelerators", "1", "--module")),
+        (2, ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m")),
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_one_step_through_a_launcher(ranks, launcher, installed):
+    port, folder = ("--master_port", str(quiet_port())), f"one_step_{ranks}"
+    done = installed("python", *launcher[:-1], *port, launcher[-1], "kvds", *ONE_STEP, "--output_dir", folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    one_step_is_there(installed.folder / folder, ranks)
+
+
+@pytest.mark.multiprocess
+def test_one_step_of_two_tasks_of_srun(installed):
+    """Slurm's variables alone, as ``srun python -m kvds distill …`` sets them: no launcher, no MPI."""
+    step = {"SLURM_JOB_ID": str(quiet_port()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+    tasks = [
+        {**step, "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")
+    ]
+    command = ("python", "-m", "kvds", *ONE_STEP, "--output_dir", "srun")
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda task: installed(*command, **task), tasks))
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    one_step_is_there(installed.folder / "srun", 2)
