@@ -4,6 +4,9 @@
 wrote or data files side by side. Of a data set with splits, ``train`` is trained on, and judged by the first of
 ``validation``, ``valid``, ``val``, ``dev``, ``eval`` and ``test`` that there is.
 
+JSON and tables are read here and not by ``datasets``, which takes a table's ``007`` for 7.0, its ``NA`` for nothing and
+a text that looks like a time for one, and names no file where a row is malformed.
+
 Streamed rows are read one after the other, never stored, and taken from a shuffled buffer, so that a data set may be
 larger than disk and memory: as many stay as ``--subset_size`` asks for.
 """
@@ -13,8 +16,9 @@ from __future__ import annotations
 import csv
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +163,8 @@ def own_rows(
             beside_file = held_out_file(path)
             separate = is_file(beside_file)
             source = beside_file if separate and split == "eval" else path
-            rows = _stream(_file_stream(source), shuffled) if reading.streaming else _file(source)
-            return OwnRows(f"{source}{mark}", rows, separate, beside_file.name, reading.form, columns)
+            rows = _drawn(partial(_file, source), shuffled) if reading.streaming else _file(source)
+            return OwnRows(str(source), rows, separate, beside_file.name, reading.form, columns)
     chosen, separate = _split(loaded, split, name)
     rows = _stream(chosen, shuffled) if reading.streaming else _numbered(chosen)
     return OwnRows(f"{label}{mark}", rows, separate, beside, reading.form, columns)
@@ -171,7 +175,7 @@ def _file(path: Path) -> Numbered:
         return file_rows(path)
     if not is_file(path):
         raise InputError(f"{path}: No such file or directory; expected a data file there (see --data_dir)")
-    return _table(path, _DELIMITERS[path.suffix]) if path.suffix in _DELIMITERS else _numbered(_file_stream(path))
+    return _table(path, _DELIMITERS[path.suffix]) if path.suffix in _DELIMITERS else _numbered(_columnar(path))
 
 
 def _table(path: Path, delimiter: str) -> Numbered:
@@ -197,12 +201,21 @@ def _table(path: Path, delimiter: str) -> Numbered:
         raise InputError(f"{path}:{begin}: {error}; expected a table with quotes that are closed") from error
 
 
-def _file_stream(path: Path) -> Any:
+def _drawn(rows: Callable[[], Numbered], seed: int | None) -> Numbered:
+    """Rows of a file, by ``seed`` drawn from a buffer of it."""
+    if seed is None:
+        return rows()
+    from datasets import IterableDataset
+
+    stream = IterableDataset.from_generator(lambda: ({"row": row} for row in rows()))
+    return (example["row"] for example in stream.shuffle(seed=seed, buffer_size=_BUFFER))
+
+
+def _columnar(path: Path) -> Any:
+    """Rows of a parquet or arrow file, a few at a time."""
     from datasets import load_dataset
 
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
-    if kind is None:
-        raise InputError(f"{path}: cannot be streamed; expected .jsonl, .parquet or .arrow (or --no_streaming)")
+    kind = path.suffix.removeprefix(".")
     try:  # a stream, so that no copy is made elsewhere on the disk
         return load_dataset(kind, data_files=str(path), split="train", streaming=True)
     except Exception as error:  # each reader of files has exceptions of its own

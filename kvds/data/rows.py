@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kvds.errors import InputError
 
@@ -32,11 +32,16 @@ def file_rows(path: Path) -> Iterator[tuple[int, Any]]:
         InputError: unreadable file, or a list broken in a way that hides where its next row begins.
     """
     try:
-        content = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+        with path.open("rb") as file:
+            if path.suffix == ".json":
+                yield from _list_rows(path, file.read().removeprefix(_BYTE_ORDER_MARK))
+            else:
+                yield from _line_rows(file)
     except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path}: {reason}; expected a data file there (see --data_dir)") from error
-    return _list_rows(path, content) if path.suffix == ".json" else _line_rows(content)
 
 
 class _Decoder(json.JSONDecoder):
@@ -62,9 +67,12 @@ class _Decoder(json.JSONDecoder):
         ), end
 
 
-def _line_rows(content: bytes) -> Iterator[tuple[int, Any]]:
+def _line_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """Rows of lines, of which one at a time is held: a file may be larger than memory."""
     decoder = _Decoder()
-    for number, line in enumerate(content.splitlines(), 1):
+    file.seek(len(_BYTE_ORDER_MARK) if file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0)
+    lines = (line for part in file for line in part.splitlines())  # a carriage return alone ends one, too
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield number, decoder.decode(line.decode())

@@ -54,7 +54,7 @@ def test_all_kinds_hold_the_same_rows_and_hold_out_the_same(tmp_path, kind):
     assert [train, held_out] == both(write(tmp_path / "again", "jsonl"))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "folder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_gives_as_many_rows_as_are_asked_for_each_time_the_same(tmp_path, kind):
     name = write(tmp_path, kind)
 
@@ -67,6 +67,22 @@ def test_a_stream_gives_as_many_rows_as_are_asked_for_each_time_the_same(tmp_pat
     held_out = {prompt for prompt, _ in both(name)[1]}
     assert set(taken("eval", 0)) <= held_out and len(taken("eval", 0)) == min(2, len(held_out))
     assert not set(taken("train", 30)) & held_out
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_means_the_same_as_a_stream(tmp_path, streaming):
+    """Texts stay texts, whatever they look like; a bad row is named by its line."""
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"2026-11-{day:02d} 10:00:00", "answer": f"{day:03d}"}) for day in range(1, 29)]
+    path.write_text("\n".join(lines))
+    reading = Reading(streaming=streaming, held_out_rows=2)
+    found = load_mixture([str(path)], "train", subset_size=20, reading=reading).examples
+    rows = {(row.prompt, row.answer, row.place) for row in found}
+    assert len(rows) == 20
+    assert rows <= {(f"2026-11-{day:02d} 10:00:00", f"{day:03d}", f"{path.name}:{day}") for day in range(1, 29)}
+    path.write_text("\n".join([*lines[:4], '{"prompt": "a", "prompt": "b", "answer": "1"}', *lines[4:]]))
+    with pytest.raises(InputError, match=r"rows.jsonl:5: 'prompt' stands there twice"):
+        load_mixture([str(path)], "train", subset_size=29, reading=reading)
 
 
 def test_a_stream_of_which_no_row_is_held_out_is_told(tmp_path):
