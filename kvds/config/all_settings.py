@@ -89,6 +89,16 @@ class AllSettings(
         """Whether a loss reads the teacher."""
         return self.uses_teacher_kv or self.logit_kd_weight > 0
 
+    def teacher_ahead(self, device: str) -> bool:
+        """Whether what the teacher gives the next micro-batch is there beside the present one's: asked for, or copied to
+        a GPU from a cache meanwhile.
+
+        Args:
+            device: ``"cpu"`` or ``"cuda"``, where the run is.
+        """
+        copied = self.teacher_cache is not None and device == "cuda"
+        return self.uses_teacher and (self.teacher_overlap or copied)
+
     @property
     def uses_teacher_kv(self) -> bool:
         """Whether the teacher's keys and values, or its hidden states, are read: to match, or to write from."""

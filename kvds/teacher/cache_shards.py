@@ -131,6 +131,11 @@ class ShardReader:
         parts: What is read, of what the shards hold.
         verify: Also compare checksums, which reads the whole cache once.
 
+    Attributes:
+        manifest: As :func:`read_manifest` gives it.
+        dtype: As given.
+        parts: As given.
+
     Raises:
         InputError: no finished cache there, or a shard that is missing, cut short or changed.
     """
@@ -139,7 +144,7 @@ class ShardReader:
         self, folder: Path, dtype: torch.dtype, *, parts: Sequence[str] = KV_PARTS, verify: bool = True
     ) -> None:  # fmt: skip
         self.manifest = read_manifest(folder)
-        self._dtype, self._store, self._parts = dtype, self.manifest["store"], tuple(parts)
+        self.dtype, self.parts, self._store = dtype, tuple(parts), self.manifest["store"]
         self._files: list[Any] = []
         self._scales: list[dict[str, Tensor]] = []
         self._places: list[tuple[int, int, int]] = []
@@ -167,14 +172,23 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._places)
 
+    def shape(self, part: str) -> tuple[int, ...]:
+        """Layers, heads and head_dim of a part."""
+        return tuple(self._files[0].get_slice(part).get_shape()[1:])
+
+    def count(self, number: int) -> int:
+        """Stored positions of a sample."""
+        _, begin, end = self._places[number]
+        return end - begin
+
     def sample(self, number: int) -> dict[str, Tensor]:
         """The parts of a sample, ``[positions, layers, heads, head_dim]`` each."""
         shard, begin, end = self._places[number]
-        return {name: self._read(shard, name, begin, end) for name in self._parts}
+        return {name: self._read(shard, name, begin, end) for name in self.parts}
 
     def _read(self, shard: int, name: str, begin: int, end: int) -> Tensor:
         stored = self._files[shard].get_slice(name)[begin:end]
         if self._store not in _LARGEST:
-            return stored.to(self._dtype)
+            return stored.to(self.dtype)
         scales = self._scales[shard]
-        return (stored.float() * scales[f"{name}.scale"] + scales[f"{name}.offset"]).to(self._dtype)
+        return (stored.float() * scales[f"{name}.scale"] + scales[f"{name}.offset"]).to(self.dtype)

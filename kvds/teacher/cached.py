@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from kvds.identity.folder_owner import create_once
 from kvds.kv import KVStates, Selection
 from kvds.teacher.cache_fingerprint import check_fingerprint, parts_in
 from kvds.teacher.cache_shards import MANIFEST, ShardReader, finish_cache, shard_is_written, write_shard
+from kvds.teacher.stored_batches import StoredBatches
 from kvds.teacher.teacher import Teacher, TeacherOutput
 
 _FINGERPRINT = "fingerprint.json"
@@ -129,60 +129,44 @@ class CachedTeacher:
         fingerprint: dict[str, str],
         verify: bool = True,
     ) -> None:
-        self._parts = parts_in(fingerprint)
-        self._reader = ShardReader(folder, dtype, parts=self._parts, verify=verify)
-        check_fingerprint(self._reader.manifest["fingerprint"], fingerprint, folder / MANIFEST)
-        self._device = device
-        self._ahead: dict[tuple[tuple[int, ...], ...], list[list[dict[str, Tensor]]]] = {}
+        reader = ShardReader(folder, dtype, parts=parts_in(fingerprint), verify=verify)
+        check_fingerprint(reader.manifest["fingerprint"], fingerprint, folder / MANIFEST)
+        self._device, self._stored = device, StoredBatches(reader, pin_memory=device.type == "cuda")
 
     def read_ahead(self, batch: TokenBatch) -> None:
-        """Read what a later call with this very batch will want; another thread may do so meanwhile."""
-        self._ahead[batch.row_samples] = self._read(batch)
+        """Have a thread read what a later call with this very batch will want; returns at once."""
+        self._stored.want(batch)
 
     def drop_ahead(self) -> None:
         """Let go of what was read for calls that will not come."""
-        self._ahead.clear()
-
-    def _read(self, batch: TokenBatch) -> list[list[dict[str, Tensor]]]:
-        return [[self._reader.sample(i) for i in row] for row in batch.row_samples]
+        self._stored.drop()
 
     def __call__(self, batch: TokenBatch, selection: Selection | None = None) -> TeacherOutput:
         """The states of the batch's samples: all positions, or with a selection's index those in its slots. A part that
         the run does not match has no layers.
+
+        They are copied to the device as they lie in the shards, and given as views of that.
         """
-        rows = self._ahead.pop(batch.row_samples, None)
-        if rows is None:
-            rows = self._read(batch)
-        parts = {
-            name: self._assembled([[sample[name] for sample in row] for row in rows], batch, selection, name)
-            for name in self._parts
-        }
+        stored, tokens = self._stored.take(batch), batch.input_ids.shape[1]
+        places = None
+        if selection is not None and selection.index is not None:
+            # The j-th slot that counts holds the j-th stored position.
+            places = stored.places((selection.mask.cumsum(1) - 1).clamp_min(0))
+        elif len(batch.row_samples) > 1:
+            places = stored.places(torch.arange(tokens, device=self._device)[None])
+        parts = {name: self._states(part, places, tokens) for name, part in stored.parts.items()}
         return TeacherOutput(KVStates(parts.get("keys", ()), parts.get("values", ())), None)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Not stored: configuration refuses logit distillation from a cache."""
         raise RuntimeError("a teacher cache holds no logits")
 
-    def _assembled(
-        self, rows: list[list[Tensor]], batch: TokenBatch, selection: Selection | None, name: str
-    ) -> tuple[Tensor, ...]:
-        joined = [torch.cat(row) if row else None for row in rows]
-        like = next((row for row in joined if row is not None), None)
-        if like is None:
-            like = self._reader.sample(0)[name]
-        index = None if selection is None else selection.index
-        longest = max((len(row) for row in joined if row is not None), default=1)
-        width = batch.input_ids.shape[1] if index is None else max(1, longest)
-        padded: Any = like.new_zeros(like.shape[1], len(rows), like.shape[2], width, like.shape[3])  # [L, B, H, M, D]
-        for number, row in enumerate(joined):
-            if row is not None:
-                padded[:, number, :, : len(row)] = row.permute(1, 2, 0, 3)
-        if self._device.type == "cuda":
-            padded = padded.pin_memory()
-        padded = padded.to(self._device, non_blocking=True)
-        if index is not None and selection is not None:
-            # The j-th slot that counts holds the j-th stored position.
-            place = (selection.mask.cumsum(1) - 1).clamp(0, width - 1)
-            place = place[None, :, None, :, None].expand(*padded.shape[:3], -1, padded.shape[4])
-            padded = padded.gather(3, place)
-        return tuple(padded.unbind(0))
+    def _states(self, part: Tensor, places: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
+        """``[N, L, H, D]`` on the CPU → L times ``[B, H, M, D]`` on the device, zeros where nothing is stored."""
+        count = len(part)
+        rows = part.new_empty(tokens if places is None else count + 1, *part.shape[1:], device=self._device)
+        rows[:count].copy_(part, non_blocking=True)
+        rows[count:].zero_()
+        # [B, M, L, H, D]
+        placed = rows[None] if places is None else rows.index_select(0, places.flatten()).unflatten(0, places.shape)
+        return placed.permute(2, 0, 3, 1, 4).unbind(0)

@@ -1,6 +1,7 @@
 """The inputs of a run's micro-batches in order; on request the teacher runs one ahead, beside the student.
 
-On a GPU the next micro-batch's copy to the device, its selection and its teacher's forward go to a stream of their own:
+On a GPU the next micro-batch's copy to the device, its selection and its teacher's forward go to a stream of their own
+(of a teacher on disk the copy of what is stored, which would hold up the student as long as a part of its forward):
 
     main   forward m │ backward m │ optimizer │ wait │ forward m+1 │ …
     side     … teacher m+1 ·················· ┘        teacher m+2 …
@@ -13,7 +14,7 @@ values are there at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ import torch
 from kvds.data.batches import TokenBatch
 from kvds.data.loader import BatchLoader
 from kvds.distillation.step import LossWeights, StepInput
+from kvds.teacher.cached import CachedTeacher
+from kvds.teacher.teacher import Teacher
 from kvds.training.meters import PhaseTimer
 
 
@@ -63,6 +66,17 @@ def micro_batches(loader: BatchLoader, steps: range, *, seed: int, rank: int, wo
             # too.
             share = number * world_size + rank
             yield MicroBatch(step, (seed * 1_000_003 + step) * 4099 + share, batch, number, len(batches))
+
+
+def make_ready(
+    batches: list[TokenBatch], teachers: Sequence[Teacher | CachedTeacher], device: torch.device
+) -> list[TokenBatch]:
+    """A step's micro-batches, ready to be copied to the device; what a cache holds for them is being read."""
+    for teacher in teachers:
+        if isinstance(teacher, CachedTeacher):
+            for batch in batches:
+                teacher.read_ahead(batch)
+    return [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches
 
 
 class InputFeed:

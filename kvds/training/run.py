@@ -43,7 +43,6 @@ from kvds.durable_files import json_text
 from kvds.models.architecture import ModelConfigs, load_model_configs
 from kvds.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kvds.plan.token_budget import with_token_budget
-from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.token_selection import TokenChoice
 from kvds.training.best_model import BestModel
 from kvds.training.build import RunModels, build_run_models
@@ -51,7 +50,7 @@ from kvds.training.dry_run import this_machine
 from kvds.training.engine import build_engine, check_engine_config
 from kvds.training.fixed_order import fixed_order
 from kvds.training.guard import guarded
-from kvds.training.input_feed import InputFeed, MicroBatch, micro_batches
+from kvds.training.input_feed import InputFeed, MicroBatch, make_ready, micro_batches
 from kvds.training.kv_course import KVCourse
 from kvds.training.meters import IntervalMeter, PhaseTimer
 from kvds.training.nonfinite_steps import NonfiniteSteps
@@ -237,23 +236,18 @@ class TrainingRun:
             self._fit()
 
     def _ready(self, batches: list[TokenBatch]) -> list[TokenBatch]:
-        """A step's micro-batches, ready to be copied to the device, what a cache holds for them read."""
+        """A step's micro-batches as the feed takes them."""
         # What no step asks for would stay in memory.
-        for teacher in self.teachers if self.inputs.reads_keys_and_values else []:
-            if isinstance(teacher, CachedTeacher):
-                for batch in batches:
-                    teacher.read_ahead(batch)
-        return [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+        return make_ready(batches, self.teachers if self.inputs.reads_keys_and_values else [], self.device)
 
     def _feed(self, timer: PhaseTimer) -> InputFeed:
         cfg, steps = self.cfg, range(self.step, self.total_steps)
         ordered = micro_batches(self.loader, steps, seed=cfg.seed, rank=self.rank, world_size=self.world_size)
-        ahead = cfg.teacher_overlap and cfg.uses_teacher
 
         def make(micro: MicroBatch) -> StepInput:
             return self.inputs(micro.batch, step=micro.step)
 
-        return InputFeed(ordered, make, timer, device=self.device, ahead=ahead)
+        return InputFeed(ordered, make, timer, device=self.device, ahead=cfg.teacher_ahead(self.device.type))
 
     def _fit(self) -> None:
         cfg = self.cfg
