@@ -148,7 +148,7 @@ def plan_lines(plan: RunPlan, phases: Phases, flops_per_second: float) -> Iterat
     yield row("aligner: gradients of KV and workspace", step.aligner)
     if cfg.handoff_weight:
         yield row("handoff: answers over the mapped cache, and map", step.handoff)
-    if cfg.teacher_overlap:
+    if step.teacher_ahead:
         yield row("the next micro-batch's teacher, ahead", step.teacher_ahead)
     yield row("optimizer step", states.update)
     yield ""
@@ -156,8 +156,8 @@ def plan_lines(plan: RunPlan, phases: Phases, flops_per_second: float) -> Iterat
         yield row(f"peak in {phase}{', the largest' if phase == phases.largest else ''}", peak)
     if machine.gpus:
         yield row(f"usable of {_size(machine.gpu_memory)}", machine.usable)
-    if states.host + step.host:
-        yield row("host memory per rank", states.host + step.host)
+    if plan.host:
+        yield row("host memory per rank", plan.host)
     what = "samples" if cfg.packing or cfg.tokens_per_batch else "rows"
     yield from ("", f"{f'{what} per micro-batch that fit':<34}{'plain':>9}   checkpointing")
     most = plan.largest_rows()

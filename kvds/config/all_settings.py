@@ -90,8 +90,8 @@ class AllSettings(
         return self.uses_teacher_kv or self.logit_kd_weight > 0
 
     def teacher_ahead(self, device: str) -> bool:
-        """Whether what the teacher gives the next micro-batch is there beside the present one's: asked for, or copied to
-        a GPU from a cache meanwhile.
+        """Whether what the teacher gives the next micro-batch is there beside the present one's: asked for, or copied
+        to a GPU from a cache meanwhile.
 
         Args:
             device: ``"cpu"`` or ``"cuda"``, where the run is.

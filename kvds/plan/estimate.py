@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from kvds.align.loss import state_names
 from kvds.config import RunConfig
 from kvds.config.deepspeed_file import compute_dtype, load_deepspeed_config
 from kvds.errors import InputError
@@ -19,6 +20,7 @@ from kvds.plan.rows import RowPlan, plan_rows
 from kvds.plan.states import ModelSize, StateMemory, aligner_size, model_size, state_memory
 from kvds.plan.step import StepMemory, StepPlanner
 from kvds.plan.work import Work, checkpoint_bytes, disk_bytes, epoch_work
+from kvds.teacher.stored_batches import read_ahead_bytes
 
 GIB = 2**30
 PLACEMENTS = ("replicated", "zero3", "zero3_offload")
@@ -148,6 +150,15 @@ class RunPlan:
     def peak(self) -> int:
         """Of the recipe as it stands."""
         return self.peak_of(self.states(), self.step.peak)
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory per rank: what is offloaded, and what is read ahead from a teacher's cache."""
+        stored = 0
+        if self.cfg.teacher_cache and self.cfg.uses_teacher_kv:
+            count = len(state_names(self.cfg))
+            stored = count * read_ahead_bytes(self.step.teacher_kv // count, pinned=self.machine.device == "cuda")
+        return self.states().host + self.step.host + stored
 
     def kv_by_group(self) -> list[int]:
         """Bytes of what is compared of teacher and student, for each layer group that is compared together."""

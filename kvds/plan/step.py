@@ -60,7 +60,7 @@ class StepMemory:
         aligner: What the KV loss adds: gradients of keys and values, and its workspace.
         teacher_forward: The most that the teacher's forward holds beside its keys and values.
         host: Activations that are kept in host memory instead.
-        teacher_ahead: What the next micro-batch's teacher takes beside the student (``--teacher_overlap``).
+        teacher_ahead: What the next micro-batch's teacher takes beside the student, where it is ahead.
         handoff: What the answers' forward over the mapped cache adds, and the map (``--handoff_weight``).
     """
 
@@ -168,7 +168,7 @@ class StepPlanner:
         student_kv = max(0, deep(both, 0) - activations)
         aligner = max(0, peak - deep(bare, 1) - student_kv)
         teacher_kv = self._teacher_output(batch)
-        forward = 0 if self.teacher is None or self.cfg.teacher_cache else self._teacher_forward(batch)
+        forward = self._teacher_forward(batch)
         return StepMemory(
             peak=self._with_teacher(batch, whole),
             activations=activations,
@@ -206,7 +206,7 @@ class StepPlanner:
 
     @property
     def _runs_ahead(self) -> bool:
-        return self.cfg.teacher_overlap and self.teacher is not None
+        return self.cfg.teacher_ahead(self.device) and self.teacher is not None
 
     def _ahead(self, output: int, forward: int) -> int:
         """What stays of the next micro-batch's teacher, and on a GPU what it works with at the same time."""
@@ -352,7 +352,8 @@ class StepPlanner:
         return StepInput(tokens, places, selection, teacher, head, weights, continuation=continuation)
 
     def _teacher_forward(self, batch: BatchShape) -> int:
-        assert self.teacher is not None
+        if self.teacher is None or self.cfg.teacher_cache:  # what is stored lies as it came beside where it belongs
+            return 0 if (batch.rows, batch.slots) == (1, batch.tokens) else self._teacher_output(batch)
         return self._forward(self.teacher, batch, 2)[1]
 
     def evaluation_forward(self, batch: BatchShape) -> int:

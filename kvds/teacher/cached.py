@@ -134,7 +134,7 @@ class CachedTeacher:
         self._device, self._stored = device, StoredBatches(reader, pin_memory=device.type == "cuda")
 
     def read_ahead(self, batch: TokenBatch) -> None:
-        """Have a thread read what a later call with this very batch will want; returns at once."""
+        """Have threads read what a later call with this very batch will want; returns at once."""
         self._stored.want(batch)
 
     def drop_ahead(self) -> None:
@@ -162,11 +162,16 @@ class CachedTeacher:
         raise RuntimeError("a teacher cache holds no logits")
 
     def _states(self, part: Tensor, places: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
-        """``[N, L, H, D]`` on the CPU → L times ``[B, H, M, D]`` on the device, zeros where nothing is stored."""
-        count = len(part)
-        rows = part.new_empty(tokens if places is None else count + 1, *part.shape[1:], device=self._device)
-        rows[:count].copy_(part, non_blocking=True)
-        rows[count:].zero_()
-        # [B, M, L, H, D]
-        placed = rows[None] if places is None else rows.index_select(0, places.flatten()).unflatten(0, places.shape)
+        """``[N + 1, L, H, D]`` on the CPU → L times ``[B, H, M, D]`` on the device, zeros where nothing is stored."""
+        if places is None and len(part) < tokens:
+            rows = part.new_empty(tokens, *part.shape[1:], device=self._device)
+            rows[: len(part)].copy_(part, non_blocking=True)
+            rows[len(part) :].zero_()
+        else:
+            rows = part.to(self._device, non_blocking=True)
+        placed = rows[None, :tokens] if places is None else _rows_at(rows, places)  # [B, M, L, H, D]
         return placed.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _rows_at(rows: Tensor, places: Tensor) -> Tensor:
+    return rows.index_select(0, places.flatten()).unflatten(0, places.shape)

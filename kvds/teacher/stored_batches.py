@@ -1,4 +1,4 @@
-"""Stored batches: what a teacher's cache holds for micro-batches, read by a thread to where a GPU copies from."""
+"""Stored batches: what a teacher's cache holds for micro-batches, read by threads to where a GPU copies from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from kvds.data.batches import TokenBatch
 from kvds.teacher.cache_shards import ShardReader
 
 MOST_AHEAD = 2
-"""Micro-batches that wait to be taken, however many a step has."""
+"""Micro-batches that are read or wait to be taken, however many a step has; a thread each."""
+
+
+def read_ahead_bytes(size: int, *, pinned: bool) -> int:
+    """Most host memory that is held for one part of micro-batches of ``size`` bytes: of those that wait, of one that is
+    being taken and of one that a GPU is still copying. torch gives out pinned memory in powers of two.
+    """
+    return (MOST_AHEAD + 2) * (1 << max(0, size - 1).bit_length() if pinned else size)
+
 
 _Rows = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """The stored positions of a micro-batch's samples, one after the other as they lie in the shards.
+    """The stored positions of a micro-batch's samples, one after the other as they lie in the shards, and one of zeros.
 
     Attributes:
-        parts: ``keys``, ``values`` or both, ``[N, layers, heads, head_dim]`` each, on the CPU.
+        parts: ``keys``, ``values`` or both, ``[N + 1, layers, heads, head_dim]`` each, on the CPU.
         rows: ``[2, B]`` int64, where each row's positions begin and how many it has.
     """
 
@@ -32,14 +40,15 @@ class StoredBatch:
     rows: Tensor
 
     def places(self, slots: Tensor) -> Tensor:
-        """Where the ``slots``-th position of each row lies, ``[B, M]``; N where the row has none.
+        """Where the ``slots``-th position of each row lies, ``[B, M]``; that of zeros where the row has
+        none.
 
         Args:
             slots: ``[B, M]`` or ``[1, M]`` int64, on any device.
         """
         begins, counts = self.rows.to(slots.device, non_blocking=True)[..., None]
-        total = len(next(iter(self.parts.values())))
-        return torch.where(slots < counts, begins + slots, total)
+        zeros = len(next(iter(self.parts.values()))) - 1
+        return torch.where(slots < counts, begins + slots, zeros)
 
 
 class StoredBatches:
@@ -56,7 +65,7 @@ class StoredBatches:
         self._wanted: deque[_Rows] = deque()
         self._read_ahead: deque[tuple[_Rows, Future[StoredBatch]]] = deque()
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvds-teacher-cache")
+        self._threads = ThreadPoolExecutor(MOST_AHEAD, thread_name_prefix="kvds-teacher-cache")
 
     def want(self, batch: TokenBatch) -> None:
         """Say that a later :meth:`take` will ask for ``batch``; returns before it is read."""
@@ -90,20 +99,22 @@ class StoredBatches:
     def _go_on(self) -> None:
         while self._wanted and len(self._read_ahead) < MOST_AHEAD:
             rows = self._wanted.popleft()
-            self._read_ahead.append((rows, self._thread.submit(self._read, rows)))
+            self._read_ahead.append((rows, self._threads.submit(self._read, rows)))
 
     def _read(self, rows: _Rows) -> StoredBatch:
         reader, counts, total = self._reader, [], 0
         for row in rows:
             counts.append((total, sum(map(reader.count, row))))
             total += counts[-1][1]
-        parts = {name: self._empty(total, *reader.shape(name), dtype=reader.dtype) for name in reader.parts}
+        parts = {name: self._empty(total + 1, *reader.shape(name), dtype=reader.dtype) for name in reader.parts}
         begin = 0
         for number in (number for row in rows for number in row):
             end = begin + reader.count(number)
             for name, states in reader.sample(number).items():
                 parts[name][begin:end] = states
             begin = end
+        for part in parts.values():
+            part[total:].zero_()
         return StoredBatch(parts, self._empty(2, len(rows), dtype=torch.int64).copy_(torch.tensor(counts).T))
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:

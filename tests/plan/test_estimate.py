@@ -24,6 +24,7 @@ from kvds.plan.phases import GENERATION, LOSSES, Phases
 from kvds.plan.states import ModelSize, aligner_size, model_size, state_memory
 from kvds.plan.step import StepPlanner
 from kvds.plan.work import aligner_flops, checkpoint_bytes, disk_bytes
+from kvds.teacher.stored_batches import read_ahead_bytes
 from tests.harness.plan_recipe import QWEN, config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -276,6 +277,17 @@ def test_a_teacher_that_runs_ahead_is_planned_beside_the_student(recipe):
     between = int(((plans[0].peak + plans[1].peak) / 2 + 2**30) / 0.95)
     tight = RunPlan(plans[1].cfg, Machine(1, 1, between))
     assert not tight.fits and tight.advice() == ["teacher_overlap: false"]
+
+
+def test_what_is_read_ahead_of_a_cache_is_planned(recipe, tmp_path):
+    plans = [RunPlan(config(recipe, teacher_cache=tmp_path), Machine(count, 1, 80 * 2**30)) for count in (0, 1)]
+    for plan, pinned in zip(plans, (False, True), strict=True):
+        assert plan.step.teacher_kv > 0 and plan.teacher_size is None
+        assert plan.host == read_ahead_bytes(plan.step.teacher_kv, pinned=pinned)  # values alone: one part
+    # A GPU has the next micro-batch's beside the present one's: what it is given, and rows before they are padded.
+    assert plans[0].step.teacher_ahead == 0 and plans[1].step.teacher_ahead == 2 * plans[1].step.teacher_kv
+    one_row = RunPlan(config(recipe, teacher_cache=tmp_path, tokens_per_batch=512), Machine(1, 1, 80 * 2**30))
+    assert one_row.step.teacher_ahead == one_row.step.teacher_kv  # which lies as it is read
 
 
 def test_packed_rows_are_planned_as_they_lie(recipe):

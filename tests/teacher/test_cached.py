@@ -135,16 +135,17 @@ def test_what_was_read_ahead_is_not_read_again(tmp_path: Path, monkeypatch: pyte
     stored = cached(tmp_path)
     [first], [second] = (loader("full", None).step(step) for step in (0, 1))
     expected = [flat(stored(batch).states) for batch in (first, second)]
-    stored.read_ahead(first)
-    stored.read_ahead(second)
     reads: list[int] = []
     sample = ShardReader.sample
     monkeypatch.setattr(ShardReader, "sample", lambda self, i: reads.append(i) or sample(self, i))
+    stored.read_ahead(first)
+    stored.read_ahead(second)
     for batch, states in ((second, expected[1]), (first, expected[0])):
         assert all(map(torch.equal, flat(stored(batch).states), states))
-    assert reads == []
+    once = sorted(first.sample_ids.tolist() + second.sample_ids.tolist())
+    assert sorted(reads) == once
     stored(first)
-    assert sorted(reads) == sorted(first.sample_ids.tolist())  # nothing is kept for longer than one call
+    assert sorted(reads) == sorted(once + first.sample_ids.tolist())  # nothing is kept for longer than one call
 
 
 @pytest.mark.parametrize(("store", "tolerance"), [("fp32", 0.0), ("bf16", 2**-8), ("int8", 0.5 / 127), ("fp8", 2**-4)])

@@ -108,16 +108,15 @@ def test_nothing_is_read_ahead_for_a_run_that_goes_on_without_the_loss() -> None
     assert asked == [True, False]
 
 
-def test_what_was_read_ahead_goes_with_the_loss() -> None:
-    teacher = object.__new__(CachedTeacher)
+def test_what_was_read_ahead_goes_with_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, dropped = object.__new__(CachedTeacher), list[bool]()
+    monkeypatch.setattr(CachedTeacher, "drop_ahead", lambda teacher: dropped.append(inputs.matching))
     cfg = RunConfig(model_name="m", output_dir="o")
     inputs = StepInputBuilder(cfg, [teacher], object(), torch.device("cpu"))  # type: ignore[arg-type]
     batch = collate([EncodedSample([1, 2, 3], [-100, 2, 3], [0, 1, 1])], [0], 0, 1.0, 1.0)
-    for matching, left in ((True, 1), (False, 0)):
-        teacher._ahead = {((0,), (1,)): []}
-        inputs.matching = matching
+    for inputs.matching in (True, False):
         inputs(batch, match=False)
-        assert len(teacher._ahead) == left
+    assert dropped == [False]
 
 
 def test_an_empty_map_is_refused_only_by_who_wants_to_keep_it(start: Start) -> None:
