@@ -41,10 +41,10 @@ fi
 
 [ -d "$pair/student-15" ] || { echo "pretrained: $pair/student-15 is missing (bash launch/pretrained_pair.sh $pair)" >&2; exit 2; }
 model=$pair/smollm2-135m
-finetune() { # a teacher of one epoch on the rows that it is to teach
+finetune() { # a teacher of one epoch on the rows that it is to teach; to the bit again: finished runs are known by it
   [ -d "$1" ] && return
   python -m kvds.cli distill --student_name "$model" --alignment_mode none --datasets "${@:2}" --data_dir "$data" --max_length 384 \
-    --batch_size 32 --lr 2e-4 --epochs 1 --eval_subset_size 100 --max_new_tokens 1 --compile off --tf32 --no_save_at_end \
+    --batch_size 32 --lr 2e-4 --epochs 1 --eval_subset_size 100 --max_new_tokens 1 --compile off --tf32 --deterministic --no_save_at_end \
     --deepspeed_config ds_configs/zero0_fp32.json --report_to none --output_dir "$1.run"
   mv "$1.run/student" "$1"
 }
