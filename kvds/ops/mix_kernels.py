@@ -34,11 +34,11 @@ def _columns(start, token_first, token_last, mask, F: tl.constexpr):
 @triton.jit
 def _tile(rows, places, inside, token, dim, token_first, token_last, positions, FLAT: tl.constexpr, F: tl.constexpr):
     """Pointers ``[BLOCK, columns]``."""
-    offset = token_offsets(rows, token, token_first, token_last, positions, FLAT)
-    if F.aligned:
-        COLUMNS: tl.constexpr = F.block_dx  # of a token
-        offset = tl.multiple_of(tl.max_constancy(offset, COLUMNS), 8)
-    return first_elements(rows, places, inside, F)[:, None] + (offset + dim)[None, :]
+    at = token_offsets(rows, token, token_first, token_last, positions, FLAT) + dim
+    if F.aligned:  # of positions that were read a tile ahead the compiler no longer knows it
+        SIXTEEN_BYTES: tl.constexpr = 128 // F.element.primitive_bitwidth
+        at = tl.max_contiguous(tl.multiple_of(at, SIXTEEN_BYTES), SIXTEEN_BYTES)
+    return first_elements(rows, places, inside, F)[:, None] + at[None, :]
 
 
 @triton.jit(do_not_specialize=["positions", "token_first", "token_last", "splits"])

@@ -2,9 +2,9 @@
 
     python -m tests.ops.compile_gate [--slow] [--record]
 
-prints a JSON object per line: problem, launch, architecture, bytes of shared memory and of spills (stores). ``--slow``
-takes every problem, not the few of each commit; ``--record`` writes the largest spill of each, and the registers, to
-compile_gate.json, for each version of Triton apart.
+prints a JSON object per line: problem, launch, architecture, bytes of shared memory and of spills (stores), and how
+many stores are ``narrow``, two bytes each. ``--slow`` takes every problem, not the few of each commit; ``--record``
+writes the largest spill of each, and the registers, to compile_gate.json, for each version of Triton apart.
 
 Launches are those of the real launcher on empty tensors: a stand-in for the kernels notes their
 arguments, which are then specialised as Triton's JIT does. Must run in a process that does not interpret kernels.
@@ -48,6 +48,7 @@ def problems(slow: bool) -> dict[str, Problem]:
         "qwen2 student→teacher shared": (QWEN2, "source", bf16, 2, 2, False, TRAIN),
         "qwen2 teacher→student shared": (QWEN2[::-1], "target", bf16, 2, 2, False, TRAIN),
         "qwen2 student→teacher sparse": (QWEN2, "source", bf16, 4, 3, True, TRAIN),
+        "qwen2 student→teacher indexed": (QWEN2, "source", bf16, 4, 3, False, TRAIN | {"index": True}),
         "mha student→teacher": (MHA, "source", bf16, 4, 3, False, TRAIN),
         "gqa teacher→student shared": (GQA[::-1], "target", bf16, 2, 2, False, TRAIN),
         "qwen2 student→teacher shared fp16": (QWEN2, "source", fp16, 2, 2, False, TRAIN),
@@ -187,6 +188,7 @@ def compile_all(slow: bool) -> list[dict[str, Any]]:
                 registers = re.findall(r"Used (\d+) registers", log.getvalue())
                 assert len(spills) == len(registers) == 1, log.getvalue()
                 done[key] = {"shared": made.metadata.shared, "spills": int(spills[0]), "registers": int(registers[0])}
+                done[key]["narrow"] = len(re.findall(r"st\.global\.\S*b16", made.asm["ptx"]))
             label = kernel.__name__ if form is None else f"{kernel.__name__} {form.mode}"
             rows.append({"problem": name, "launch": label, "arch": arch} | done[key])
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)

@@ -1,7 +1,7 @@
 """Kernels are cross-compiled for the launches of training, without a GPU: no error, shared memory within the chip's,
 spills no more than recorded.
 
-Every launch of the eight problems that ``compile_gate.problems`` gives is compiled for sm_80 and sm_90.
+Every launch of the nine problems that ``compile_gate.problems`` gives is compiled for sm_80 and sm_90.
 The full enumeration (``python -m tests.ops.compile_gate --slow``) takes long and runs where ``KVDS_COMPILE_GATE=slow``
 is set. After a change of the kernels that is known to be good, ``python -m tests.ops.compile_gate --record`` writes
 spills and registers down anew, for the installed version of Triton; what it writes belongs into the commit that changes
@@ -50,6 +50,12 @@ def test_every_launch_compiles_for_both_architectures(compiled: list[dict]) -> N
 def test_shared_memory_fits_the_chip(compiled: list[dict]) -> None:
     too_much = [row for row in compiled if row["shared"] > SHARED_LIMIT[row["arch"]]]
     assert not too_much
+
+
+def test_states_are_written_sixteen_bytes_at_a_time(compiled: list[dict]) -> None:
+    kernels = ("map_projection_kernel", "mix_kernel", "unmix_kernel", "fused_kernel", "project_kernel")
+    large = [row for row in compiled if row["launch"].startswith(kernels)]
+    assert large and not [row for row in large if row["narrow"]]
 
 
 def test_spills_are_no_more_than_recorded(compiled: list[dict]) -> None:
