@@ -17,6 +17,7 @@
 #   stages     bench_scaling.py, 256 rows per GPU, ZeRO-3, 0, 1 and 2            9 min
 #   handoff    benchmarks.handoff.bench: time to first token and memory of a handoff, 512 to 32768 tokens   3 min
 #   handoff_evidence  benchmarks/handoff_problems.sh: which students hand off, on the host's cores; again to go on   9 min
+#   handoff_pretrained  benchmarks/handoff_pretrained.sh: the same of the pretrained pair in $KVDS_PAIR; again to go on   9 min
 #   gsm8k_large  A/B at 72 M → 15 M parameters on GSM8K, spread over all GPUs    9 min
 #   pretrained benchmarks/pretrained.sh: the pretrained pair in $KVDS_PAIR (default    9 min
 #              outputs/pretrained_pair, launch/pretrained_pair.sh makes it)
@@ -32,11 +33,11 @@ while [ $# -gt 0 ]; do
     --data) data=$2 && shift 2 ;;
     --to) to=$2 && shift 2 ;;
     --wheels) wheels=$2 && shift 2 ;;
-    tests | sanitizer | ops | head | ncu | step | forms | losses | trl | layers | scaling | stages | gsm8k_large | pretrained | handoff | handoff_evidence) stages+=("$1") && shift ;;
-    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -30 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
+    tests | sanitizer | ops | head | ncu | step | forms | losses | trl | layers | scaling | stages | gsm8k_large | pretrained | handoff | handoff_evidence | handoff_pretrained) stages+=("$1") && shift ;;
+    *) echo "run_gpu: $1: expected --data, --to, --wheels or a stage (head -31 ${BASH_SOURCE[0]})" >&2 && exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -30 ${BASH_SOURCE[0]})" >&2; exit 2; }
+[ ${#stages[@]} -gt 0 ] || { echo "run_gpu: no stage given (head -31 ${BASH_SOURCE[0]})" >&2; exit 2; }
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "run_gpu: torch sees no GPU" >&2; exit 2; }
 mkdir -p "$to"
 
@@ -94,6 +95,9 @@ run_stage() {
         --name "scaling_stages_$(name)" --output_dir "$to" ;;
     handoff) timeout 180 python -m benchmarks.handoff.bench --output "$to/handoff_$(name).csv" ;;
     handoff_evidence) timeout 560 bash benchmarks/handoff_problems.sh --to "$to/handoff" --minutes 8.5 ;;
+    handoff_pretrained)
+      timeout 570 bash benchmarks/handoff_pretrained.sh --data "$data" --to "$to/handoff" --pair "${KVDS_PAIR:-outputs/pretrained_pair}" \
+        --minutes 9 --workers $((3 * gpus)) --devices "$(seq -s, 0 $((gpus - 1)))" ;;
     gsm8k_large)
       timeout 540 python -m kvds.cli ab launch/recipes/experiments/gsm8k_large.yaml --set data_dir="$data" \
         --devices "$(seq -s, 0 $((gpus - 1)))" --workers $((2 * gpus)) --in_process --max_minutes 8 --output "$to/ab" ;;

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import benchmarks.handoff.students as module
+from benchmarks.handoff import context_rows, pretrained
 from benchmarks.handoff.bench import COLUMNS, main
 from benchmarks.handoff.evidence import changes, report
 from benchmarks.handoff.students import common_seeds, judged_rows, students_in
+from kvds.data.mixture import load_mixture
 from kvds.data.synthetic import synthetic_examples
+from kvds.evaluation.handoff import CONDITIONS
 
 
 def test_every_length_is_measured_and_written(tmp_path: Path) -> None:
@@ -73,3 +77,34 @@ def test_students_are_judged_in_turn_and_the_next_call_goes_on(tmp_path: Path, m
     }  # fmt: skip
     assert len(rows) == 4 and judged_rows(students, judged, output) == rows
     assert common_seeds(rows) == [0]
+
+
+def test_rows_whose_answer_stands_in_the_prompt(tmp_path: Path) -> None:
+    flags = ["--output", str(tmp_path), "--datasets", "synthetic", "--synthetic_problems", "30"]
+    context_rows.main([*flags, "--question", "how many?"])
+    rows = [json.loads(line) for line in (tmp_path / "context.jsonl").read_text().splitlines()]
+    first = synthetic_examples("train", problems=30, seed=0)[0]
+    assert len(rows) == 30 and rows[0]["prompt"] == f"{first.prompt}\n{first.rationale}\nhow many?"
+    assert rows[0]["answer"] == first.answer and not rows[0]["rationale"]
+    loaded = load_mixture(["context.jsonl"], "eval", data_dir=str(tmp_path)).examples
+    assert len(loaded) == len(synthetic_examples("eval", problems=30, seed=0)) and loaded[0].corpus == "context"
+
+
+def test_the_table_of_pretrained_students_is_by_corpus_and_fit() -> None:
+    def row(arm: str, seed: int, fit: str, mapped: float, wrong: float) -> dict[str, object]:
+        found: dict[str, object] = {"arm": arm, "seed": seed, "fit": fit, "r2_keys": 0.5, "r2_values": 0.25}
+        found["minus_attention_error"] = -0.125
+        for corpus, share in (("context", 1.0), ("svamp", 0.5)):
+            for condition in CONDITIONS:
+                right = {"own": 0.8, "mapped": mapped}.get(condition, wrong)
+                found[f"{condition} {corpus} exact_match"] = share * right
+                found[f"{condition} {corpus} cross_entropy"] = 2 - right
+        return found
+
+    rows = [row("flat", seed, fit, 0.4 + 0.2 * seed, 0.1) for seed in (0, 1) for fit in pretrained.FITS]
+    rows += [row("hidden", 0, fit, 0.4, 0.3) for fit in pretrained.FITS]
+    text = pretrained.report(rows)
+    assert text.startswith("2 arms, seeds 0.") and pretrained.corpora_in(rows) == ["context", "svamp"]
+    both = "80.0 | 40.0 | {0} | {0} | {0} | {0} | {1} | 40.0 | 40.0 | 40.0 | 1.200 | 1.600 |"
+    assert f"| flat | {both.format('10.0', 'yes')}" in text and f"| hidden | {both.format('30.0', 'no')}" in text
+    assert "| flat | 40.0 | 20.0 | 5.0 |" in text and "| flat | all layers | 0.500 | 0.250 | 0.1250 |" in text
