@@ -16,6 +16,7 @@ from benchmarks.train_step import forms
 from benchmarks.train_step.arms import ARMS, Workbench
 from benchmarks.train_step.workbench import Clock, build_model, load_samples, make_loader, make_pair, needed_flops
 from kvds.models import compiled_layers
+from kvds.teacher.cache_shards import ShardReader
 from kvds.teacher.teacher import Teacher
 
 CPU = torch.device("cpu")
@@ -93,6 +94,24 @@ def test_a_prepared_step_of_a_teacher_ahead_runs_one_teacher(monkeypatch: pytest
             losses.append(float(arm.step(batch)))
             assert len(run) == before + 1
         assert losses[0] == losses[1]
+
+
+def test_a_prepared_step_from_a_cache_finds_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair("tiny", Path(), None)
+    samples, _ = load_samples(None, pair.student.vocab_size, 128, 8)
+    batches = [make_loader(samples, 4).step(i)[0] for i in range(2)]
+    running, cached = (
+        ARMS[name](Workbench(pair, CPU, Clock(CPU), samples=samples))
+        for name in ("kvds_structured", "kvds_structured_cached")
+    )
+    read: list[int] = []
+    sample = ShardReader.sample
+    monkeypatch.setattr(ShardReader, "sample", lambda self, i: read.append(i) or sample(self, i))
+    for batch in (*batches, *batches):
+        read.clear()
+        cached.prepare(batch)
+        assert set(batch.sample_ids.tolist()) <= set(read)
+        assert float(cached.step(batch)) == pytest.approx(float(running.step(batch)), rel=1e-5)
 
 
 @pytest.mark.parametrize("head", [True, False])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.train_step.ahead import InputTurns
+from benchmarks.train_step.ahead import InputTurns, copied_ahead
 from benchmarks.train_step.workbench import Clock, Pair, build_model, held_bytes
 from kvds.align import build_aligner
 from kvds.align.layer_map import endpoint_map
@@ -184,7 +184,10 @@ def kvds_step(
         head = teacher.head if teacher is not None and weights.logit_kd else None
         return StepInput(batch, labelled, selection, output, head, weights)
 
-    turns = InputTurns(make_input, bench.clock, weights, device=bench.device, ahead=overlap)
+    turns = InputTurns(
+        make_input, bench.clock, weights, device=bench.device, ahead=overlap or copied_ahead(teacher, bench.device),
+        cache=teacher if isinstance(teacher, CachedTeacher) else None,
+    )  # fmt: skip
 
     def step(batch: TokenBatch) -> Tensor:
         if checkpointing:

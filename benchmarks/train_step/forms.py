@@ -6,8 +6,9 @@ and, in the last of the forms without ZeRO, with other losses.
 
 Keys and values by the default alignment, real GSM8K rows, the same samples in each form; a learning rate of (next to)
 0, so that all forms see the same weights and their first losses compare. Forms without ZeRO share one process; those
-under ZeRO have one each, as DeepSpeed replaces functions of torch. Times are the median over passes of a pass over all
-batches, from the first launch until the device is done. Writes ``step_forms_PAIR_DEVICE.csv`` and prints the table.
+under ZeRO have one each, as DeepSpeed replaces functions of torch. Batches and caches are read ahead as in training.
+Times are the median over passes of a pass over all batches, from the first launch until the device is done. Writes
+``step_forms_PAIR_DEVICE.csv`` and prints the table.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.records import RESULTS, markdown_table, provenance, write_csv
+from benchmarks.train_step.ahead import running_feed
 from benchmarks.train_step.arms import time_forward
 from benchmarks.train_step.fixed_sides import LOSSES, FixedSides
 from benchmarks.train_step.workbench import (
@@ -53,6 +55,7 @@ from kvds.distillation.module import DistillationModule
 from kvds.distillation.step import StepInput
 from kvds.kv import KVShape, select_tokens
 from kvds.models.compiled_layers import compile_layers
+from kvds.training.input_feed import InputFeed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_LENGTH = 512
@@ -83,6 +86,8 @@ FORMS = {
     "one row, compiled": Form(one_row=True, compiled=True),
     **{f"one row, compiled; {loss}": Form(one_row=True, compiled=True, loss=loss) for loss in LOSSES if loss != "kv"},
 }
+# From what a run is fed to the metrics of a whole step's first micro-batch.
+Take = Callable[[InputFeed], dict[str, torch.Tensor]]
 PADDED, BEST = FORMS["padded"], FORMS["one row, compiled"]
 
 
@@ -132,17 +137,23 @@ class Stage:
         time_forward(aligner, self.clock)
         return DistillationModule(self.student, aligner)
 
-    def steps(self, form: Form, rows: int) -> list[list[TokenBatch]]:
-        """The micro-batches of each step."""
+    def builder(self, form: Form, rows: int) -> Callable[[int], list[TokenBatch]]:
+        """From a step, the same after ``--batches``, to its micro-batches on the CPU."""
         how: dict[str, Any] = {}
         if form.one_row:
             budget = self.arguments.tokens_per_batch
             how = {"tokens_per_batch": budget, "width": RowWidth(64, budget), "longest": MAX_LENGTH}
         loader = make_loader(self.samples, rows, **how)
-        steps = [loader.step(i % loader.steps_per_epoch) for i in range(self.arguments.batches)]
-        if form.masked:
-            steps = [[replace(batch, pads_right=False) for batch in step] for step in steps]
-        return steps if self.device.type == "cpu" else [[batch.pin_memory() for batch in step] for step in steps]
+
+        def build(step: int) -> list[TokenBatch]:
+            batches = loader.step(step % self.arguments.batches % loader.steps_per_epoch)
+            return [replace(batch, pads_right=False) for batch in batches] if form.masked else batches
+
+        return build
+
+    def steps(self, form: Form, rows: int) -> list[list[TokenBatch]]:
+        """The micro-batches of each step of a pass."""
+        return list(map(self.builder(form, rows), range(self.arguments.batches)))
 
     def input(self, batch: TokenBatch, loss: str) -> StepInput:
         """What the student is given, the teacher run."""
@@ -162,33 +173,36 @@ class Stage:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def measure(
-        self, name: str, form: Form, rows: int, take: Callable[[list[TokenBatch]], dict[str, torch.Tensor]]
-    ) -> dict[str, Any]:
+    def measure(self, name: str, form: Form, rows: int, take: Take) -> dict[str, Any]:
         """One form's row of the table; ``take`` does a whole step and gives the metrics of its first micro-batch."""
         steps = self.steps(form, rows)
         padded = [batch for step in self.steps(PADDED, rows) for batch in step]
+        count = len(steps)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
-        metrics = take(steps[0])
-        self.wait()
-        first = time.perf_counter() - begun
-        for step in steps:  # every shape has been met
-            take(step)
-        self.wait()
-        self.clock.read()
-        seconds = []
-        for _ in range(self.arguments.passes):
+        with running_feed(
+            self.builder(form, rows), (2 + self.arguments.passes) * count, lambda batch: self.input(batch, form.loss),
+            self.fixed.of(form.loss), self.clock, self.device,
+        ) as feed:  # fmt: skip
             begun = time.perf_counter()
-            for step in steps:
-                take(step)
+            metrics = take(feed)
             self.wait()
-            seconds.append(time.perf_counter() - begun)
+            first = time.perf_counter() - begun
+            for _ in range(2 * count - 1):  # every shape has been met
+                take(feed)
+            self.wait()
+            self.clock.read()
+            seconds = []
+            for _ in range(self.arguments.passes):
+                begun = time.perf_counter()
+                for _ in range(count):
+                    take(feed)
+                self.wait()
+                seconds.append(time.perf_counter() - begun)
         phases = self.clock.read()
-        spent, count = statistics.median(seconds), len(steps)
+        spent = statistics.median(seconds)
         weights, from_disk = LOSSES[form.loss]
         runs_teacher = (weights.kv or weights.logit_kd) and not from_disk
         need = sum(
@@ -210,21 +224,22 @@ class Stage:
         }  # fmt: skip
 
 
-def plain(stage: Stage, loss: str) -> Callable[[list[TokenBatch]], dict[str, torch.Tensor]]:
+def plain(stage: Stage, loss: str) -> Take:
     """A step without an engine: fused AdamW on the parameters as they are."""
     module = stage.module(loss)
     fused = stage.device.type == "cuda"
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=fused)
 
-    def take(step: list[TokenBatch]) -> dict[str, torch.Tensor]:
-        first: dict[str, torch.Tensor] = {}
-        for batch in step:
-            with stage.clock.phase("teacher"):
-                inputs = stage.input(batch, loss)
+    def take(feed: InputFeed) -> dict[str, torch.Tensor]:
+        first, last = dict[str, torch.Tensor](), False
+        while not last:
+            micro, inputs = feed.take(LOSSES[loss][0], watch=False)
+            last = micro.last
             with stage.clock.phase("forward"):
                 total, metrics = module(inputs)
+            feed.make_next()
             with stage.clock.phase("backward"):
-                (total / len(step)).backward()
+                (total / micro.count).backward()
             first = first or metrics
         with stage.clock.phase("optimizer"):
             optimizer.step()
@@ -234,7 +249,7 @@ def plain(stage: Stage, loss: str) -> Callable[[list[TokenBatch]], dict[str, tor
     return take
 
 
-def under_zero(stage: Stage, rows: int, name: str, form: Form) -> Callable[[list[TokenBatch]], dict[str, torch.Tensor]]:
+def under_zero(stage: Stage, rows: int, name: str, form: Form) -> Take:
     """A step of the engine that a run with ``ds_configs/NAME.json`` builds."""
     from kvds.config.deepspeed_file import load_deepspeed_config
     from kvds.config.engine_config import student_engine_config
@@ -250,16 +265,17 @@ def under_zero(stage: Stage, rows: int, name: str, form: Form) -> Callable[[list
         config = student_engine_config(load_deepspeed_config(cfg.deepspeed_config), cfg, 1)
         engine = build_engine(stage.module(form.loss), cfg, config, 10**6)
 
-    def take(step: list[TokenBatch]) -> dict[str, torch.Tensor]:
-        first: dict[str, torch.Tensor] = {}
-        for number, batch in enumerate(step):
-            engine.set_gradient_accumulation_boundary(number + 1 == len(step))
-            with stage.clock.phase("teacher"):
-                inputs = stage.input(batch, form.loss)
+    def take(feed: InputFeed) -> dict[str, torch.Tensor]:
+        first, last = dict[str, torch.Tensor](), False
+        while not last:
+            micro, inputs = feed.take(LOSSES[form.loss][0], watch=False)
+            last = micro.last
+            engine.set_gradient_accumulation_boundary(last)
             with stage.clock.phase("forward"):
                 loss, metrics = engine(step=inputs)
+            feed.make_next()
             with stage.clock.phase("backward"):
-                engine.backward(loss / len(step), scale_wrt_gas=False)
+                engine.backward(loss / micro.count, scale_wrt_gas=False)
             with stage.clock.phase("optimizer"):
                 engine.step()
             first = first or metrics

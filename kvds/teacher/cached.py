@@ -137,6 +137,10 @@ class CachedTeacher:
         """Have threads read what a later call with this very batch will want; returns at once."""
         self._stored.want(batch)
 
+    def settle(self) -> None:
+        """Wait until what is being read ahead has been."""
+        self._stored.settle()
+
     def drop_ahead(self) -> None:
         """Let go of what was read for calls that will not come."""
         self._stored.drop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,12 @@ class StoredBatches:
                     self._wanted.remove(rows)
             self._go_on()
         return self._read(rows) if ahead is None else ahead.result()
+
+    def settle(self) -> None:
+        """Wait until what is being read has been."""
+        with self._lock:
+            begun = [reading for _, reading in self._read_ahead]
+        wait(begun)
 
     def drop(self) -> None:
         """Let go of all that is wanted and of what has been read for it."""
