@@ -48,7 +48,7 @@ class StoredBatch:
         """
         begins, counts = self.rows.to(slots.device, non_blocking=True)[..., None]
         zeros = len(next(iter(self.parts.values()))) - 1
-        return torch.where(slots < counts, begins + slots, zeros)
+        return (begins + slots).masked_fill(slots >= counts, zeros)
 
 
 class StoredBatches:
