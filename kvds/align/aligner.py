@@ -86,9 +86,12 @@ class KVAligner(nn.Module):
         """
         self.check_states(student, teacher)
         teacher = teacher.detach()
+        places = [selection.index, selection.mask]
+        if selection.weight is not None:
+            places.append(selection.weight)
         return average_parts(
             {
-                name: part(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection.index, selection.mask)
+                name: part(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), *places)
                 for name, part in self.parts.items()
             }
         )

@@ -229,8 +229,9 @@ class AlignerPart(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Loss (scalar with a graph) and detached losses ``[L_y]`` of one part.
 
         Args:
@@ -238,4 +239,5 @@ class AlignerPart(nn.Module, ABC):
             teacher: Per layer ``[B, H, T, D]``.
             index: ``[B, M]`` int64 positions; None = every position.
             mask: ``[B, M]`` bool, True = counts.
+            weight: ``[B, M]``, how much each counts; None = all alike, always so where the mode ``weighs`` nothing.
         """

@@ -96,9 +96,7 @@ class AttentionOutputError:
             selection: Positions whose keys and values are projected.
             real: ``[B, T]`` bool, tokens that are no padding.
         """
-        chosen = selection.mask
-        if selection.index is not None:
-            chosen = torch.zeros_like(real).scatter_(1, selection.index, selection.mask)
+        chosen = selection.at(real.shape[1])
         if not chosen.any():
             return
         everywhere = Selection(None, chosen)

@@ -61,7 +61,8 @@ class PartMoments:
     ) -> None:
         """Add one batch; ``halves`` as :func:`halves_of` has them."""
         source, target = self.sides(student, teacher)
-        self.add_states(selected_rows(source, selection), selected_rows(target, selection), halves)
+        rows = selected_rows(source, selection), selected_rows(target, selection)
+        self.add_states(*rows, halves, selected_weights(selection))
 
     def sides(
         self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
@@ -69,31 +70,36 @@ class PartMoments:
         """``source`` and ``target`` of the part, see :meth:`AlignerPart.sides`."""
         return self._part.sides(student, teacher)
 
-    def add_states(self, source_rows: Tensor, target_rows: Tensor, halves: Tensor) -> None:
+    def add_states(
+        self, source_rows: Tensor, target_rows: Tensor, halves: Tensor, weights: Tensor | None = None
+    ) -> None:
         """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, a chunk of them in fp64 at a time.
 
         Args:
             source_rows: Of the source.
             target_rows: Of the target.
             halves: ``[N]``, 0 or 1: which half each belongs to.
+            weights: ``[N]``, how much each counts; None = all alike.
         """
+        weights = self.count.new_ones(len(halves)) if weights is None else weights.to(self.count)
         if len(self.count) == 1:
             halves = torch.zeros_like(halves)
-        for x, y, places in zip(*(rows.split(CHUNK, 1) for rows in (source_rows, target_rows)),
-                                halves.split(CHUNK), strict=True):  # fmt: skip
+        for x, y, places, counts in zip(*(rows.split(CHUNK, 1) for rows in (source_rows, target_rows)),
+                                        halves.split(CHUNK), weights.split(CHUNK), strict=True):  # fmt: skip
             rows = self._part.source_rows(x.to(self.count)), self._part.target_rows(y.to(self.count))
             for half in range(len(self.count)):
                 # Zeros in place of the others: no shape depends on what is selected.
-                kept = (places == half).to(self.count)
+                kept = counts * (places == half)
                 self.count[half] += kept.sum()
-                self._add(half, *(row * kept[:, None] for row in rows))
+                root = kept.sqrt()[:, None]
+                self._add(half, root, *(row * root for row in rows))
 
-    def _add(self, half: int, x: Tensor, y: Tensor) -> None:
-        rows = {"x": x, "y": y}  # [L_y, maps, N, width]
+    def _add(self, half: int, root: Tensor, x: Tensor, y: Tensor) -> None:
+        rows = {"x": x, "y": y}  # [L_y, maps, N, width], times root [N, 1]: so are their products times its square
         for name, sums in self.sums.items():
             total = sums[half]
             if len(name) == 1:
-                total += rows[name].sum(2)
+                total += (rows[name] * root).sum(2)
             elif name[1] == "²":
                 total += rows[name[0]].square().sum(2)
             else:
@@ -209,6 +215,11 @@ def halves_of(mask: Tensor, samples: Tensor | None = None) -> Tensor:
 def selected_rows(layers: tuple[Tensor, ...], selection: Selection) -> Tensor:
     """``[L, N, H, D]`` of the selected positions, in the dtype of the states."""
     return torch.stack([gather_positions(x, selection.index).transpose(1, 2)[selection.mask] for x in layers])
+
+
+def selected_weights(selection: Selection) -> Tensor | None:
+    """``[N]``, how much each selected position counts; None = all alike."""
+    return None if selection.weight is None else selection.weight[selection.mask]
 
 
 def _deviation(power: Tensor, mean: Tensor) -> Tensor:

@@ -67,8 +67,9 @@ class FlatPart(AlignerPart):
         return rows.flatten(2).unsqueeze(1)
 
     def forward(
-        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One matrix product per target layer on the selected positions; see :meth:`AlignerPart.forward`."""
         source, target = self.sides(student, teacher)
         dtype = compute_dtype(source)
@@ -86,13 +87,15 @@ class FlatPart(AlignerPart):
             mixed = (self.block_weights(y, x).to(dtype) @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
             rows = list(mixed.unbind(0))
         scale, mean = self.target_scale.to(dtype), self.target_mean.flatten(1).to(dtype)
-        weight = self.weight.to(dtype) / self.source_scale[:, None, None].to(dtype)
+        maps = self.weight.to(dtype) / self.source_scale[:, None, None].to(dtype)
         bias = self.bias.to(dtype)
-        count = (mask.sum() * weight.shape[2]).clamp_min(1)
+        count = (mask.sum() * maps.shape[2]).clamp_min(1)
         losses = []
         for i, layer in enumerate(target):
             wanted = (selected(layer) - mean[i]) / scale[i]
-            elements = penalty(rows[i] @ weight[i] + bias[i] - wanted, self.loss_name)
+            elements = penalty(rows[i] @ maps[i] + bias[i] - wanted, self.loss_name)
+            if weight is not None:
+                elements = elements * weight[..., None].to(dtype)
             losses.append(torch.where(mask[..., None], elements, elements.new_zeros(())).sum() / count)
         per_layer = torch.stack(losses)
         return per_layer.mean(), per_layer.detach()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvds.align.aligner import KVAligner
 from kvds.align.aligner_part import AlignerPart
-from kvds.align.fitting import CHUNK, halves_of, selected_rows
+from kvds.align.fitting import CHUNK, halves_of, selected_rows, selected_weights
 from kvds.align.ridge import ridge_map
 from kvds.kv import Selection, States
 
@@ -84,7 +84,8 @@ class MixMoments:
     ) -> None:
         """Add one batch, a chunk of positions in fp64 at a time."""
         source, target = self.sides(student, teacher)
-        self.add_states(selected_rows(source, selection), selected_rows(target, selection), halves)
+        rows = selected_rows(source, selection), selected_rows(target, selection)
+        self.add_states(*rows, halves, selected_weights(selection))
 
     def sides(
         self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
@@ -92,11 +93,15 @@ class MixMoments:
         """``source`` and ``target`` of the part, see :meth:`AlignerPart.sides`."""
         return self._part.sides(student, teacher)
 
-    def add_states(self, source: Tensor, target: Tensor, halves: Tensor) -> None:
-        """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, in the halves that ``[N]`` numbers say."""
-        for x, y, places in zip(source.split(CHUNK, 1), target.split(CHUNK, 1), halves.split(CHUNK), strict=True):
+    def add_states(self, source: Tensor, target: Tensor, halves: Tensor, weights: Tensor | None = None) -> None:
+        """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, in the halves that ``[N]`` numbers say, each
+        as much as its weight ``[N]`` (None = all alike).
+        """
+        weights = self.count.new_ones(len(halves)) if weights is None else weights.to(self.count)
+        chunks = (source.split(CHUNK, 1), target.split(CHUNK, 1), halves.split(CHUNK), weights.split(CHUNK))
+        for x, y, places, counts in zip(*chunks, strict=True):
             rows = self._part.layer_rows(x.double()), self._part.target_rows(y.double())
-            self.add_rows(*rows, places)
+            self.add_rows(*rows, places, counts)
 
     def apply(self) -> None:
         """Write the mix into the part."""
@@ -115,21 +120,23 @@ class MixMoments:
         """What is summed over ranks."""
         return self.count, self.x, self.y, self.xx, self.xy, self.yy
 
-    def add_rows(self, source: Tensor, target: Tensor, halves: Tensor) -> None:
+    def add_rows(self, source: Tensor, target: Tensor, halves: Tensor, weights: Tensor | float = 1.0) -> None:
         """Add positions.
 
         Args:
             source: ``[L_x, maps, N, width]`` of each source layer, its heads mixed.
             target: ``[L_y, maps, N, width]``.
             halves: ``[N]``, 0 or 1.
+            weights: ``[N]``, how much each counts.
         """
         x, y = source.double() @ self._sketch_x, target.double() @ self._sketch_y
         for half in (0, 1):
-            kept = (halves == half).double()[:, None]
+            kept = (halves == half).double() * weights
             self.count[half] += kept.sum()
-            left, right = (rows.mul(kept).permute(1, 2, 0, 3) for rows in (x, y))  # [maps, N, L, k]
-            self.x[half] += left.sum(1)
-            self.y[half] += right.sum(1)
+            root = kept.sqrt()[:, None]
+            left, right = (rows.mul(root).permute(1, 2, 0, 3) for rows in (x, y))  # [maps, N, L, k]
+            self.x[half] += left.mul(root[..., None]).sum(1)
+            self.y[half] += right.mul(root[..., None]).sum(1)
             self.yy[half] += right.square().sum((1, 3))
             left, right = left.flatten(2), right.flatten(2)
             self.xx[half] += left.mT @ left

@@ -127,8 +127,9 @@ class RelationPart(AlignerPart):
         return rows.flatten(2).unsqueeze(1)
 
     def forward(
-        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One target layer after the other, a few heads and rows at a time, see :meth:`AlignerPart.forward`."""
         source, target = self.sides(student, teacher)
         dtype = compute_dtype(source)

@@ -94,8 +94,9 @@ class MapProjectionPart(AlignerPart):
         return rows.transpose(1, 2)
 
     def forward(
-        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], index: Tensor | None, mask: Tensor,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One operation per block of layers and heads; see :meth:`AlignerPart.forward`."""
         source, target = self.sides(student, teacher)
         dtype = compute_dtype(source)
@@ -123,6 +124,7 @@ class MapProjectionPart(AlignerPart):
                     target_index=rows_to_read(target[0], index),
                     mask=mask,
                     scale=scale[y],
+                    weight=weight,
                     loss=self.loss_name,
                     impl=self.impl,
                 )

@@ -38,6 +38,7 @@ class AlignmentMode:
         grouped: Whether layers and heads can be cut into groups that draw only from each other.
         shares_dim: Whether ``map_proj_share_dim`` makes another aligner.
         fused: Whether its loss is the operation of :mod:`kvds.ops`, of which ``impl`` chooses the implementation.
+        weighs: Whether positions may count by weights of their own.
         own_rows: Whether it relates the tokens of a row to each other, so that samples cannot share rows.
         only: Setting → what it may be under this mode; all else may be anything.
         own: Setting that has a meaning under this mode alone → its default, which it must keep under any other.
@@ -52,6 +53,7 @@ class AlignmentMode:
     grouped: bool = False
     shares_dim: bool = False
     fused: bool = False
+    weighs: bool = False
     own_rows: bool = False
     only: Mapping[str, Only] = field(default_factory=dict)
     own: Mapping[str, object] = field(default_factory=dict)
@@ -71,9 +73,16 @@ class AlignmentMode:
 
 # Values alone under a map: keys add work and no more (EVIDENCE.md).
 ALIGNMENT_MODES: dict[str, AlignmentMode] = {
-    "flat": AlignmentMode(doc="one linear map per layer over all its heads", layer_map="endpoint", parts="v"),
+    "flat": AlignmentMode(
+        doc="one linear map per layer over all its heads", layer_map="endpoint", parts="v", weighs=True
+    ),
     "structured": AlignmentMode(
-        doc="a layer map, a head map and a dimension map", parts="v", grouped=True, shares_dim=True, fused=True
+        doc="a layer map, a head map and a dimension map",
+        parts="v",
+        grouped=True,
+        shares_dim=True,
+        fused=True,
+        weighs=True,
     ),
     "structural_kv": AlignmentMode(
         doc="cosine of K and V, and attention",

@@ -36,6 +36,13 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[Rule]:
         yield settings.kv_parts != "k", "value_metric", "output", expected
         expected = "states with --direction teacher_to_student (the metric is that of the fixed target)"
         yield settings.direction == "student_to_teacher", "value_metric", "output", expected
+    if settings.token_weights == "attention":
+        expected = f"equal {under} (weights are taken by {modes_where(lambda m: m.weighs)})"
+        yield mode.weighs, "token_weights", "attention", expected
+        expected = "equal with --align_tokens segment (a step of reasoning is no token that is attended to)"
+        yield settings.align_tokens == "position", "token_weights", "attention", expected
+        expected = "equal with --impl triton, whose kernel takes no weights (--impl auto takes lean in its place)"
+        yield not mode.fused or settings.impl != "triton", "token_weights", "attention", expected
     method = SELECTION_METHODS[settings.kv_method]
     expected = f"{listed(methods_without_keys(), 'or')} {under} (no keys are captured to choose by)"
     yield mode.takes_kv or not method.reads_keys, "kv_method", settings.kv_method, expected

@@ -177,6 +177,10 @@ class AlignmentSettings:
         "flat, structured: a residual of values counts as it is, or as much as it moves the output of the teacher's "
         "attention", "states", choices=("states", "output"),
     )  # fmt: skip
+    token_weights: str = setting(
+        "flat, structured: positions count alike, or each as much as the attention that the teacher pays to it",
+        "equal", choices=("equal", "attention"),
+    )  # fmt: skip
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
     relation_kind: str = setting(
         "relation: scaled dot products under a softmax, compared by KL, or cosines, compared by kv_loss", "softmax",

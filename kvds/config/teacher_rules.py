@@ -51,6 +51,7 @@ def cache_rules(cfg: AllSettings, folder: str | Path) -> Iterator[Rule]:
         (cfg.align_tokens == "segment", "--align_tokens segment: a cache holds positions"),
         (cfg.teacher_kv == "shuffled", "--teacher_kv shuffled, which exchanges whole rows"),
         (cfg.value_metric != "states", f"--value_metric {cfg.value_metric}: a cache holds values as they are"),
+        (cfg.token_weights == "attention", f"--token_weights {cfg.token_weights}, which reads the teacher's queries"),
         (bool(cfg.teacher_names), "--teacher_names: a cache is that of one teacher"),
     ):
         yield not found, "teacher_cache", str(folder), f"no --teacher_cache with {flag}"
@@ -66,6 +67,7 @@ def _heads(cfg: AllSettings) -> Iterator[Rule]:
     for found, flag in (
         (cfg.logit_kd_weight > 0, "--logit_kd_weight, which reads the teacher's logits"),
         (method.reads_keys, f"--kv_method {cfg.kv_method}, which reads the teacher's queries"),
+        (cfg.token_weights == "attention", f"--token_weights {cfg.token_weights}, which reads the teacher's queries"),
         (not mode.takes_kv, f"--alignment_mode {cfg.alignment_mode}"),
     ):
         expected = f"replicated, zero3 or zero3_offload with {flag}: only keys and values are exchanged"

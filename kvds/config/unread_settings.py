@@ -101,7 +101,8 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     **dict.fromkeys(
         (
             *("direction", "aligner_update", "layer_map", "map_start", "align_tokens", "kv_method", "kv_budget"),
-            *("teacher_kv", "kv_parts", "value_metric", "kv_loss", "kv_weight_schedule", "kv_weight_until"),
+            *("teacher_kv", "kv_parts", "value_metric", "token_weights", "kv_loss"),
+            *("kv_weight_schedule", "kv_weight_until"),
             *("layer_groups", "head_groups", "teacher_cache"),
         ),
         (_MATCHED,),

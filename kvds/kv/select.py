@@ -29,10 +29,21 @@ class Selection:
     Attributes:
         index: ``[B, M]`` int64, ascending in each row; None = every position in order (M = T).
         mask: ``[B, M]`` bool, True where the slot counts.
+        weight: ``[B, M]`` floating, how much a slot counts, of mean 1 over those of a sample that do and 0 at others;
+            None = all alike.
     """
 
     index: Tensor | None
     mask: Tensor
+    weight: Tensor | None = None
+
+    def at(self, tokens: int) -> Tensor:
+        """``[B, tokens]`` bool: which positions count."""
+        if self.index is None:
+            return self.mask
+        found = torch.zeros(len(self.mask), tokens, dtype=torch.int64, device=self.mask.device)
+        # Integer sums are exact in any order; a slot that does not count adds nothing.
+        return found.scatter_add(1, self.index, self.mask.long()) > 0
 
 
 def _eligible(segment_ids: Tensor, attention_mask: Tensor, mask_first_token: bool) -> Tensor:

@@ -32,6 +32,7 @@ class LossProblem:
     mask: Tensor | None
     scale: Tensor | None
     loss: str
+    weight: Tensor | None = None
 
     @property
     def positions(self) -> int:

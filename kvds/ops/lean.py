@@ -31,6 +31,7 @@ class Chunk:
         samples: Which of the batch, ``nb`` of them.
         source, target: Positions: a slice for all of them, or int64 ``[nb, n]``.
         keep: ``[nb·n]`` bool, or None = all count.
+        weight: ``[nb·n]`` factors of their penalties, or None = 1.
         tokens: ``nb·n``.
     """
 
@@ -38,13 +39,14 @@ class Chunk:
     source: slice | Tensor
     target: slice | Tensor
     keep: Tensor | None
+    weight: Tensor | None
     tokens: int
 
 
 def _chunks(problem: LossProblem, size: int) -> Iterator[Chunk]:
     """At most ``size`` tokens each (or one short sample)."""
     batch, _, length, _ = problem.source[0].shape
-    mask, indices = problem.mask, (problem.source_index, problem.target_index)
+    mask, indices, weight = problem.mask, (problem.source_index, problem.target_index), problem.weight
     slots = length if indices[0] is None else indices[0].shape[1]
     if slots == 0:
         return
@@ -54,7 +56,8 @@ def _chunks(problem: LossProblem, size: int) -> Iterator[Chunk]:
             valid = mask[b].nonzero()[:, 0]
             for part in valid.split(size):
                 source, target = (part if i is None else i[b, part] for i in indices)
-                yield Chunk(slice(b, b + 1), source[None], target[None], None, part.numel())
+                factors = None if weight is None else weight[b, part]
+                yield Chunk(slice(b, b + 1), source[None], target[None], None, factors, part.numel())
         return
     together = max(1, min(batch, size // slots))
     for b in range(0, batch, together):
@@ -63,7 +66,8 @@ def _chunks(problem: LossProblem, size: int) -> Iterator[Chunk]:
             part = slice(start, min(start + size, slots))
             source, target = (part if i is None else i[samples, part] for i in indices)
             keep = None if mask is None else mask[samples, part].reshape(-1)
-            yield Chunk(samples, source, target, keep, (samples.stop - b) * (part.stop - start))
+            factors = None if weight is None else weight[samples, part].reshape(-1)
+            yield Chunk(samples, source, target, keep, factors, (samples.stop - b) * (part.stop - start))
 
 
 def _expanded(where: Tensor, like: Tensor) -> Tensor:
@@ -176,7 +180,10 @@ def compute_lean(problem: LossProblem, wanted: Wanted) -> Result:
             flat_residual.baddbmm_(flat_mixed, weight, beta=-1)
         if scaled:
             residual.mul_(inverse.view(-1, 1, 1, 1))
-        if problem.loss == "mse":
+        factors = None if chunk.weight is None else chunk.weight.to(dtype)[:, None]
+        if factors is not None:
+            sums += (penalty(residual, problem.loss) * factors).view(layers_y, -1).sum(1)
+        elif problem.loss == "mse":
             sums += torch.linalg.vector_norm(residual.view(layers_y, -1), dim=1).square()
         else:
             sums += penalty(residual.view(layers_y, -1), problem.loss).sum(1)
@@ -184,6 +191,8 @@ def compute_lean(problem: LossProblem, wanted: Wanted) -> Result:
             continue
 
         _slope(residual, problem.loss)
+        if factors is not None:
+            residual.mul_(factors)
         if shared:
             residual.mul_(per_layer_unit)
         if d_bias is not None:

@@ -78,6 +78,7 @@ def _choose(
     dims: tuple[int, int],
     heads: tuple[int, int],
     layers_y: int,
+    weighted: bool = False,
 ) -> str:
     """The implementation to run: ``impl`` itself, or for ``"auto"`` the fastest one that can take the input."""
     if impl not in IMPLEMENTATIONS:
@@ -85,7 +86,9 @@ def _choose(
     if impl == "triton" or (impl == "auto" and source[0].is_cuda):
         from kvds.ops.triton_plan import unsupported  # imports no triton
 
-        reason = unsupported(source, target, dims, heads, layers_y)
+        reason: str | None = "its kernel takes no weights of positions"
+        if not weighted:
+            reason = unsupported(source, target, dims, heads, layers_y)
         if reason is None:
             return "triton"
         if impl == "triton":
@@ -160,13 +163,14 @@ def map_projection_loss(
     target_index: Tensor | None = None,
     mask: Tensor | None = None,
     scale: Tensor | None = None,
+    weight: Tensor | None = None,
     loss: str = "mse",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The distance between the projection of ``source`` and ``target``.
 
-    ``loss_i = mean over valid (b,j,m,d) of ρ((projected_i − target_i) / scale_i)``, ``loss = mean_i loss_i``, with
-    ``projected`` as in :func:`map_projection`.
+    ``loss_i = mean over valid (b,j,m,d) of weight[b,m] · ρ((projected_i − target_i) / scale_i)``, ``loss = mean_i
+    loss_i``, with ``projected`` as in :func:`map_projection`.
 
     ``lean`` and ``triton`` compute the gradients of whatever requires one (source, target, maps, bias; not ``scale``)
     in the forward pass and never write the projection. Double backward needs ``impl="reference"``.
@@ -191,6 +195,8 @@ def map_projection_loss(
         mask: ``[B, M]`` bool, True = counts; None = all. What it hides is never used, NaN included. All False gives 0
             with a graph.
         scale: ``[L_y]``, the unit in which layer i's residual is measured; None = 1. Gets no gradient.
+        weight: ``[B, M]`` finite factors of the positions, at least 0; None = 1. The mean is over as many positions
+            as without. Gets no gradient; ``triton`` takes none.
         loss: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
         impl: ``"reference"`` (einsum, the oracle), ``"compile"`` (torch.compile of it), ``"lean"`` (chunks of tokens,
             any device), ``"triton"`` (one pass on a GPU), or ``"auto"``: triton on a GPU where the kernel takes the
@@ -220,13 +226,21 @@ def map_projection_loss(
         if tuple(scale.shape) != (layers,):
             raise InputError(f"scale: expected [{layers}], got {tuple(scale.shape)}")
         scale = scale.detach()
+    if weight is not None:
+        if tuple(weight.shape) != (expected[1], expected[3]) or not weight.is_floating_point():
+            found = f"{weight.dtype} {tuple(weight.shape)}"
+            raise InputError(f"weight: expected floating {(expected[1], expected[3])}, got {found}")
+        weight = weight.detach()
     if target[0].dtype != source[0].dtype:
         target = tuple(layer.to(source[0].dtype) for layer in target)
-    chosen = _choose(impl, source, target, (source_shape[4], dim), (source_shape[2], heads), layers)
+    chosen = _choose(
+        impl, source, target, (source_shape[4], dim), (source_shape[2], heads), layers, weighted=weight is not None
+    )
     if chosen != "lean":  # which reads and differentiates a layer once, however many target layers name it
         source, layer_mix = _one_to_one(source, layer_mix, dim_proj)
     arguments = (
-        source, target, layer_mix, head_mix, dim_proj, bias, source_index, target_index, mask, scale, loss
+        source, target, layer_mix, head_mix, dim_proj, bias, source_index, target_index, mask, scale, loss,
+        weight,
     )  # fmt: skip
     if chosen == "triton":
         from kvds.ops.triton_compute import compute_triton

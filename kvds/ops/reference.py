@@ -68,6 +68,7 @@ def map_projection_loss_reference(
     mask: Tensor | None,
     scale: Tensor | None,
     loss: str,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scalar and ``[L_y]``; arguments as in :func:`kvds.ops.map_projection_loss`. Sums in at least fp32."""
     selected = _selected(source, source_index)
@@ -83,6 +84,8 @@ def map_projection_loss_reference(
     if scale is not None:
         residual = residual / scale.to(residual.dtype)[:, None, None, None, None]
     elements = penalty(residual, loss)
+    if weight is not None:
+        elements = elements * weight.to(elements.dtype)[None, :, None, :, None]
     if mask is None:
         per_layer = elements.mean(dim=(1, 2, 3, 4)) if elements.numel() else elements.sum(dim=(1, 2, 3, 4))
     else:

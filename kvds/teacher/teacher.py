@@ -28,6 +28,7 @@ from kvds.kv import (
 )
 from kvds.kv.families import backbone
 from kvds.kv.last_layer import only_keys_and_values
+from kvds.kv.received import ReceivedAttention
 from kvds.kv.selected import SelectedCapture
 from kvds.kv.states import KV_PARTS
 from kvds.models.buffers import buffers_kept
@@ -46,11 +47,14 @@ class TeacherOutput:
             no alignment reads them.
         hidden: ``[B, T, hidden]``, the backbone's output; None unless logit distillation reads it.
         observed: Query rows and keys for the selection of tokens; None where it reads none.
+        received: ``[N, S]`` attention that each sample's tokens received (:class:`kvds.kv.received.ReceivedAttention`),
+            a row each; None where nobody asked.
     """
 
     states: States | None
     hidden: Tensor | None
     observed: Observed | None = None
+    received: Tensor | None = None
 
 
 class _TeacherModule(nn.Module):
@@ -159,7 +163,9 @@ class Teacher:
 
     # no_grad, not inference_mode: a trained aligner must be able to save these tensors for its backward pass.
     @torch.no_grad()
-    def __call__(self, batch: TokenBatch, selection: Selection | None = None) -> TeacherOutput:
+    def __call__(
+        self, batch: TokenBatch, selection: Selection | None = None, *, received: bool = False
+    ) -> TeacherOutput:
         """Run the backbone once, on the text that the teacher reads; the language-model head is not touched.
 
         With steps, the states are those of the steps, ``[B, heads, S, head_dim]``.
@@ -168,6 +174,7 @@ class Teacher:
             batch: On the teacher's device.
             selection: The positions that alone are read: keys and values of no others are kept. None, or one without
                 an index: all, without a copy.
+            received: Also say how much attention each token receives; of a teacher whose heads are all on this rank.
         """
         batch, steps = batch.teacher_text or batch, batch.num_reasoning_steps
         if self._shards is not None:
@@ -182,12 +189,20 @@ class Teacher:
         capture = self._capture(rows, None if selection is None else selection.index)
         with contextlib.ExitStack() as stack:
             stack.enter_context(capture)
+            looks = stack.enter_context(self._received(batch)) if received else None
             if self._reads == "kv" and not self._wants_hidden:
                 stack.enter_context(only_keys_and_values(self._backbone))
             hidden = self._forward(ids, **inputs)
         states = self._finished(capture.states, batch, steps)
         observed = Observed(rows, capture.observed) if rows is not None and isinstance(capture, KVCapture) else None
-        return TeacherOutput(states, hidden if self._wants_hidden else None, observed)
+        mass = None if looks is None else looks.mass
+        return TeacherOutput(states, hidden if self._wants_hidden else None, observed, mass)
+
+    def _received(self, batch: TokenBatch) -> ReceivedAttention:
+        packing = batch.packing
+        if packing is None:
+            return ReceivedAttention(self._backbone, batch.attention_mask.bool() & (batch.segment_ids != 0))
+        return ReceivedAttention(self._backbone, packing.token_mask, packing.token_index)
 
     def _finished(self, states: States, batch: TokenBatch, steps: int) -> States:
         if self._roots is not None and isinstance(states, KVStates) and states.values:

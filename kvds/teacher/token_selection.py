@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
 
 from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import TokenBatch
 from kvds.data.model_inputs import repacked, unpacked
 from kvds.kv import Observed, ObservingRows, Selection, common_reasoning_steps, observing_rows, row_draws, select_tokens
+from kvds.kv.received import attention_weights
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher, TeacherOutput
 
@@ -18,6 +23,27 @@ def matched_reasoning_steps(batch: TokenBatch) -> Selection:
     own, theirs = batch.reasoning_step_ids, (batch.teacher_text or batch).reasoning_step_ids
     assert own is not None
     return common_reasoning_steps(own, own if theirs is None else theirs, batch.num_reasoning_steps)
+
+
+def weighed(selection: Selection, received: Tensor, batch: TokenBatch) -> Selection:
+    """The selection with each position's weight, by the attention that it receives among the chosen of its sample.
+
+    Args:
+        selection: Of ``batch``.
+        received: ``[N, S]`` of its samples, a row each.
+        batch: Whose samples may share rows.
+    """
+    chosen, packing = selection.at(batch.input_ids.shape[1]), batch.packing
+    if packing is None:
+        weight = attention_weights(received, chosen)
+    else:
+        own = attention_weights(received, chosen.flatten()[packing.token_index] & packing.token_mask)
+        weight = own.new_zeros(chosen.numel()).index_add(
+            0, packing.token_index.flatten(), (own * packing.token_mask).flatten()
+        ).view(chosen.shape)  # fmt: skip
+    if selection.index is not None:
+        weight = weight.gather(1, selection.index)
+    return replace(selection, weight=weight * selection.mask)
 
 
 class TokenChoice:
@@ -66,8 +92,16 @@ class TokenChoice:
         self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int = 0
     ) -> tuple[TeacherOutput, Selection]:
         """Run the teacher on ``batch`` and choose: of methods that look at no key, it keeps the chosen rows alone."""
+        run: Callable[..., TeacherOutput] = teacher
+        if self._cfg.token_weights == "attention":
+            assert isinstance(teacher, Teacher)  # rules keep weights from a cache
+            run = partial(teacher, received=True)
         if not SELECTION_METHODS[self._cfg.kv_method].reads_keys:
             selection = self.select(batch, None, step)
-            return teacher(batch, selection), selection
-        output = teacher(batch)
-        return replace(output, observed=None), self.select(batch, output.observed, step)
+            output = run(batch, selection)
+        else:
+            output = run(batch)
+            selection = self.select(batch, output.observed, step)
+        if output.received is not None:
+            selection = weighed(selection, output.received, batch)
+        return replace(output, observed=None, received=None), selection

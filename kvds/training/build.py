@@ -142,6 +142,8 @@ def build_run_models(
     dtype = TORCH_DTYPES[compute_dtype(raw)]
     if cfg.logit_kd_weight and not logit_divergence(cfg).plain:
         log.info("logit distillation: torch computes this divergence a few rows at a time, the kernel knows forward_kl")
+    if cfg.token_weights == "attention" and ALIGNMENT_MODES[cfg.alignment_mode].fused and device.type == "cuda":
+        log.info("token_weights attention: the KV loss is computed by lean, the kernel takes no weights of positions")
     check_compilable(cfg, model_configs)
     # The aligner's shapes come from the configurations, so a pair that cannot be mapped stops here, without weights.
     aligner: KVAligner | AlignerGroup | None = None

@@ -41,6 +41,7 @@ TABLE = {
     "--teacher_kv shuffled": ("", "--alignment_mode none"),
     "--kv_parts k": ("", "--alignment_mode none"),
     "--value_metric output": ("", "--kv_weight 0"),
+    "--token_weights attention": ("", "--kv_weight 0"),
     "--kv_loss l1": ("", "--alignment_mode none"),
     "--kv_weight_schedule linear": ("", "--kv_weight 0"),
     "--kv_weight_until 0.5": ("", "--kv_weight 0"),

@@ -19,6 +19,7 @@ def make(
     sparse: str = "dense",
     masked: float = 0.3,
     layout: str = "contiguous",
+    weighted: bool = False,
     seed: int = 0,
 ) -> dict:
     """A random problem in fp64.
@@ -62,6 +63,8 @@ def make(
             problem[name] = torch.stack(order)
     if masked:
         problem["mask"] = torch.rand(batch, count, generator=g) >= masked
+    if weighted:
+        problem["weight"] = 3 * torch.rand(batch, count, generator=g, dtype=torch.float64)
     return problem
 
 

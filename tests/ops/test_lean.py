@@ -31,18 +31,22 @@ def test_any_shape_agrees_with_the_oracle(data: st.DataObject) -> None:
         sparse=data.draw(st.sampled_from(["dense", "pairs", "layers"])),
         masked=data.draw(st.sampled_from([0.0, 0.4, 1.1])),
         layout=data.draw(st.sampled_from(["contiguous", "captured", "inside"])),
+        weighted=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 99)),
     )
     loss = data.draw(st.sampled_from(["mse", "l1", "smooth_l1"]))
     assert_same(run(p, "lean", torch.float64, loss), run(p, "reference", torch.float64, loss), 1e-9)
 
 
-@pytest.mark.parametrize("slots", [None, 90])
+@pytest.mark.parametrize(("slots", "weighted"), [(None, False), (90, False), (90, True)])
 @pytest.mark.parametrize("dim_form", [2, 4])
 @pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1"])
-def test_fp32_over_several_chunks(loss: str, dim_form: int, slots: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_over_several_chunks(
+    loss: str, dim_form: int, slots: int | None, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(lean.CHUNK_ELEMENTS, "cpu", 4096)
-    p = make((4, 5), (2, 2), (16, 32), batch=2, tokens=101, slots=slots, dim_form=dim_form, layout="captured")
+    shape = {"batch": 2, "tokens": 101, "slots": slots, "dim_form": dim_form, "weighted": weighted}
+    p = make((4, 5), (2, 2), (16, 32), layout="captured", **shape)
     got, want = run(p, "lean", torch.float32, loss), run(p, "reference", torch.float64, loss)
     # At the kink of |r| a residual of rounding size may take the other sign in fp32: a few elements of l1's gradients.
     assert_same(got, want, 1e-5 if loss != "l1" else 1e-2)
@@ -146,7 +150,9 @@ def test_low_precision_is_computed_in_fp32() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [{}, {"batch": 4, "tokens": 300, "slots": 200}, {"dims": (256, 256), "dim_form": 2}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"weighted": True}, {"batch": 4, "tokens": 300, "slots": 200}, {"dims": (256, 256), "dim_form": 2}]
+)
 def test_on_a_gpu_without_making_the_host_wait(shape: dict) -> None:
     p = make(**shape)
     want = run(p, "reference", torch.float64)

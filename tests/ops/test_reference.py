@@ -1,5 +1,7 @@
 """The oracle against its equation written as loops, and what the public functions refuse."""
 
+import re
+
 import pytest
 import torch
 
@@ -62,10 +64,13 @@ def test_projection_is_its_equation(per_layer_heads: bool, dim_form: int) -> Non
     assert torch.allclose(got, projected_by_loops(p), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1"])
 @pytest.mark.parametrize("impl", ["reference", "lean"])
-def test_loss_is_the_mean_over_what_counts(impl: str, loss: str) -> None:
+def test_loss_is_the_mean_over_what_counts(impl: str, loss: str, weighted: bool) -> None:
     p = small_problem(1)
+    weight = torch.tensor([[0.25, 3.0, 7.0], [9.0, 0.0, 1.5]], dtype=torch.float64)
+    p |= {"weight": weight} if weighted else {}
     projected = projected_by_loops(p)
     expected = []
     for i in range(2):
@@ -75,7 +80,8 @@ def test_loss_is_the_mean_over_what_counts(impl: str, loss: str) -> None:
                 if p["mask"][b, m]:
                     wanted = p["target"][i][b, :, p["target_index"][b, m]]
                     residual = (projected[i, b, :, m] - wanted) / p["scale"][i]
-                    terms += [PENALTIES[loss](r) for r in residual.flatten().tolist()]
+                    factor = float(weight[b, m]) if weighted else 1.0
+                    terms += [factor * PENALTIES[loss](r) for r in residual.flatten().tolist()]
         assert len(terms) == 4 * 3 * 5
         expected.append(sum(terms) / len(terms))
     total, per_layer = map_projection_loss(**p, loss=loss, impl=impl)
@@ -139,10 +145,13 @@ def test_compile_traces_the_oracle_in_one_graph(monkeypatch: pytest.MonkeyPatch)
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask"),
         ({"mask": torch.ones(2, 3)}, "mask: expected bool"),
         ({"scale": torch.ones(3)}, "scale"),
+        ({"weight": torch.ones(2, 4)}, "weight: expected floating (2, 3)"),
+        ({"weight": torch.ones(2, 3, dtype=torch.bool)}, "weight: expected floating"),
+        ({"weight": torch.ones(2, 3), "impl": "triton"}, "impl=triton: its kernel takes no weights of positions"),
         ({"loss": "cosine"}, "loss=cosine: expected one of mse, l1, smooth_l1"),
         ({"impl": "fast"}, "impl=fast: expected one of auto, reference"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict, says: str) -> None:
-    with pytest.raises(InputError, match=says.replace("[", r"\[")):
+    with pytest.raises(InputError, match=re.escape(says)):
         map_projection_loss(**(small_problem() | change))

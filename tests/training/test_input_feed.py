@@ -158,10 +158,13 @@ KINDS: dict[str, dict[str, object]] = {
         "kv_method": "random", "kv_budget": 0.5, "gradient_checkpointing": True, "eval_steps": 2,
         "eval_subset_size": 3, "max_new_tokens": 2,
     },
-    "rkv": {"kv_method": "rkv", "kv_budget": 0.5, **HELD},
+    "rkv": {"kv_method": "rkv", "kv_budget": 0.5, "token_weights": "attention", **HELD},
     "shuffled": {"teacher_kv": "shuffled", "ranks": 2, "gradient_accumulation_steps": 1},
     "logits and packing": {"logit_kd_weight": 0.5, "packing": True},
-    "one row": {"tokens_per_batch": 64, "kv_method": "random", "kv_budget": 0.5, "logit_kd_weight": 0.5},
+    "one row": {
+        "tokens_per_batch": 64, "kv_method": "random", "kv_budget": 0.5, "logit_kd_weight": 0.5,
+        "token_weights": "attention",
+    },
     "logits alone": {"logit_kd_weight": 0.5, "alignment_mode": "none"},
     "steps": {"align_tokens": "segment", "map_start": "pca"},
 }  # fmt: skip
