@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="teacher layers that each student layer reads, those nearest in depth; unset: all",
     )  # fmt: skip
     fit.add_argument(
-        "--ridge", type=float, nargs="+", metavar="λ", help="strengths to choose from by held-out prompts; unset: nine"
+        "--ridge", type=float, nargs="+", metavar="λ", help="strengths to choose from by held-out answers; unset: nine"
     )
     fit.add_argument(
         "--attention_steps", type=int, default=0, metavar="N",
@@ -124,7 +124,9 @@ def _fit(arguments: argparse.Namespace) -> int:
     with owned_output(output):
         how = {"batch_size": arguments.batch_size, "pad": pad}
         strengths = STRENGTHS if arguments.ridge is None else tuple(arguments.ridge)
-        cache_map, fit = fit_pair(teacher, student, prompts, layers=arguments.source_layers, strengths=strengths, **how)
+        cache_map, fit = fit_pair(
+            teacher, student, prompts, layers=arguments.source_layers, strengths=strengths, rows=samples, **how
+        )
         corpora = sorted({example.corpus for example in examples})
         facts: dict[str, Any] = {"corpora": corpora, "prompts": len(prompts), **fit.to_dict()}
         training = MapTraining(teacher, student, cache_map, samples, seed=arguments.seed, **how)
@@ -143,6 +145,10 @@ def _fit(arguments: argparse.Namespace) -> int:
         save_map(cache_map, output, {"identity": identity, "fit": facts})
     r2 = ", ".join(f"{part} {value:.3f}" for part, value in fit.mean_r2.items())
     print(f"fitted to {len(prompts)} prompts, {fit.rows} tokens; R² of held-out prompts: {r2}")
+    if fit.used:
+        best, worst = (choose(fit.used, key=fit.used.__getitem__) for choose in (min, max))
+        told = f"{fit.used[best]:.4f} nats per token of held-out answers (with {worst} {fit.used[worst]:.4f})"
+        print(f"strength of the ridge: {best}, {told}")
     for name in ("attention", "answer"):
         if done := facts.get(f"{name}_steps"):
             print(f"{name} steps: {done['first']:.4f} → {done['last']:.4f}")

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from kvds.data.encoding import EncodedSample
 from kvds.errors import InputError
 from kvds.handoff.cache_map import CacheMap, source_layers
 from kvds.handoff.fitting import STRENGTHS, MapFit, fit_map
 from kvds.handoff.moments import MapMoments
 from kvds.handoff.reading import read_states
+from kvds.handoff.use import refit_by_use
 from kvds.kv import KVShape
 
 
@@ -39,6 +41,7 @@ def fit_pair(
     batch_size: int = 16,
     strengths: tuple[float, ...] = STRENGTHS,
     pad: int = 0,
+    rows: Sequence[EncodedSample] | None = None,
 ) -> tuple[CacheMap, MapFit]:
     """Fit a map between two models on prompts; memory does not grow with their number.
 
@@ -50,6 +53,8 @@ def fit_pair(
         batch_size: Prompts per forward.
         strengths: Of the ridge, to choose from.
         pad: Id that stands in for padding.
+        rows: The same prompts with their answers: then that strength is taken with which the student answers half of
+            them best, from a map of the other half. None: that which predicts the student's states best.
 
     Raises:
         InputError: nothing to fit to, or models that cannot be mapped.
@@ -67,4 +72,7 @@ def fit_pair(
         theirs = read_states(teacher, ids.to(places[0]), mask.to(places[0]))
         theirs = type(theirs)(*(tuple(layer.to(places[1]) for layer in part) for part in theirs))
         moments.update(theirs, read_states(student, ids, mask), mask, halves)
-    return cache_map, fit_map(cache_map, moments, strengths)
+    fit = fit_map(cache_map, moments, strengths)
+    if rows is None or len(strengths) == 1:
+        return cache_map, fit
+    return cache_map, refit_by_use(teacher, student, cache_map, moments, fit, rows, batch_size=batch_size, pad=pad)

@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvds.data.batches import TokenBatch, collate
 from kvds.data.encoding import EncodedSample
 from kvds.handoff.attention_error import attention_output_error, own_attention
 from kvds.handoff.cache_map import CacheMap
-from kvds.handoff.continuation import Continuation, continue_from
-from kvds.handoff.reading import read_states
-from kvds.kv import KVStates
+from kvds.handoff.continuation import Continuation
+from kvds.handoff.use import answers_cross_entropy, mapped_prompts
 from kvds.models.own_logits import head_of, is_plain_head
 
 
@@ -74,14 +72,6 @@ class MapTraining:
                 some = numbers.tolist()
                 yield collate([self._rows[i] for i in some], some, self._pad, 1.0, 1.0)
 
-    def _mapped(self, batch: TokenBatch, row: Continuation) -> KVStates:
-        """Of the cache's slots, with a graph to the map."""
-        place = next(self._teacher.parameters()).device
-        states = read_states(self._teacher, batch.input_ids.to(place), batch.attention_mask.bool().to(place))
-        wanted = next(self._map.parameters())
-        own = KVStates(*(tuple(layer.to(wanted) for layer in part) for part in states))
-        return row.prompt_states(self._map(own))
-
     def _placed(self, batch: TokenBatch) -> tuple[TokenBatch, Continuation]:
         device = next(self._student.parameters()).device
         return batch.to(device), Continuation.from_batch(batch).to(device)
@@ -89,11 +79,10 @@ class MapTraining:
     def _attention_error(self, batch: TokenBatch) -> Tensor:
         batch, row = self._placed(batch)
         own = own_attention(self._student, batch.input_ids, batch.attention_mask)
-        return attention_output_error(self._student, own, self._mapped(batch, row), row).mean()
+        mapped = mapped_prompts(self._teacher, self._map, batch, row)
+        return attention_output_error(self._student, own, mapped, row).mean()
 
     def _cross_entropy(self, batch: TokenBatch) -> Tensor:
         batch, row = self._placed(batch)
-        dtype = next(self._student.parameters()).dtype
-        mapped = KVStates(*(tuple(layer.to(dtype) for layer in part) for part in self._mapped(batch, row)))
-        hidden = continue_from(self._student, mapped, row, batch.input_ids).flatten(0, 1)
-        return F.cross_entropy(self._head(hidden[row.labelled.index]).float(), row.labelled.target)
+        mapped = mapped_prompts(self._teacher, self._map, batch, row)
+        return answers_cross_entropy(self._student, self._head, mapped, row, batch.input_ids)

@@ -9,7 +9,7 @@ from kvds.handoff.cache_map import CacheMap, source_layers
 from kvds.handoff.continuation import Continuation, continue_from
 from kvds.handoff.model import HandoffModel, generate_from
 from kvds.handoff.reading import fill_cache, read_states
-from kvds.kv import KVShape, KVStates
+from kvds.kv import KVShape, KVStates, families
 from kvds.kv.families import backbone
 from tests.handoff.pairs import model_of, rows_of
 
@@ -46,6 +46,32 @@ def test_a_student_that_is_its_teacher_writes_the_same_tokens(family):
     for row, written in zip(found[:, ids.shape[1] :].tolist(), alone, strict=True):
         assert row[: len(written)] == written
     assert len({tuple(row) for row in alone}) == 3  # a model that says the same to everyone shows nothing
+
+
+# What their modules cannot do in fp64, or take besides.
+OTHERS = {
+    "gpt_neox": {"num_key_value_heads": 4},
+    "mixtral": {"num_local_experts": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "gemma2": {"sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("family", sorted(set(families.FAMILIES) - set(FAMILIES)))
+def test_every_other_family_writes_the_same_tokens_and_hidden_states(family):
+    model = model_of(family, seed=1, layers=3, **OTHERS.get(family, {})).float()
+    ids, mask = batch_of(PROMPTS)
+    handoff = HandoffModel(model, model, CacheMap.identity(KVShape.from_config(model.config)))
+    limits = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(input_ids=ids, attention_mask=mask, **limits)
+    assert torch.equal(handoff.generate(ids, mask, **limits), expected)
+    batch = collate(rows_of([(6, 3, 2), (1, 2, 2)]), range(2), 0, 1.0, 1.0)
+    row = Continuation.from_batch(batch)
+    states = row.prompt_states(read_states(model, batch.input_ids, batch.attention_mask.bool()))
+    found = continue_from(model, states, row, batch.input_ids)
+    whole = backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    wanted = whole.gather(1, row.index[..., None].expand(-1, -1, whole.shape[-1]))
+    torch.testing.assert_close(found[row.mask], wanted[row.mask], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
