@@ -20,24 +20,36 @@ from kvds.config.settings import AlignmentSettings
 from kvds.kv import KVShape
 
 
-def effective_rank(rows: Tensor) -> Tensor:
-    """``exp(H(λ / Σλ))`` of the covariance's eigenvalues λ: how many directions the rows really use.
+def covariance(rows: Tensor, kept: Tensor) -> Tensor:
+    """Sums of products of the centred rows, in fp32 at least, ``[D, D]``.
 
     Args:
         rows: ``[N, D]``.
+        kept: ``[N]`` bool, the rows that count; of the others nothing is used, be it NaN. How many count is not asked.
+    """
+    rows = torch.where(kept[:, None], rows.to(torch.promote_types(torch.float32, rows.dtype)), 0.0)
+    mean = rows.sum(0) / kept.sum().clamp_min(1)
+    centred = torch.where(kept[:, None], rows - mean, 0.0)
+    return centred.T @ centred
 
-    Returns:
-        Scalar between 1 and D, on the device of the rows; 0 where the rows do not vary.
+
+def effective_ranks(covariances: Tensor) -> Tensor:
+    """``exp(H(λ / Σλ))`` of the eigenvalues λ of ``[L, D, D]``: how many directions the rows really use, ``[L]``.
+
+    Between 1 and D; 0 where the rows do not vary.
 
     Source: Roy and Vetterli, The effective rank (2007).
     """
-    rows = rows.to(torch.promote_types(torch.float32, rows.dtype))
-    centred = rows - rows.mean(0)
-    eigenvalues = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0)
-    total = eigenvalues.sum()
-    share = eigenvalues / total.clamp_min(1e-30)
-    entropy = -(share * share.clamp_min(1e-30).log()).sum()
-    return torch.where(total > 0, entropy.exp(), torch.zeros_like(entropy))
+    eigenvalues = torch.linalg.eigvalsh(covariances).clamp_min(0)
+    total = eigenvalues.sum(1)
+    share = eigenvalues / total.clamp_min(1e-30)[:, None]
+    entropy = -(share * share.clamp_min(1e-30).log()).sum(1)
+    return torch.where(total > 0, entropy.exp(), 0.0)
+
+
+def effective_rank(rows: Tensor) -> Tensor:
+    """Of rows ``[N, D]`` that all count: a scalar, as of :func:`effective_ranks`."""
+    return effective_ranks(covariance(rows, rows.new_ones(len(rows), dtype=torch.bool))[None])[0]
 
 
 def kv_norm(layers: Sequence[Tensor], mask: Tensor) -> Tensor:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from kvds.align import AlignerGroup, KVAligner, members_of
-from kvds.align.diagnostics import effective_rank
 from kvds.data.example import Segment
 from kvds.data.model_inputs import model_inputs
 from kvds.distillation.gradient_watch import GradientWatch
 from kvds.distillation.losses import head_losses, spoil_gradient
+from kvds.distillation.state_metrics import state_metrics
 from kvds.distillation.step import StepInput, TeacherKV
 from kvds.handoff.continuation import continue_from
 from kvds.handoff.following_map import FollowingMap
 from kvds.handoff.reading import without_padding
-from kvds.kv import KVCapture, KVStates, Selection, States, open_capture, pool_reasoning_steps, selected_shares
+from kvds.kv import KVCapture, KVStates, States, open_capture, pool_reasoning_steps, selected_shares
 from kvds.kv.families import backbone
 from kvds.models.own_logits import head_of, is_plain_head
 from kvds.ops.divergences import Divergence
@@ -205,7 +205,9 @@ class DistillationModule(nn.Module):
     ) -> Tensor:
         selection = teacher.selection
         if step.watch:
-            metrics |= _state_metrics(states, selection)
+            rows = step.batch.row_samples
+            if any(rows) or not rows:  # padding alone has no states to measure
+                metrics |= state_metrics(states, selection)
             if step.batch.reasoning_step_ids is None:
                 segments = {segment.name.lower(): int(segment) for segment in Segment if segment}
                 metrics |= selected_shares(selection, step.batch.segment_ids, segments)
@@ -227,30 +229,3 @@ class DistillationModule(nn.Module):
 
 def _is_zero(weight: float | Tensor) -> bool:
     return not isinstance(weight, Tensor) and weight == 0
-
-
-@torch.no_grad()
-def _state_metrics(states: States, selection: Selection | None) -> dict[str, Tensor]:
-    """RMS norm and effective rank of the student's states, means over layers, of the tokens selected."""
-    if selection is None:
-        return {}
-    metrics = {}
-    for name in ("keys", "values", "hidden_states"):
-        layers = getattr(states, name, ())
-        if not layers:
-            continue
-        norms, ranks = [], []
-        for layer in layers:
-            rows = layer.detach().transpose(1, 2).flatten(2)  # [B, T, H·D]
-            if selection.index is not None:
-                rows = rows.gather(1, selection.index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-            kept = rows[selection.mask].float()  # [N, H·D]
-            if kept.shape[0] == 0:  # a micro-batch of padding alone, at the end of an epoch
-                return {}
-            norms.append(kept.square().sum(-1).mean().sqrt())
-            # An eigenvalue solver raises on what is not finite; the step itself is left out and told of elsewhere.
-            rank = torch.as_tensor(effective_rank(torch.nan_to_num(kept, 0.0, 0.0, 0.0)))
-            ranks.append(torch.where(torch.isfinite(kept).all(), rank, torch.nan))
-        metrics[f"kv/norm_{name}"] = torch.stack(norms).mean()
-        metrics[f"kv/effective_rank_{name}"] = torch.stack(ranks).mean().to(metrics[f"kv/norm_{name}"])
-    return metrics
