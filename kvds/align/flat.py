@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from kvds.align.aligner import KVAligner
 from kvds.align.aligner_part import AlignerPart, compute_dtype, gradient_passes, random_start, source_and_target
-from kvds.align.layer_map import LayerPlan
+from kvds.align.layer_map import LayerPlan, nearest_layers
 from kvds.config.settings import AlignmentSettings
+from kvds.errors import InputError
 from kvds.kv import KVShape, gather_positions
 from kvds.ops.reference import penalty
 
@@ -18,15 +19,17 @@ from kvds.ops.reference import penalty
 class FlatPart(AlignerPart):
     """``map_i(source) = (Σ_l softmax(layer_logits)[i,l] · x_l) @ weight_i`` over flattened heads ``x``.
 
-    A hard layer map names one ``l`` for each ``i``.
+    A hard layer map names one ``l`` for each ``i``; with ``source_layers_per_target`` K above 1 ``x`` are the heads of
+    the K layers nearest to it side by side, and a map of its own leads from each.
 
     Attributes:
-        weight: ``[L_y, H_x·D_x, H_y·D_y]``.
+        weight: ``[L_y, K·H_x·D_x, H_y·D_y]``.
         bias: ``[L_y, H_y·D_y]``.
     """
 
     def __init__(self, student: KVShape, teacher: KVShape, settings: AlignmentSettings, seed: int) -> None:
         super().__init__(student, teacher, settings, seed)
+        self.sources = settings.source_layers_per_target
         width_x, width_y = self._widths(student, teacher, settings)
         start = random_start(width_x, width_y, seed)
         self.weight = nn.Parameter(start.expand(self.num_targets, width_x, width_y).clone())
@@ -51,7 +54,20 @@ class FlatPart(AlignerPart):
     @staticmethod
     def _widths(student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> tuple[int, int]:
         source, target = source_and_target(student, teacher, settings)
-        return source.num_key_value_heads * source.head_dim, target.num_key_value_heads * target.head_dim
+        width_x = settings.source_layers_per_target * source.num_key_value_heads * source.head_dim
+        return width_x, target.num_key_value_heads * target.head_dim
+
+    def sides(
+        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """As :meth:`AlignerPart.sides`, the K source layers of each pair after each other."""
+        source, target = super().sides(student, teacher)
+        if self.sources == 1:
+            return source, target
+        assert self.pairs is not None  # rules keep several layers from a learned map
+        layers, side = (student, 0) if self.to_teacher else (teacher, 1)
+        drawn = (nearest_layers(pair[side], self.sources, len(layers)) for pair in self.pairs)
+        return tuple(layers[i] for several in drawn for i in several), target
 
     @property
     def projection(self) -> nn.Parameter:
@@ -59,8 +75,9 @@ class FlatPart(AlignerPart):
         return self.weight
 
     def source_rows(self, rows: Tensor) -> Tensor:
-        """``[layers, N, H_x, D_x]`` → ``[L_y, 1, N, H_x·D_x]``."""
-        return self.mixed_layers(rows).flatten(2).unsqueeze(1)
+        """``[layers, N, H_x, D_x]`` → ``[L_y, 1, N, K·H_x·D_x]``."""
+        flat = self.mixed_layers(rows).flatten(2)
+        return flat.unflatten(0, (self.num_targets, -1)).transpose(1, 2).flatten(2).unsqueeze(1)
 
     def target_rows(self, rows: Tensor) -> Tensor:
         """``[L_y, N, H_y, D_y]`` → ``[L_y, 1, N, H_y·D_y]``."""
@@ -80,7 +97,11 @@ class FlatPart(AlignerPart):
             rows = gather_positions(layer, index).transpose(1, 2).flatten(2)
             return torch.where(mask[..., None], rows.to(dtype), rows.new_zeros((), dtype=dtype))
 
-        rows = [selected(layer) for layer in source]
+        read = {id(layer): layer for layer in source}  # neighbours share layers
+        once = {key: selected(layer) for key, layer in read.items()}
+        rows = [once[id(layer)] for layer in source]
+        if self.sources > 1:
+            rows = [torch.cat(rows[i : i + self.sources], -1) for i in range(0, len(rows), self.sources)]
         if self.layer_logits is not None:
             [(y, x)] = self.layer_blocks
             stacked = torch.stack(rows)
@@ -105,6 +126,16 @@ class FlatAligner(KVAligner):
     """Flat alignment: the map of :class:`FlatPart`, the arguments of :class:`KVAligner`."""
 
     part_class = FlatPart
+
+    @classmethod
+    def _check(cls, student: KVShape, teacher: KVShape, settings: AlignmentSettings) -> None:
+        super()._check(student, teacher, settings)
+        source, _ = source_and_target(student, teacher, settings)
+        if settings.source_layers_per_target > source.num_hidden_layers:
+            raise InputError(
+                f"source_layers_per_target={settings.source_layers_per_target}: expected at most "
+                f"{source.num_hidden_layers}, the layers of the model that is mapped from"
+            )
 
     @classmethod
     def map_widths(cls, student: KVShape, teacher: KVShape) -> tuple[int, int]:

@@ -34,6 +34,14 @@ def last_aligned_map(num_student_layers: int, num_teacher_layers: int) -> list[i
 HARD_MAPS = {"endpoint": endpoint_map, "last_aligned": last_aligned_map}
 
 
+def nearest_layers(layer: int, count: int, of: int) -> range:
+    """The ``count`` layers around ``layer``, of ``of`` in all; at an end those next to it, of an even number one more
+    before it than behind.
+    """
+    first = min(max(0, layer - count // 2), of - count)
+    return range(first, first + count)
+
+
 class LayerPlan(NamedTuple):
     """Which layers meet.
 

@@ -74,7 +74,11 @@ class AlignmentMode:
 # Values alone under a map: keys add work and no more (EVIDENCE.md).
 ALIGNMENT_MODES: dict[str, AlignmentMode] = {
     "flat": AlignmentMode(
-        doc="one linear map per layer over all its heads", layer_map="endpoint", parts="v", weighs=True
+        doc="one linear map per layer over all its heads",
+        layer_map="endpoint",
+        parts="v",
+        weighs=True,
+        own={"source_layers_per_target": 1},
     ),
     "structured": AlignmentMode(
         doc="a layer map, a head map and a dimension map",

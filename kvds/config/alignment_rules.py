@@ -29,6 +29,9 @@ def mode_rules(settings: AlignmentSettings) -> Iterator[Rule]:
             shown = "none" if default is None else default
             expected = f"{shown} {under} (or --alignment_mode {owner})"
             yield name == owner or found == default, setting, found, expected
+    several, learned = settings.source_layers_per_target, (settings.layer_map or mode.layer_map) == "learned"
+    expected = "1 with --layer_map learned, which mixes all layers (or --layer_map endpoint)"
+    yield several == 1 or not learned, "source_layers_per_target", several, expected
     if settings.value_metric == "output":
         expected = f"states {under} (values that a map leads to are {modes_where(lambda m: m.parts == 'v')}'s)"
         yield mode.parts == "v", "value_metric", "output", expected

@@ -131,6 +131,10 @@ class AlignmentSettings:
         "learned", None,
         choices=("learned", "endpoint", "last_aligned"),
     )  # fmt: skip
+    source_layers_per_target: int = setting(
+        "flat: layers of the source, those nearest in depth, that each target layer's map takes side by side", 1,
+        least=1,
+    )  # fmt: skip
     direction: str = setting(
         "which side the map moves", "student_to_teacher", choices=("student_to_teacher", "teacher_to_student")
     )

@@ -35,9 +35,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "groups": {"layer_groups": 2, "head_groups": 2},
     "without attention": {"attention_loss_weight": 0.0},
     "cosine": {"relation_kind": "cosine", "relation_heads": 2},
+    "several sources": {"source_layers_per_target": 3},
+    "several sources, back": {"source_layers_per_target": 2, **BACK},
 }
 MODES = [name for name, mode in ALIGNMENT_MODES.items() if mode.aligned]
 OF_ONE_MODE = {"without attention": "structural_kv", "cosine": "relation", "groups": "structured"}
+OF_ONE_MODE |= {"several sources": "flat", "several sources, back": "flat"}
 
 
 def _cases() -> list[tuple[str, str, str]]:

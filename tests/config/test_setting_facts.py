@@ -29,6 +29,7 @@ BOUNDS = {
     "gradient_accumulation_steps": [(1, 0, "a whole number, at least 1")],
     "epochs": [(1, 0, "a whole number, at least 1")],
     "logging_steps": [(1, 0, "a whole number, at least 1")],
+    "source_layers_per_target": [(1, 0, "a whole number, at least 1")],
     "layer_groups": [(1, 0, "a whole number, at least 1")],
     "head_groups": [(1, 0, "a whole number, at least 1")],
     "max_bad_steps": [(1, 0, "a whole number, at least 1")],
@@ -70,6 +71,7 @@ BESIDE = {
     "logit_kd_beta": {"logit_kd_loss": "jsd"},
     "handoff_source_layers": {"handoff_weight": 1.0},
     "relation_heads": {"alignment_mode": "relation"},
+    "source_layers_per_target": {"alignment_mode": "flat"},
     "attention_loss_weight": {"alignment_mode": "structural_kv"},
     "task_weight": {"kv_weight": 1.0},
 }

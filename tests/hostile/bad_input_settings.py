@@ -60,8 +60,7 @@ FLAGS = {
     "--kv_weight hold": ("kv_weight=hold", "hold:SHARE", "auto:2.0"),
     "--kv_weight hold:0": ("kv_weight=hold:0", "hold:SHARE", "auto:2.0"),
     "--kv_weight hold:nan": ("kv_weight=hold:nan", "hold:SHARE", "auto:2.0"),
-    "--kv_weight hold:0.5 --kv_weight_schedule linear":
-        ("kv_weight_schedule=linear", "constant with --kv_weight hold:SHARE"),
+    "--kv_weight hold:0.5 --kv_weight_schedule linear": ("kv_weight_schedule=linear", "constant with --kv_weight hold"),
     "--kv_weight hold:0.5 --task_weight 0": ("kv_weight=hold:0.5", "a number", "--task_weight is 0"),
     "--kv_weight balance:0": ("kv_weight=balance:0", "balance:SHARE", "auto:2.0"),
     "--kv_weight_until 0": ("kv_weight_until=0", "a share above 0, at most 1", "--kv_weight_until 1.0"),
@@ -73,6 +72,9 @@ FLAGS = {
     "--value_metric output --kv_parts k": ("value_metric=output", "states with --kv_parts k"),
     "--value_metric output --direction teacher_to_student": ("value_metric=output", "states with --direction"),
     "--value_metric output --teacher_placement zero3": ("value_metric=output", "--teacher_placement replicated"),
+    "--source_layers_per_target 2": ("source_layers_per_target=2", "1 with --alignment_mode structured", "mode flat"),
+    "--alignment_mode flat --source_layers_per_target 0": ("source_layers_per_target=0", "at least 1"),
+    "--alignment_mode flat --source_layers_per_target 2 --layer_map learned": ("=2", "1 with --layer_map learned"),
     "--token_weights atention": ("token_weights=atention", "equal, attention", "did you mean attention"),
     "--token_weights attention --alignment_mode hidden": ("token_weights=attention", "equal", "flat and structured"),
     "--token_weights attention --align_tokens segment": ("token_weights=attention", "equal with --align"),
@@ -195,8 +197,7 @@ FLAGS = {
     "--compile on --teacher_placement tensor_parallel": ("compile=on", "auto or off", "tensor_parallel"),
     "--tokens_per_batch -1": ("tokens_per_batch=-1", "at least 0", "leave --tokens_per_batch away"),
     "--tokens_per_batch 100 --max_length 128": ("tokens_per_batch=100", "at least max_length=128", "0 for padded rows"),
-    "--tokens_per_batch 4096 --packing":
-        ("tokens_per_batch=4096", "--tokens_per_batch 0 with --packing", "--no_packing"),
+    "--tokens_per_batch 4096 --packing": ("tokens_per_batch=4096", "0 with --packing", "--no_packing"),
     "--tokens_per_batch 4096 --group_by_length":
         ("tokens_per_batch=4096", "--tokens_per_batch 0 with --group_by_length", "--no_group_by_length"),
     "--tokens_per_batch 4096 --attn_implementation eager":
@@ -272,8 +273,7 @@ FLAGS = {
     "--config nowhere.yaml": ("--config nowhere.yaml", "No such file", "kvds brings", "qwen2_reasoning"),
     "--output_dir pyproject.toml": ("output_dir=pyproject.toml", "is a file", "expected a folder"),
     "--seed 9999999999": ("seed=9999999999", "at most 2147483647", "--seed 0"),
-    "--synthetic_problems 1000000000":
-        ("synthetic_problems=1000000000", "at most 1000000", "--synthetic_problems 1000"),
+    "--synthetic_problems 1000000000": ("synthetic_problems=1000000000", "at most 1000000", "_problems 1000"),
     "--kv_weight 1e300": ("kv_weight=1e+300", "a finite number", "auto:2.0"),
     "--max_steps 1e3": ("max_steps=1000.0", "a whole number", "--max_steps none"),
     "--no_packing=true": ("--no_packing", "'true'", "--help"),
