@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvds.align import build_aligner
 from kvds.align.fitting import AlignmentMoments
+from kvds.align.mix_fitting import MixFitting
 from kvds.config import RunConfig
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.data.run_data import load_run_data
@@ -88,12 +89,13 @@ def plain_training(models: Path, cfg: RunConfig) -> tuple[list[dict[str, float]]
 
     if cfg.uses_kv:
         aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher.config), cfg, cfg.seed)
-        moments = AlignmentMoments(aligner)
-        with torch.no_grad():
-            for step in range(cfg.calibration_batches):
-                for batch in loader.step(step):
-                    moments.update(states(student, batch)[0], states(teacher, batch)[0], selection(batch))
-        moments.apply()
+        for fitting in (MixFitting, AlignmentMoments):  # the maps are those of the mixes that have been fitted
+            moments = fitting(aligner)
+            with torch.no_grad():
+                for step in range(cfg.calibration_batches if moments.parts else 0):
+                    for batch in loader.step(step):
+                        moments.update(states(student, batch)[0], states(teacher, batch)[0], selection(batch))
+            moments.apply()
 
     handoff = None
     if cfg.handoff_weight:
