@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,8 +30,8 @@ from kvds.handoff.reading import cache_argument, fill_cache, read_states
 from kvds.kv import KVShape, KVStates
 
 COLUMNS = (
-    "tokens", "teacher_prefill_ms", "student_prefill_ms", "map_ms", "first_token_ms", "floor_ms", "work_ms",
-    "map_of_prefill", "of_copy_bandwidth", "student_prefill_bytes", "handoff_bytes",
+    "tokens", "source_layers", "teacher_prefill_ms", "student_prefill_ms", "map_ms", "first_token_ms", "floor_ms",
+    "work_ms", "map_of_prefill", "of_copy_bandwidth", "teacher_prefill_bytes", "student_prefill_bytes", "handoff_bytes",
 )  # fmt: skip
 
 
@@ -87,9 +88,9 @@ def multiplication_rate(device: torch.device, dtype: torch.dtype, size: int) -> 
 
 @torch.no_grad()
 def measure(
-    teacher: Any, student: Any, cache_map: CacheMap, tokens: int, rounds: int, rates: tuple[float, float]
-) -> dict[str, Any]:
-    """A row of the table. ``rates``: bytes and FLOPs per second of the device."""
+    teacher: Any, student: Any, maps: Sequence[CacheMap], tokens: int, rounds: int, rates: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """A row of the table for each map. ``rates``: bytes and FLOPs per second of the device."""
     weight = next(student.parameters())
     device = weight.device
     ids = torch.randint(2, student.config.vocab_size, (1, tokens), device=device)
@@ -100,28 +101,34 @@ def measure(
     def prefill(model: Any) -> Any:
         return model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
-    def first_token() -> Any:
+    def first_token(cache_map: CacheMap) -> Any:
         cache = {cache_argument(student): fill_cache(student, cache_map(states), before)}
         return student(input_ids=ids[:, -1:], use_cache=True, logits_to_keep=1, **cache)
 
     def timed(work: Callable[[], Any]) -> float:
         return milliseconds(work, device, rounds)
 
-    parameters = sum(p.numel() for p in cache_map.parameters())
-    sources = {source for layers in cache_map.sources for source in layers}
-    teacher_width = cache_map.teacher.num_key_value_heads * cache_map.teacher.head_dim
-    moved = 2 * (tokens - 1) * (len(sources) * teacher_width + len(cache_map.sources) * cache_map.width) + parameters
-    row: dict[str, Any] = {
-        "tokens": tokens, "teacher_prefill_ms": timed(lambda: prefill(teacher)),
-        "student_prefill_ms": timed(lambda: prefill(student)), "map_ms": timed(lambda: cache_map(states)),
-        "first_token_ms": timed(first_token), "floor_ms": 1000 * moved * weight.element_size() / rates[0],
-        "work_ms": 1000 * cache_map.flops_per_token * (tokens - 1) / rates[1],
-    }  # fmt: skip
-    row["map_of_prefill"] = row["map_ms"] / row["student_prefill_ms"]
-    row["of_copy_bandwidth"] = row["floor_ms"] / row["map_ms"]
-    row["student_prefill_bytes"] = peak_bytes(lambda: prefill(student), device)
-    row["handoff_bytes"] = peak_bytes(first_token, device)
-    return row
+    alone: dict[str, Any] = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        alone[f"{name}_prefill_ms"] = timed(partial(prefill, model))
+        alone[f"{name}_prefill_bytes"] = peak_bytes(partial(prefill, model), device)
+    rows = []
+    for cache_map in maps:
+        parameters = sum(p.numel() for p in cache_map.parameters())
+        read_layers = {source for layers in cache_map.sources for source in layers}
+        widths = cache_map.teacher.num_key_value_heads * cache_map.teacher.head_dim, cache_map.width
+        moved = 2 * (tokens - 1) * (len(read_layers) * widths[0] + len(cache_map.sources) * widths[1]) + parameters
+        row = {"tokens": tokens, "source_layers": len(cache_map.sources[0]), **alone}
+        row |= {
+            "map_ms": timed(partial(cache_map, states)), "first_token_ms": timed(partial(first_token, cache_map)),
+            "floor_ms": 1000 * moved * weight.element_size() / rates[0],
+            "work_ms": 1000 * cache_map.flops_per_token * (tokens - 1) / rates[1],
+            "handoff_bytes": peak_bytes(partial(first_token, cache_map), device),
+        }  # fmt: skip
+        row["map_of_prefill"] = row["map_ms"] / row["student_prefill_ms"]
+        row["of_copy_bandwidth"] = row["floor_ms"] / row["map_ms"]
+        rows.append(row)
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -129,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a pair of two layers")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192, 32768], help="of prompts")
-    parser.add_argument("--source_layers", type=int, default=4, help="teacher layers per student layer (4)")
+    parser.add_argument(
+        "--source_layers", type=int, nargs="+", default=[1, 4], help="teacher layers per student layer (1 and 4)"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="timed (10)")
     parser.add_argument("--output", type=Path, default=RESULTS / "handoff.csv", help="CSV; a table goes beside it")
     arguments = parser.parse_args(argv)
@@ -140,12 +149,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     teacher, student = (AutoModelForCausalLM.from_config(c, dtype=dtype).to(device).eval() for c in configs)
     shapes = [KVShape.from_config(config) for config in configs]
     depths = shapes[1].num_hidden_layers, shapes[0].num_hidden_layers
-    sources = source_layers(*depths, min(arguments.source_layers, depths[1]))
-    cache_map = CacheMap(shapes[0], shapes[1], sources).to(device=device, dtype=dtype)
+    counts = sorted({min(count, depths[1]) for count in arguments.source_layers})
+    maps = [CacheMap(*shapes, source_layers(*depths, count)).to(device=device, dtype=dtype) for count in counts]
     bandwidth = copy_bandwidth(device, 2**20 if arguments.tiny else 2**30)
     rates = bandwidth, multiplication_rate(device, dtype, 8192 if device.type == "cuda" else 256)
     rows = [
-        measure(teacher, student, cache_map, tokens, arguments.rounds, rates) for tokens in sorted(arguments.tokens)
+        row
+        for tokens in sorted(arguments.tokens)
+        for row in measure(teacher, student, maps, tokens, arguments.rounds, rates)
     ]
     facts = provenance(("torch", "transformers"))
     write_csv(arguments.output, [row | facts for row in rows])

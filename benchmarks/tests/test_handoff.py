@@ -21,13 +21,19 @@ from kvds.evaluation.handoff import CONDITIONS
 
 def test_every_length_is_measured_and_written(tmp_path: Path) -> None:
     file = tmp_path / "handoff.csv"
-    flags = ["--tiny", "--tokens", "16", "8", "--source_layers", "2", "--rounds", "1", "--output", str(file)]
-    rows = main(flags)
+    flags = ["--tiny", "--tokens", "16", "8", "--source_layers", "1", "2", "--rounds", "1", "--output", str(file)]
+    found = main(flags)
     with file.open() as stream:
         written = list(csv.DictReader(stream))
-    assert [row["tokens"] for row in rows] == [8, 16] and set(COLUMNS) <= set(written[0])
-    for row in rows:
-        assert all(row[name] > 0 for name in COLUMNS[1:9])
+    assert [(row["tokens"], row["source_layers"]) for row in found] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert set(COLUMNS) <= set(written[0])
+    for row in found:
+        assert all(row[name] > 0 for name in COLUMNS[1:10])
+    rows = found[1::2]
+    # Of one source layer for each of two target layers two of the teacher's three are read.
+    assert found[0]["floor_ms"] / rows[0]["floor_ms"] == pytest.approx(
+        (2 * 7 * (32 + 16) + 2 * (2 * 16 * 8 + 2 * 8)) / (2 * 7 * (48 + 16) + 2 * (2 * 32 * 8 + 2 * 8))
+    )
     # 3 source layers of 2 × 8 and 2 target layers of 2 × 4 numbers per token, for keys and values.
     per_token = rows[1]["floor_ms"] - rows[0]["floor_ms"]
     weights = 2 * (2 * 32 * 8 + 2 * 8)
