@@ -40,6 +40,8 @@ class HiddenPart(FlatPart):
 class HiddenAligner(FlatAligner):
     """Alignment of what each decoder layer puts out, before the final norm; the arguments of ``KVAligner``.
 
+    With ``hidden_at`` ``"attention"`` of what its attention puts out.
+
     In all else than what is read it is the flat alignment: layer map, standardisation from the fixed side, starts,
     penalty and means. It answers what of an effect of KV matching comes from keys and values.
 
@@ -47,6 +49,10 @@ class HiddenAligner(FlatAligner):
     """
 
     part_class = HiddenPart
+
+    def __init__(self, student: KVShape, teacher: KVShape, settings: AlignmentSettings, seed: int = 0) -> None:
+        super().__init__(student, teacher, settings, seed)
+        self.reads = self.teacher_reads = settings.teacher_reads
 
     @classmethod
     def part_names(cls, settings: AlignmentSettings) -> tuple[str, ...]:

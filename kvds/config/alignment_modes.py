@@ -124,6 +124,7 @@ ALIGNMENT_MODES: dict[str, AlignmentMode] = {
             "kv_parts": Only(("auto", "kv"), "hidden states are neither keys nor values"),
             "kv_rope": Only(("pre",), "hidden states are not rotated"),
         },
+        own={"hidden_at": "layer"},
     ),
     "none": AlignmentMode(doc="nothing is matched", aligned=False),
 }

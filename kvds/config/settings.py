@@ -186,6 +186,10 @@ class AlignmentSettings:
         "equal", choices=("equal", "attention"),
     )  # fmt: skip
     kv_loss: str = setting("penalty of a standardised residual", "mse", choices=("mse", "l1", "smooth_l1"))
+    hidden_at: str = setting(
+        "hidden: the outputs of whole decoder layers, or of their attention, after its output projection", "layer",
+        choices=("layer", "attention"),
+    )  # fmt: skip
     relation_kind: str = setting(
         "relation: scaled dot products under a softmax, compared by KL, or cosines, compared by kv_loss", "softmax",
         choices=("softmax", "cosine"),
@@ -253,6 +257,12 @@ class AlignmentSettings:
     def chosen_map_start(self) -> str:
         """``map_start``, for ``auto`` what it stands for; without a run nothing is known of a student."""
         return "random" if self.map_start == "auto" else self.map_start
+
+    @property
+    def teacher_reads(self) -> str:
+        """What is compared of the teacher, as :func:`kvds.kv.open_capture` takes it."""
+        of_mode = ALIGNMENT_MODES[self.alignment_mode].teacher_reads
+        return "attention_output" if self.hidden_at == "attention" else of_mode
 
     def alignment(self) -> AlignmentSettings:
         """This section alone, of whatever holds it with others."""

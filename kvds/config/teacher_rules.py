@@ -20,6 +20,8 @@ def teacher_rules(cfg: AllSettings) -> Iterator[Rule]:
     expected = "states with a teacher in parts, which no rank holds whole (--teacher_placement replicated)"
     whole = cfg.teacher_placement == "replicated" or cfg.value_metric == "states"
     yield whole, "value_metric", cfg.value_metric, expected
+    expected = "off with --hidden_at attention (compiled layers have no output of attention that could be read)"
+    yield cfg.compile == "off" or cfg.hidden_at == "layer", "compile", cfg.compile, expected
     yield from _heads(cfg)
     yield from _overlap(cfg)
     yield from _quantization(cfg)

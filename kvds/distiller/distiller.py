@@ -18,7 +18,6 @@ from transformers.utils import ModelOutput
 from kvds.align import aligner_config_dict, build_aligner
 from kvds.align.loss import state_names
 from kvds.checkpoint.aligner_file import load_aligner, save_aligner
-from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.selection_methods import SELECTION_METHODS
 from kvds.config.settings import AlignmentSettings
 from kvds.data.batches import TokenBatch
@@ -87,7 +86,6 @@ class KVDistiller(DistillationModule):
     ) -> None:
         settings = own_settings(AlignmentSettings() if settings is None else settings)
         inner, teacher = inside(student), unwrapped(teacher)
-        mode = ALIGNMENT_MODES[settings.alignment_mode]
         configs: list[Any] = [unwrapped(model).config for model in (inner, teacher)]
         shapes = (KVShape.from_config(configs[0]), KVShape.from_config(configs[1]))
         vocab = min(config.vocab_size for config in configs)
@@ -98,7 +96,7 @@ class KVDistiller(DistillationModule):
         self.aligner.to(next(inner.parameters()).device)  # type: ignore[union-attr]
         self._settings, self._choice = settings, TokenChoice(settings, seed)
         self._make_teacher = partial(
-            Teacher, teacher, rope=settings.kv_rope, reads=mode.teacher_reads, parts=state_names(settings),
+            Teacher, teacher, rope=settings.kv_rope, reads=settings.teacher_reads, parts=state_names(settings),
             value_metric=settings.value_metric,
             wants_hidden=settings.logit_kd_weight > 0, observe=self._choice.observing,
             shuffled=settings.teacher_kv == "shuffled",

@@ -1,4 +1,4 @@
-"""Hidden states of one forward, read off the decoder layers by hooks, with their graph."""
+"""Hidden states of one forward, read off the decoder layers or their attention by hooks, with their graph."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvds.errors import InputError
-from kvds.kv.families import decoder_layers
+from kvds.kv.families import attention_modules, decoder_layers
 from kvds.kv.forward_capture import Capture, Watched
 from kvds.kv.states import KVShape
 
 
 class HiddenStates(NamedTuple):
-    """What each decoder layer of one forward put out: ``[batch, 1, tokens, hidden_size]`` per layer.
+    """What each decoder layer of one forward, or its attention, put out: ``[batch, 1, tokens, hidden_size]`` per layer.
 
     The layout of keys and values with one head as wide as the model, so that what maps these maps those.
     """
@@ -57,12 +57,14 @@ def hidden_shape(shape: KVShape) -> KVShape:
 class HiddenCapture(Capture[HiddenStates]):
     """Context manager: after a forward of ``model`` inside it, ``states`` holds every decoder layer's output.
 
-    Views of the residual stream behind each layer, before the final norm. Gradients sent into them reach the layer and
+    Views of the residual stream behind each layer, before the final norm; or of what each layer's attention adds to it,
+    the output of its output projection. Gradients sent into them reach the layer and
     all below, also under gradient checkpointing. Of several forwards the last one counts; a recomputed layer is none.
 
     Args:
         model: A causal language model or its backbone.
         require_grad: Raise where a captured tensor has no graph, instead of training on nothing.
+        at: ``"layer"`` or ``"attention"``; the layers are plain ones then, not compiled.
 
     Raises:
         InputError: its layers are not found.
@@ -70,9 +72,10 @@ class HiddenCapture(Capture[HiddenStates]):
             a graph.
     """
 
-    def __init__(self, model: nn.Module, *, require_grad: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, require_grad: bool = False, at: str = "layer") -> None:
         super().__init__(model)
-        self._layers: list[nn.Module] = list(decoder_layers(self._backbone))
+        found = attention_modules if at == "attention" else decoder_layers
+        self._layers: list[nn.Module] = list(found(self._backbone))  # type: ignore[operator]
         self._require_grad = require_grad
         self._outputs: dict[int, Tensor] = {}
 

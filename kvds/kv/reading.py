@@ -18,10 +18,12 @@ def open_capture(model: nn.Module, reads: str, *, rope: str = "pre", require_gra
 
     Args:
         model: A causal language model or its backbone.
-        reads: ``"kv"``, ``"attention"`` (queries, too) or ``"hidden"``, as an aligner's ``reads`` says.
+        reads: As an aligner's ``reads`` says: ``"kv"``, ``"attention"`` (queries, too), ``"hidden"`` or
+            ``"attention_output"``.
         rope: ``"pre"`` or ``"post"``, of keys.
         require_grad: Raise where a captured tensor has no graph.
     """
-    if reads == "hidden":
-        return HiddenCapture(model, require_grad=require_grad)
+    if reads in ("hidden", "attention_output"):
+        at = "layer" if reads == "hidden" else "attention"
+        return HiddenCapture(model, require_grad=require_grad, at=at)
     return (AttentionCapture if reads == "attention" else KVCapture)(model, rope=rope, require_grad=require_grad)

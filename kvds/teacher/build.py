@@ -11,7 +11,6 @@ from torch import distributed as dist
 
 from kvds.align.loss import state_names
 from kvds.config import RunConfig
-from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.config.deepspeed_file import compute_dtype
 from kvds.config.engine_config import teacher_engine_config
 from kvds.data.batches import TokenBatch
@@ -69,7 +68,7 @@ def build_teachers(
         teachers.append(
             Teacher(
                 model, device=device, engine_config=placed, rope=cfg.kv_rope,
-                wants_states=cfg.uses_teacher_kv, reads=ALIGNMENT_MODES[cfg.alignment_mode].teacher_reads,
+                wants_states=cfg.uses_teacher_kv, reads=cfg.teacher_reads,
                 wants_hidden=cfg.logit_kd_weight > 0, parts=state_names(cfg),
                 observe=observe, shuffled=cfg.teacher_kv == "shuffled",
                 tensor_parallel=cfg.teacher_tp_size if shared else 1, compiled=cfg.compile,

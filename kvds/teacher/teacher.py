@@ -89,7 +89,7 @@ class Teacher:
             replicated.
         rope: Capture keys ``"pre"`` or ``"post"`` rotary embedding.
         wants_states: Capture what ``reads`` names.
-        reads: ``"kv"`` or ``"hidden"``, see :func:`kvds.kv.open_capture`.
+        reads: ``"kv"``, ``"hidden"`` or ``"attention_output"``, see :func:`kvds.kv.open_capture`.
         parts: Of keys and values, those that are compared; the others are let go layer by layer, unless a selection
             looks at keys or the rows are exchanged.
         wants_hidden: Return hidden states for logit distillation.

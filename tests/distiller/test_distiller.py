@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rkv": {"kv_method": "rkv", "kv_budget": 4, "kv_parts": "v"},
     "flat": {"alignment_mode": "flat", "kv_rope": "post"},
     "hidden, frozen": {"alignment_mode": "hidden", "aligner_update": "frozen"},
+    "attention outputs": {"alignment_mode": "hidden", "hidden_at": "attention"},
     "relation": {"alignment_mode": "relation"},
 }
 
@@ -62,7 +63,7 @@ def product_step(
     """What a run computes: its teacher, selection, calibration, module; loss, metrics and gradients of one batch."""
     student, teacher_model = models(dtype, make)
     cfg = RunConfig(
-        model_name="x", output_dir="x", batch_size=4,
+        model_name="x", output_dir="x", batch_size=4, compile="off",
         **{name: getattr(settings, name) for name in vars(settings)} | {"kv_weight": weight, "logit_kd_weight": kd},
     )  # fmt: skip
     aligner = build_aligner(KVShape.from_config(student.config), KVShape.from_config(teacher_model.config), cfg, 0)

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from kvds.errors import InputError
 from kvds.kv import HiddenCapture, HiddenStates, KVShape, hidden_shape, open_capture
-from kvds.kv.families import backbone
+from kvds.kv.attention_layout import output_projection
+from kvds.kv.families import attention_modules, backbone
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 30, "initializer_range": 0.2}  # fmt: skip
@@ -40,11 +41,34 @@ def test_states_are_transformers_own(family):
     capture.states.check(hidden_shape(KVShape.from_config(model.config)), side="student")
 
 
-def gradients(family: str, checkpointing: bool) -> list[torch.Tensor]:
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_outputs_are_what_attention_adds_to_the_stream(family):
+    model = model_of(family).eval()
+    seen = []
+    for attention in attention_modules(model):
+        output_projection(attention).register_forward_hook(lambda _m, _a, output: seen.append(output))
+    with open_capture(model, "attention_output") as capture, HiddenCapture(model) as layers:
+        model(IDS)
+    found = capture.states.hidden_states
+    assert len(found) == 3 and all(torch.equal(one[:, 0], other) for one, other in zip(found, seen, strict=True))
+    assert not torch.equal(found[1], layers.states.hidden_states[1])
+    capture.states.check(hidden_shape(KVShape.from_config(model.config)), side="student")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_into_attention_outputs_are_the_same_under_checkpointing(family):
+    plain, recomputed = (gradients(family, on, "attention_output") for on in (False, True))
+    layers = gradients(family, False)
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert any(not torch.allclose(one, other) for one, other in zip(plain, layers, strict=True))
+
+
+def gradients(family: str, checkpointing: bool, reads: str = "hidden") -> list[torch.Tensor]:
     model = model_of(family).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with open_capture(backbone(model), "hidden", require_grad=True) as capture:
+    with open_capture(backbone(model), reads, require_grad=True) as capture:
         last = backbone(model)(IDS, use_cache=False).last_hidden_state
     loss = last.square().mean() + sum((i + 1) * s.sin().mean() for i, s in enumerate(capture.states.hidden_states))
     loss.backward()
