@@ -13,9 +13,10 @@ from kvds.data.batches import TokenBatch
 from kvds.kv import Selection
 from kvds.kv import attention_chunks as chunks
 from kvds.kv.families import backbone
+from kvds.kv.observed import ObservedLayer
 from kvds.kv.received import ReceivedAttention, attention_weights
 from kvds.teacher.teacher import Teacher
-from kvds.teacher.token_selection import TokenChoice
+from kvds.teacher.token_selection import TokenChoice, weighed
 from tests.kv.test_row_attention import model_of, packed, padded, samples
 
 FAMILIES = [("llama", None), ("qwen2", 4), ("gemma2", 4), ("gpt2", None)]
@@ -130,3 +131,32 @@ def test_positions_that_count() -> None:
     index, mask = torch.tensor([[0, 2], [1, 1]]), torch.tensor([[True, True], [False, True]])
     assert Selection(index, mask).at(3).tolist() == [[True, False, True], [False, True, False]]
     assert Selection(None, mask).at(2) is mask
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [padded, one_row])
+def test_on_a_gpu_without_making_the_host_wait(batch: Any) -> None:
+    rows = batch()
+    found = []
+    for device in ("cpu", "cuda"):
+        model = model_of("qwen2", 2, 32, 3, None, "eager").double().eval()
+        choice = TokenChoice(AlignmentSettings(token_weights="attention", kv_method="uniform", kv_budget=0.5), 0)
+        moved = rows.to(torch.device(device))
+        output = Teacher(model, device=torch.device(device))(moved, received=True)
+        selection = choice.select(moved, None)
+        layer = ObservedLayer(*torch.randn(2, 1, 4, 9, 8, dtype=torch.float64, device=device), None, 0.3, None)
+        real = torch.ones(1, 9, dtype=torch.bool, device=device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in chunks.attention_chunks(layer, real):
+                pass
+            assert output.received is not None
+            selection = weighed(selection, output.received, moved)
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        assert selection.weight is not None
+        found.append(selection.weight.cpu())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
