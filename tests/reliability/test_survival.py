@@ -265,7 +265,7 @@ def test_a_pretrained_student_trains_in_bf16_under_zero3(start, folder):
     bf16 = REPOSITORY / "ds_configs/zero3_cpu_bf16.json"
     codes, log = start("bf16", deepspeed_config=bf16, max_steps=2, save_steps=0, logging_steps=1)
     assert codes == [0], log[-3000:]
-    first, second = (record["loss/kv"] for record in records(folder / "bf16"))
+    first, second = (record["loss/kv"] for record in records(folder / "bf16") if record["step"])
     assert second != first
     assert load_file(folder / "bf16/student/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
