@@ -146,7 +146,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     r2 = ", ".join(f"{part} {value:.3f}" for part, value in fit.mean_r2.items())
     print(f"fitted to {len(prompts)} prompts, {fit.rows} tokens; R² of held-out prompts: {r2}")
     if fit.used:
-        best, worst = (choose(fit.used, key=fit.used.__getitem__) for choose in (min, max))
+        best, *_, worst = fit.by_use
         told = f"{fit.used[best]:.4f} nats per token of held-out answers (with {worst} {fit.used[worst]:.4f})"
         print(f"strength of the ridge: {best}, {told}")
     for name in ("attention", "answer"):

@@ -52,6 +52,13 @@ class MapFit:
         """Part → mean over layers."""
         return {part: sum(values) / len(values) for part, values in self.r2.items()}
 
+    @property
+    def by_use(self) -> list[str]:
+        """Candidates of ``used``, the one that serves best first, the predicted one of equals; last those that give no
+        finite number.
+        """
+        return sorted(self.used, key=lambda name: self.used[name] if math.isfinite(self.used[name]) else math.inf)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         found = {"r2": self.r2, "strengths": self.strengths, "rows": self.rows}

@@ -118,11 +118,11 @@ def refit_by_use(
         maps.append(copy.deepcopy(cache_map))
         write_fit(maps[-1], moments, strengths, half=0)
     losses = answer_losses(teacher, student, maps, rows[1::2][:JUDGED], **batches)
-    used = dict(zip(choices, losses, strict=True))
-    strengths = choices[min(used, key=used.__getitem__)]
+    fit = replace(fit, used=dict(zip(choices, losses, strict=True)))
+    strengths = choices[fit.by_use[0]]
     write_fit(cache_map, moments, strengths, half=None)
     explained = {
         part: [fit.explained[part][layer][fit.tried.index(s)] for layer, s in enumerate(strengths[part])]
         for part in KV_PARTS
     }
-    return replace(fit, strengths=strengths, r2=explained, used=used)
+    return replace(fit, strengths=strengths, r2=explained)

@@ -1,6 +1,7 @@
 """Which strength of the ridge a map is fitted with is decided by the answers that the student writes from it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def test_the_strength_is_the_one_that_serves_the_student_best(monkeypatch: pytes
         torch.testing.assert_close(cache_map.weight(part), alone.weight(part))
         torch.testing.assert_close(cache_map.bias(part), alone.bias(part))
     assert not torch.equal(cache_map.value_weight, predicted.value_weight)
+
+
+@pytest.mark.parametrize(
+    ("losses", "taken"),
+    [([math.nan, 2.0, 1.0, math.inf], "0.1"), ([math.nan] * 4, "best predicted"), ([1.0] * 4, "best predicted")],
+)
+def test_a_map_whose_answers_are_no_number_does_not_serve_best(
+    losses: list[float], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("llama", seed=1, layers=2)
+    rows = rows_of([(n % 5 + 2, 3, 2) for n in range(8)])
+    prompts = [row.input_ids[: row.segment_ids.count(1)] for row in rows]
+    monkeypatch.setattr(use, "answer_losses", lambda *_, **__: losses)
+    predicted = fit_pair(model, model, prompts, strengths=STRENGTHS)[1].strengths
+    _, fit = fit_pair(model, model, prompts, strengths=STRENGTHS, rows=rows)
+    expected = predicted if taken == "best predicted" else dict.fromkeys(KV_PARTS, [float(taken)] * 2)
+    assert fit.by_use[0] == taken and fit.strengths == expected
 
 
 def test_each_layer_is_written_with_its_own_strength_and_half() -> None:
