@@ -60,6 +60,19 @@ def gather_parameters(module: nn.Module, *, keep: bool, trained: bool = False) -
     return state
 
 
+def plain_architecture(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A transformers model of its own with random weights, which draws nothing from the run's random state.
+
+    Args:
+        config: The student's, which keeps its own settings.
+        dtype: Of the weights.
+    """
+    config = copy.deepcopy(config)
+    attention = plain_attention(config._attn_implementation)
+    with torch.random.fork_rng(devices=[]):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
 def plain_student(
     config: PreTrainedConfig,
     state: dict[str, Tensor],
@@ -75,11 +88,7 @@ def plain_student(
         generation: Of the model that it was made of; None: what ``config`` alone says.
         adapters: Configuration of adapters among the weights, which are merged; None without any.
     """
-    dtype = next(iter(state.values())).dtype
-    config = copy.deepcopy(config)  # the training model keeps its own
-    attention = plain_attention(config._attn_implementation)
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model = plain_architecture(config, next(iter(state.values())).dtype)
     if generation is not None:
         model.generation_config = copy.deepcopy(generation)
     if adapters is None:

@@ -134,6 +134,8 @@ def plan_lines(plan: RunPlan, phases: Phases, flops_per_second: float) -> Iterat
     yield row("gradients", states.gradients)
     yield row("communication buckets", states.buckets)
     yield row(f"teacher weights ({cfg.teacher_placement})", states.teacher)
+    if cfg.on_policy_share:
+        yield row("the student once more, to write completions", states.copy)
     yield "during a micro-batch (not all at one moment)"
     yield row("whole weights of the student, gathered", states.gathered)
     yield row("whole weights of the teacher, gathered", states.teacher_gathered)
@@ -182,6 +184,8 @@ def plan_lines(plan: RunPlan, phases: Phases, flops_per_second: float) -> Iterat
                 f"time: {_duration(seconds)} per epoch at {flops_per_second / 1e12:.0f} TFLOP/s per GPU "
                 f"(--tflops, --utilization), an estimate; {_duration(seconds * cfg.epochs)} for {cfg.epochs} epochs"
             )
+    if cfg.on_policy_share:
+        yield "writing completions takes time that is not reckoned (--on_policy_share): perf/seconds_generate tells"
     disk = (
         "" if plan.disk is None else f"; the output folder grows to {_size(plan.disk)} (--save_steps {cfg.save_steps})"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvds.config.alignment_modes import ALIGNMENT_MODES
+from kvds.config.on_policy_settings import OnPolicySettings
 from kvds.config.outcome_settings import OutcomeSettings
 from kvds.config.settings import AlignmentSettings, DataSettings, ModelSettings, OptimizationSettings, RunSettings
 from kvds.config.weight_settings import WeightSettings
@@ -12,8 +13,9 @@ from kvds.config.weight_settings import WeightSettings
 
 @dataclass(frozen=True, kw_only=True)
 class AllSettings(
-    ModelSettings, WeightSettings, DataSettings, AlignmentSettings, OptimizationSettings, OutcomeSettings, RunSettings
-):
+    ModelSettings, WeightSettings, DataSettings, AlignmentSettings, OnPolicySettings, OptimizationSettings,
+    OutcomeSettings, RunSettings,
+):  # fmt: skip
     """The sections as one; nothing is checked here (:class:`kvds.config.RunConfig` does)."""
 
     @property

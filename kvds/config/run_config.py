@@ -19,6 +19,8 @@ from kvds.config.deepspeed_file import load_deepspeed_config
 from kvds.config.file_rules import file_rules, path_rules
 from kvds.config.handoff_rules import handoff_rules
 from kvds.config.loss_rules import collapse_warning, selection_rules, weight_rules
+from kvds.config.on_policy_rules import on_policy_rules
+from kvds.config.on_policy_settings import OnPolicySettings
 from kvds.config.outcome_rules import outcome_rules, upload_rules
 from kvds.config.outcome_settings import OutcomeSettings
 from kvds.config.row_rules import row_rules
@@ -34,7 +36,8 @@ from kvds.durable_files import write_durably
 __all__ = ["SECTIONS", "AlignmentSettings", "RunConfig", "parse_overrides", "split_dataset_weight"]
 
 SECTIONS = (
-    ModelSettings, WeightSettings, DataSettings, AlignmentSettings, OptimizationSettings, OutcomeSettings, RunSettings,
+    ModelSettings, WeightSettings, DataSettings, AlignmentSettings, OnPolicySettings, OptimizationSettings,
+    OutcomeSettings, RunSettings,
 )  # fmt: skip
 
 
@@ -88,6 +91,7 @@ def _rules(cfg: RunConfig) -> Iterator[Rule]:
         mode_rules,
         weight_rules,
         handoff_rules,
+        on_policy_rules,
         batch_rules,
         data_rules,
         row_rules,

@@ -63,6 +63,7 @@ _STATES = Need(("alignment_mode", "kv_weight"), lambda cfg: cfg.uses_teacher_kv,
 _MODE = ("alignment_mode",)
 _KD = Need(("logit_kd_weight",), lambda cfg: cfg.logit_kd_weight > 0, "--logit_kd_weight above 0")
 _JSD = Need(("logit_kd_loss",), lambda cfg: cfg.logit_kd_loss == "jsd", "--logit_kd_loss jsd")
+_WRITTEN = Need(("on_policy_share",), lambda cfg: cfg.on_policy_share > 0, "--on_policy_share above 0")
 _ADAPTERS = Need(("lora_r", "lora_config"), lambda cfg: cfg.uses_adapters, "--lora_r")
 _OWN = Need(("datasets",), lambda cfg: any(map(_is_own, _names(cfg))), "data of your own in --datasets")
 _UPLOAD = Need(("push_to_hub",), lambda cfg: cfg.push_to_hub, "--push_to_hub")
@@ -163,6 +164,7 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     "handoff_source_layers": (
         Need(("handoff_weight",), lambda cfg: cfg.handoff_weight > 0, "--handoff_weight above 0"),
     ),
+    **dict.fromkeys(("on_policy_max_new_tokens", "on_policy_temperature", "on_policy_top_p"), (_WRITTEN,)),
     "epochs": (Need(("max_steps",), lambda cfg: cfg.max_steps is None, "no --max_steps, which overrides it"),),
     "eval_steps": (Need(("eval_subset_size",), lambda cfg: cfg.eval_subset_size > 0, "--eval_subset_size above 0"),),
     "metric_for_best_model": (_BEST,),

@@ -56,6 +56,10 @@ class TokenBatch:
         packing: Where the samples lie; None = one in each row.
         row_samples: For each row its samples' positions among the loader's, in order; known without asking a device.
         pads_right: Padding is known to stand behind the samples alone, so that causal attention needs no mask.
+        sampled_labels: ``[B, T]`` int64, as ``labels``: the tokens that the student wrote itself, which logit
+            distillation counts and the task loss does not. None where no step has any.
+        taught_normalizer: Of ``labels`` and ``sampled_labels`` together, as ``label_normalizer``, which is 0 where all
+            of a step was written; None where no step has any.
     """
 
     input_ids: Tensor
@@ -71,10 +75,12 @@ class TokenBatch:
     packing: Packing | None = None
     row_samples: tuple[tuple[int, ...], ...] = ()
     pads_right: bool = False
+    sampled_labels: Tensor | None = None
+    taught_normalizer: float | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same with its tensors on ``device``."""
-        step_ids = self.reasoning_step_ids
+        step_ids, sampled = self.reasoning_step_ids, self.sampled_labels
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -85,6 +91,7 @@ class TokenBatch:
             reasoning_step_ids=None if step_ids is None else step_ids.to(device, non_blocking=True),
             teacher_text=None if self.teacher_text is None else self.teacher_text.to(device),
             packing=None if self.packing is None else self.packing.to(device),
+            sampled_labels=None if sampled is None else sampled.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> TokenBatch:
@@ -105,8 +112,19 @@ def collate(
     position_normalizer: float,
     *,
     width: RowWidth = AS_LONGEST,
+    taught_normalizer: float | None = None,
 ) -> TokenBatch:
-    """Pad rows to the ``width`` of the longest; None makes a row of padding, which counts nowhere."""
+    """Pad rows to the ``width`` of the longest; None makes a row of padding, which counts nowhere.
+
+    Args:
+        rows: In order.
+        sample_ids: Of the rows.
+        pad_token_id: Fills up.
+        label_normalizer: As of :class:`TokenBatch`.
+        position_normalizer: As of :class:`TokenBatch`.
+        width: How long rows are made for the longest.
+        taught_normalizer: As of :class:`TokenBatch`; None: no row is the student's own.
+    """
     tokens = width(max((len(row.input_ids) for row in rows if row is not None), default=1))
     shape = (len(rows), tokens)
     input_ids = torch.full(shape, pad_token_id)
@@ -126,7 +144,18 @@ def collate(
         input_ids, attention_mask, labels, segment_ids, ids, label_normalizer, position_normalizer,
         row_samples=row_samples, pads_right=True,
     )  # fmt: skip
+    if taught_normalizer is not None:
+        written = torch.tensor([row is not None and row.sampled for row in rows]).unsqueeze(1)
+        batch = _with_sampled_labels(batch, written, taught_normalizer)
     return _with_reasoning_steps(batch, rows, pad_token_id, width)
+
+
+def _with_sampled_labels(batch: TokenBatch, written: Tensor, taught_normalizer: float) -> TokenBatch:
+    """The batch with the labels where ``written``, which broadcasts to ``[B, T]``, apart from the others."""
+    return replace(
+        batch, labels=batch.labels.masked_fill(written, IGNORED_LABEL),
+        sampled_labels=batch.labels.masked_fill(~written, IGNORED_LABEL), taught_normalizer=taught_normalizer,
+    )  # fmt: skip
 
 
 def _with_reasoning_steps(
@@ -165,6 +194,7 @@ def collate_packed(
     width: RowWidth = AS_LONGEST,
     one_row: bool = False,
     longest: int | None = None,
+    taught_normalizer: float | None = None,
 ) -> TokenBatch:
     """As :func:`collate`, with samples sharing rows of at most ``capacity`` tokens; None takes no place at all.
 
@@ -178,6 +208,7 @@ def collate_packed(
         width: How long rows are made for the longest.
         one_row: All samples in one row, which must hold them.
         longest: No sample of the run has more tokens; None: ``capacity``.
+        taught_normalizer: As for :func:`collate`.
     """
     samples = [row for row in rows if row is not None]
     lengths = [len(row.input_ids) for row in samples]
@@ -185,17 +216,19 @@ def collate_packed(
     packing, places = place_samples(dealt, lengths, width, longest=capacity if longest is None else longest)
     input_ids = torch.full(packing.document_ids.shape, pad_token_id)
     segment_ids = torch.zeros_like(input_ids)
-    first = torch.zeros_like(input_ids, dtype=torch.bool)
+    first, written = (torch.zeros_like(input_ids, dtype=torch.bool) for _ in range(2))
     for row, (number, begin) in zip(samples, places, strict=True):
         end = begin + len(row.input_ids)
         input_ids[number, begin:end] = torch.tensor(row.input_ids)
         segment_ids[number, begin:end] = torch.tensor(row.segment_ids)
         first[number, begin] = True
+        written[number, begin:end] = row.sampled
     # Nothing predicts the first token of a sample, least of all the sample before it.
     labels = torch.where((segment_ids >= Segment.RATIONALE) & ~first, input_ids, IGNORED_LABEL)
     mask = (packing.document_ids >= 0).long()
     numbers = [i for row, i in zip(rows, sample_ids, strict=True) if row is not None]
-    return TokenBatch(
+    batch = TokenBatch(
         input_ids, mask, labels, segment_ids, torch.tensor(numbers or [-1]), label_normalizer, position_normalizer,
         packing=packing, row_samples=tuple(tuple(numbers[i] for i in row) for row in dealt),
     )  # fmt: skip
+    return batch if taught_normalizer is None else _with_sampled_labels(batch, written, taught_normalizer)

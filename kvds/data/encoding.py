@@ -33,6 +33,7 @@ class EncodedSample:
         example: Position of the row in the list that was encoded.
         reasoning_step_ids: The reasoning step of each token, counted from 1, 0 = none; empty where none were asked for.
         teacher_text: The row as the teacher reads it; None = the same text.
+        sampled: The student wrote the completion itself: no task loss counts it.
     """
 
     input_ids: tuple[int, ...]
@@ -40,6 +41,7 @@ class EncodedSample:
     example: int
     reasoning_step_ids: tuple[int, ...] = ()
     teacher_text: EncodedSample | None = None
+    sampled: bool = False
 
     @property
     def reasoning_step_count(self) -> int:
@@ -50,7 +52,18 @@ class EncodedSample:
     @property
     def label_count(self) -> int:
         """Tokens that the task loss counts: rationale and answer, never the first of a row (nothing predicts it)."""
+        return 0 if self.sampled else self.taught_count
+
+    @property
+    def taught_count(self) -> int:
+        """Tokens that logit distillation counts: those of the task loss, and those that the student wrote itself."""
         return sum(segment >= Segment.RATIONALE for segment in self.segment_ids[1:])
+
+
+def prompt_length(sample: EncodedSample) -> int:
+    """Tokens before what a model is to write: of a conversation all up to the last turn."""
+    behind = sample.segment_ids[::-1]
+    return len(behind) - behind.index(Segment.PROMPT) if Segment.PROMPT in behind else 0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Steps among which samples are sorted: more would group better, and let fewer samples meet each other.
 _STEPS = 50
@@ -35,7 +35,9 @@ def group_by_length(order: Sequence[int], lengths: Sequence[int], step_size: int
     return [i for step in steps + last for i in step]
 
 
-def deal_by_length(ids: Sequence[int], lengths: Sequence[int], size: int, *, packed: bool) -> list[int]:
+def deal_by_length(
+    ids: Sequence[int], lengths: Mapping[int, int] | Sequence[int], size: int, *, packed: bool
+) -> list[int]:
     """Deal the samples of one step out to its micro-batches, so that little is padding and no rank waits long.
 
     A loss is a sum over the step's tokens, divided once: which samples share a micro-batch changes it by rounding
@@ -68,7 +70,9 @@ def deal_by_length(ids: Sequence[int], lengths: Sequence[int], size: int, *, pac
     return [i for batch in batches for i in batch]
 
 
-def deal_to_rows(ids: Sequence[int], lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
+def deal_to_rows(
+    ids: Sequence[int], lengths: Mapping[int, int] | Sequence[int], capacity: int, ranks: int
+) -> list[list[int]]:
     """Deal the samples of one step out to as few rows as hold them, equally many for each rank and of like length.
 
     Args:

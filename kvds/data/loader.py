@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kvds.data.batches import AS_LONGEST, RowWidth, TokenBatch, collate, collate_packed
 from kvds.data.encoding import EncodedSample
@@ -81,6 +81,7 @@ class BatchLoader:
             sample.reasoning_step_count if sample.reasoning_step_ids else position_count(len(sample.input_ids))
             for sample in samples
         ]
+        self._position_count = position_count
         self._global_batch = batch_size * gradient_accumulation_steps * world_size
         self._order: tuple[int, list[int]] = (-1, [])
         self._ahead: ReadAhead[list[TokenBatch]] | None = None
@@ -137,27 +138,52 @@ class BatchLoader:
         """As :meth:`step`, of any step at any time, and never one built ahead."""
         return self._build(step)
 
-    def _build(self, step: int) -> list[TokenBatch]:
+    def samples_before(self, step: int) -> int:
+        """Samples of all steps before ``step``, over all ranks."""
+        epochs, position = divmod(step, self.steps_per_epoch)
+        return epochs * len(self._samples) + position * self._global_batch
+
+    def step_with(self, step: int, written: Mapping[int, EncodedSample]) -> list[TokenBatch]:
+        """As :meth:`out_of_turn`, with rows that the student wrote in place of others, dealt out by what they hold.
+
+        Args:
+            step: Optimizer step.
+            written: The number of a sample of this step → the row in its place; the same on every rank.
+        """
+        return self._build(step, written)
+
+    def _build(self, step: int, written: Mapping[int, EncodedSample] | None = None) -> list[TokenBatch]:
         ids = self.sample_ids(step)
+        real = [i for i in ids if i >= 0]
+        given = written or {}
+
+        def row_of(i: int) -> EncodedSample:
+            return given[i] if i in given else self._samples[i]
+
+        lengths = {i: len(given[i].input_ids) if i in given else self._lengths[i] for i in real}
         dealt: list[list[int]] = []
         if self._tokens_per_batch:
-            dealt = deal_to_rows(ids, self._lengths, self._tokens_per_batch, self._world_size)
+            dealt = deal_to_rows(ids, lengths, self._tokens_per_batch, self._world_size)
         shares = len(dealt) or self._world_size * self._accumulation
-        real = [i for i in ids if i >= 0]
         # At least one token, so that a step of rows without any divides by no zero.
-        labels = max(1, sum(self._labels[i] for i in real)) / shares
+        counted_labels = sum(given[i].label_count if i in given else self._labels[i] for i in real)
+        labels, taught = max(1, counted_labels) / shares, None
+        if written is not None:
+            labels = counted_labels / shares  # 0 tells that there is no task loss
+            taught = max(1, counted_labels + sum(row.taught_count for row in written.values())) / shares
         if self._shuffle and shares > 1 and not dealt:
-            ids = deal_by_length(ids, self._lengths, self._batch_size, packed=self._pack_to is not None)
+            ids = deal_by_length(ids, lengths, self._batch_size, packed=self._pack_to is not None)
         counted = [i for i in ids if i >= 0]
         if self._exchanged:
             micros = [ids[begin : begin + self._batch_size] for begin in range(0, len(ids), self._batch_size)]
             counted = [i for micro in micros for i in micro if i >= 0 and sum(other >= 0 for other in micro) > 1]
-        positions = max(1, sum(self._positions[i] for i in counted)) / shares
+        compared = sum(self._position_count(lengths[i]) if i in given else self._positions[i] for i in counted)
+        positions = max(1, compared) / shares
         if dealt:
             return [
                 collate_packed(
-                    [self._samples[i] for i in row], row, self._pad, labels, positions, capacity=self._tokens_per_batch,
-                    width=self._width, one_row=True, longest=self._longest,
+                    [row_of(i) for i in row], row, self._pad, labels, positions, capacity=self._tokens_per_batch,
+                    width=self._width, one_row=True, longest=self._longest, taught_normalizer=taught,
                 )
                 for row in dealt[self._rank :: self._world_size]
             ]  # fmt: skip
@@ -165,12 +191,15 @@ class BatchLoader:
         for micro in range(self._accumulation):
             begin = (micro * self._world_size + self._rank) * self._batch_size
             mine = ids[begin : begin + self._batch_size]
-            rows = [self._samples[i] if i >= 0 else None for i in mine]
+            rows = [row_of(i) if i >= 0 else None for i in mine]
             if self._pack_to is None:
-                batches.append(collate(rows, mine, self._pad, labels, positions, width=self._width))
+                batches.append(
+                    collate(rows, mine, self._pad, labels, positions, width=self._width, taught_normalizer=taught)
+                )
             else:
                 packed = collate_packed(
-                    rows, mine, self._pad, labels, positions, capacity=self._pack_to, width=self._width
-                )
+                    rows, mine, self._pad, labels, positions, capacity=self._pack_to, width=self._width,
+                    taught_normalizer=taught,
+                )  # fmt: skip
                 batches.append(packed)
         return batches

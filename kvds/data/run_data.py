@@ -17,6 +17,7 @@ from kvds.data.encoding import EncodedCorpus, EncodedSample
 from kvds.data.example import Example
 from kvds.data.loader import BatchLoader
 from kvds.data.mixture import Mixture, first_per_corpus, load_mixture
+from kvds.data.on_policy_rows import check_prompts
 from kvds.data.own_rows import Reading
 from kvds.data.ready_rows import ReadyRows, ready_rows
 from kvds.data.row_display import one_line_of
@@ -102,6 +103,8 @@ def encoded_rows(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, files: Toke
         held_out = judged_by.samples
     if reasoning_steps:
         _check_steps(cfg, corpus.samples)
+    if cfg.on_policy_share:
+        check_prompts(corpus.samples, rows.examples, cfg.on_policy_share)
     if examples and not held_out:
         raise InputError(
             f"max_length={cfg.max_length}: none of the {len(examples)} held-out rows fits; expected a larger "

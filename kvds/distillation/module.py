@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kvds.data.example import Segment
 from kvds.data.model_inputs import model_inputs
 from kvds.distillation.gradient_watch import GradientWatch
 from kvds.distillation.losses import head_losses, spoil_gradient
+from kvds.distillation.sampled_losses import losses_with_sampled
 from kvds.distillation.state_metrics import state_metrics
 from kvds.distillation.step import StepInput, TeacherKV
 from kvds.handoff.continuation import continue_from
@@ -121,23 +123,26 @@ class DistillationModule(nn.Module):
             kv = self.kv_loss(states, step, metrics)
 
         teacher_hidden = step.teacher.hidden if step.teacher is not None and weights.logit_kd else None
-        head = head_losses(
+        losses_at = partial(
+            head_losses,
             head_of(self.student, plain=self._plain_head),
             hidden,
-            step.labelled,
             num_chunks=self._head_chunks,
             teacher_head=step.teacher_head,
             teacher_hidden=teacher_hidden,
             temperature=self._kd_temperature,
             vocab_size=self._kd_vocab_size,
             divergence=self._kd_divergence,
-            scale=1 / batch.label_normalizer,
-            task_weight=weights.task,
             kd_weight=weights.logit_kd,
         )
+        if step.sampled is None:
+            head = losses_at(step.labelled, scale=1 / batch.label_normalizer, task_weight=weights.task)
+        else:
+            head = losses_with_sampled(losses_at, step, distilled=teacher_hidden is not None)
         # At a weight of 0, too: ZeRO-3 gathers the last layer for its backward pass once its output has a gradient.
         loss = head.loss
-        metrics["loss/task"] = head.task
+        if batch.label_normalizer:  # not where the student wrote all of the step
+            metrics["loss/task"] = head.task
         if kv is not None:
             # At a weight of 0, too: ZeRO keeps the aligner's last gradient until another one comes.
             loss = loss + weights.kv * kv

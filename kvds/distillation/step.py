@@ -47,6 +47,7 @@ class StepInput:
         sources: With several teachers, one call each that runs it on the batch: only one teacher's keys and values are
             there at a time. Then ``teacher`` and ``selection`` are None.
         continuation: Where prompts and answers go when the student writes from its teacher's cache; None without.
+        sampled: Positions of ``batch`` whose next token the student wrote itself; None where no step has any.
         watch: Also measure the student's KV and the gradient that the KV loss sends back (logging steps).
     """
 
@@ -59,3 +60,4 @@ class StepInput:
     watch: bool = False
     sources: tuple[Callable[[], TeacherKV], ...] = ()
     continuation: Continuation | None = None
+    sampled: LabelledPositions | None = None

@@ -61,12 +61,15 @@ class StepInputBuilder:
         weights = LossWeights() if weights is None else weights
         continuation = Continuation.from_batch(batch).to(self._device) if self._cfg.handoff_weight else None
         labelled = LabelledPositions.from_labels(batch.labels).to(self._device)
+        sampled = None
+        if batch.sampled_labels is not None:
+            sampled = LabelledPositions.from_labels(batch.sampled_labels).to(self._device)
         batch = batch.to(self._device)
         if self._cfg.teacher_names:
             if not match:
-                return StepInput(batch, labelled, None, None, None, weights, watch)
+                return StepInput(batch, labelled, None, None, None, weights, watch, sampled=sampled)
             sources = tuple(partial(self._source, teacher, batch, step) for teacher in self._teachers)
-            return StepInput(batch, labelled, None, None, None, weights, watch, sources)
+            return StepInput(batch, labelled, None, None, None, weights, watch, sources, sampled=sampled)
         output, selection, head = None, None, None
         if self._teachers:
             [teacher] = self._teachers
@@ -75,7 +78,9 @@ class StepInputBuilder:
             elif self._cfg.logit_kd_weight or self._cfg.handoff_weight:
                 output = teacher(batch)
             head = teacher.head if self._cfg.logit_kd_weight else None
-        return StepInput(batch, labelled, selection, output, head, weights, watch, continuation=continuation)
+        return StepInput(
+            batch, labelled, selection, output, head, weights, watch, continuation=continuation, sampled=sampled
+        )
 
     def _source(self, teacher: Teacher | CachedTeacher, batch: TokenBatch, step: int) -> TeacherKV:
         output, selection = self._choice.with_teacher(teacher, batch, step)

@@ -11,10 +11,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvds.data.encoding import EncodedSample
-from kvds.data.example import Segment
+from kvds.data.encoding import EncodedSample, prompt_length
 from kvds.data.text_fidelity import decode_texts
 from kvds.models.generation import greedy_generation
 
@@ -30,12 +30,6 @@ class Completion:
 
     text: str
     cut: bool
-
-
-def prompt_length(sample: EncodedSample) -> int:
-    """Tokens before what a model is to write: of a conversation all up to the last turn."""
-    behind = sample.segment_ids[::-1]
-    return len(behind) - behind.index(Segment.PROMPT) if Segment.PROMPT in behind else 0
 
 
 def generation_budget(model: Any, sample: EncodedSample, max_new_tokens: int) -> int:
@@ -75,14 +69,29 @@ def generate_completions(
 def _generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedSample], pad: int, budget: int
 ) -> list[Completion]:
-    """Prompts are padded on the left; ``generate`` counts positions by the mask."""
+    generated = generated_tokens(model, rows, pad, budget)
+    ends = torch.tensor(model.generation_config.eos_token_id, device=generated.device)
+    ended = torch.isin(generated, ends).any(1).tolist()
+    texts = decode_texts(tokenizer, generated.tolist())
+    return [Completion(text, not end) for text, end in zip(texts, ended, strict=True)]
+
+
+def generated_tokens(model: Any, rows: Sequence[EncodedSample], pad: int, budget: int, **options: Any) -> Tensor:
+    """``[B, tokens]`` ids behind the prompts of ``rows``, of a row that has ended filled up with padding.
+
+    Prompts are padded on the left; ``generate`` counts positions by the mask.
+
+    Args:
+        model: A whole causal language model.
+        rows: With their prompts.
+        pad: In front of shorter prompts.
+        budget: Tokens at most.
+        options: Of ``generate``.
+    """
     device = next(model.parameters()).device
     prompts = [row.input_ids[: prompt_length(row)] for row in rows]
     width = max(map(len, prompts))
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    generated = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=budget)[:, width:]
-    ends = torch.tensor(model.generation_config.eos_token_id, device=device)
-    ended = torch.isin(generated, ends).any(1).tolist()
-    texts = decode_texts(tokenizer, generated.tolist())
-    return [Completion(text, not end) for text, end in zip(texts, ended, strict=True)]
+    written: Tensor = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=budget, **options)
+    return written[:, width:]

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from kvds.data.batches import collate
-from kvds.data.encoding import EncodedSample
+from kvds.data.encoding import EncodedSample, prompt_length
 from kvds.data.example import Example
 from kvds.errors import InputError
-from kvds.evaluation.generation import Completion, generate_completions, greedy_defaults, prompt_length
+from kvds.evaluation.generation import Completion, generate_completions, greedy_defaults
 from kvds.evaluation.model import results_by_corpus, row_losses, verdicts_of
 from kvds.handoff.attention_error import attention_output_error, own_attention
 from kvds.handoff.calibration import batches_of

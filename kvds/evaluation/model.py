@@ -16,12 +16,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kvds.data.batches import collate
-from kvds.data.encoding import EncodedSample, encode_examples
+from kvds.data.encoding import EncodedSample, encode_examples, prompt_length
 from kvds.data.example import Example, written_answer
 from kvds.data.labels import LabelledPositions
 from kvds.data.text_fidelity import decode_texts
 from kvds.durable_files import json_text
-from kvds.evaluation.generation import Completion, generate_completions, greedy_defaults, prompt_length
+from kvds.evaluation.generation import Completion, generate_completions, greedy_defaults
 from kvds.kv.families import backbone
 from kvds.models.architecture import check_positions
 from kvds.models.own_logits import EVALUATED_LOGITS, check_own_logits, head_of, is_plain_head

@@ -20,13 +20,17 @@ from kvds.plan.live_memory import LiveMemory
 CALIBRATED_ALIGNER, CALIBRATED_WEIGHT = "calibration of the aligner", "calibration of --kv_weight"
 CALIBRATED_MAP = "start of the handoff's map"
 TRAINING, LOSSES, GENERATION = "training", "evaluation, logits", "evaluation, generation"
+WRITING = "completions of --on_policy_share"
 _FP32 = 4
+# Of each entry of a distribution that is drawn from: in fp32, sorted, in sums, as logarithms.
+_SCORES_BYTES = 64
 _WHOLE = "each GPU holds a whole student then"
 _MORE = "expected more memory on each GPU, or a smaller batch_size"
 _REMEDIES = {
     CALIBRATED_ALIGNER: f"{_WHOLE}, and its states beside the teacher's; {_MORE}",
     CALIBRATED_MAP: f"{_WHOLE}, and sums over products of channels; {_MORE} or handoff_source_layers",
     CALIBRATED_WEIGHT: "expected what makes training fit",
+    WRITING: f"{_WHOLE}, and the cache of 4 × batch_size rows; {_MORE} or max_length",
     LOSSES: f"{_WHOLE}, and the logits of 4 × batch_size rows; {_MORE}",
     GENERATION: f"{_WHOLE}, and its cache of 4 × batch_size rows; {_MORE} or max_new_tokens",
 }
@@ -52,6 +56,8 @@ class Phases:
             self.peaks[CALIBRATED_MAP] = _calibrated_map(plan)
         if cfg.uses_kv and plan.planner.teacher_shape is not None and cfg.kv_weight_share is not None:
             self.peaks[CALIBRATED_WEIGHT] = _calibrated_weight(plan)
+        if cfg.on_policy_share:
+            self.peaks[WRITING] = _writing(plan)
         self.peaks |= {TRAINING: plan.peak, LOSSES: _losses(plan), GENERATION: _generation(plan)}
 
     @property
@@ -153,3 +159,11 @@ def _generation(plan: RunPlan) -> int:
     batch = _judged(plan)
     longest = replace(batch, tokens=batch.tokens + plan.cfg.max_new_tokens)
     return _beside_evaluation(plan) + kv_bytes(plan.planner.student_shape, longest, plan.element)
+
+
+def _writing(plan: RunPlan) -> int:
+    """The student's copy, which is held all the while, with a cache of four micro-batches of whole rows."""
+    batch = _judged(plan)
+    scores = _SCORES_BYTES * batch.rows * plan.student_config.vocab_size
+    cache = kv_bytes(plan.planner.student_shape, batch, plan.element)
+    return plan.states().held + cache + max(scores, plan.planner.evaluation_forward(batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvds.config import RunConfig
+from kvds.data.encoding import prompt_length
 from kvds.data.loader import BatchLoader
 from kvds.errors import InputError
 from kvds.handoff.continuation import Continuation
@@ -76,14 +77,21 @@ def measured_rows(cfg: RunConfig, loader: BatchLoader, ranks: int) -> RowPlan:
             packing = batch.packing
             shared = max(shared, 1 if packing is None else packing.samples_per_row)
             longest = max(longest, batch.input_ids.shape[1] if packing is None else packing.token_index.shape[1])
-    slots = min(tokens, shared * row_budget(cfg.kv_budget, longest)) if cfg.uses_kv else tokens
     samples = shared if cfg.tokens_per_batch else cfg.batch_size
+    if cfg.on_policy_share:  # a completion may be as long as there is room for
+        new = cfg.on_policy_max_new_tokens
+        longest = max(longest, *(min(cfg.max_length, prompt_length(row) + new) for row in loader.samples))
+        tokens = max(tokens, cfg.tokens_per_batch or (cfg.max_length if cfg.packing else longest))
+        labelled = max(labelled, min(rows * tokens, samples * min(new, longest - 1)))
+    slots = min(tokens, shared * row_budget(cfg.kv_budget, longest)) if cfg.uses_kv else tokens
     largest = BatchShape(rows, tokens, labelled, slots, samples, handed, follow)
     note = f"longest row {tokens} tokens, read from the data"
     if cfg.tokens_per_batch:
         note = f"up to {shared} samples of up to {longest} tokens in one row, read from the data"
     elif cfg.packing:
         note = f"{cfg.batch_size} samples of up to {longest} tokens packed, read from the data"
+    if cfg.on_policy_share:
+        note += " and the longest completions"
     epoch = padded * ranks, labels * ranks, note, all_handed * ranks, all_followed * ranks
     return RowPlan(largest, row_labelled, loader.steps_per_epoch, *epoch)
 

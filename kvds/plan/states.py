@@ -86,6 +86,7 @@ class StateMemory:
         teacher_gathered: Whole parameters of the teacher while it runs.
         update: What the optimizer step adds.
         host: In host memory.
+        copy: The student once more, where it writes completions.
     """
 
     weights: int
@@ -99,12 +100,13 @@ class StateMemory:
     teacher_gathered: int
     update: int
     host: int
+    copy: int = 0
 
     @property
     def held(self) -> int:
         """Between steps."""
         kept = self.gradients if self.gradients_held else 0
-        return self.weights + self.master + self.optimizer + kept + self.buckets + self.teacher
+        return self.weights + self.master + self.optimizer + kept + self.buckets + self.teacher + self.copy
 
 
 def state_memory(
@@ -188,4 +190,5 @@ def state_memory(
         teacher_gathered,
         update,
         host,
+        element * student.total if cfg.on_policy_share else 0,
     )

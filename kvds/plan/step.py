@@ -342,14 +342,15 @@ class StepPlanner:
                 return rows @ weight.T
 
         labelled = torch.zeros(batch.labelled, dtype=torch.int64)
-        tokens = TokenBatch(ids, ids, ids, ids, ids[:, 0], 1.0, 1.0, pads_right=True)
+        tokens = TokenBatch(ids, ids, ids, ids, ids[:, 0], 1.0, 1.0, pads_right=True, taught_normalizer=1.0)
         weights = LossWeights(
             self.cfg.task_weight, 1.0 if aligned else 0.0, self.cfg.logit_kd_weight, self.cfg.handoff_weight * handed
         )
         continuation = planned_continuation(batch) if handed else None
         teacher = TeacherOutput(states, hidden)
         places = LabelledPositions(labelled, labelled)
-        return StepInput(tokens, places, selection, teacher, head, weights, continuation=continuation)
+        sampled = places if self.cfg.on_policy_share else None
+        return StepInput(tokens, places, selection, teacher, head, weights, continuation=continuation, sampled=sampled)
 
     def _teacher_forward(self, batch: BatchShape) -> int:
         if self.teacher is None or self.cfg.teacher_cache:  # what is stored lies as it came beside where it belongs

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvds.data.batches import TokenBatch
-from kvds.data.loader import BatchLoader
 from kvds.distillation.step import LossWeights, StepInput
 from kvds.teacher.cached import CachedTeacher
 from kvds.teacher.teacher import Teacher
@@ -57,10 +56,12 @@ class MicroBatch:
         return int(self.batch.attention_mask.sum()) if int(self.batch.sample_ids.max()) >= 0 else 0
 
 
-def micro_batches(loader: BatchLoader, steps: range, *, seed: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    """The micro-batches of ``steps`` on one rank, each step asked for when its first is."""
+def micro_batches(
+    batches_of: Callable[[int], list[TokenBatch]], steps: range, *, seed: int, rank: int, world_size: int
+) -> Iterator[MicroBatch]:
+    """The micro-batches of ``steps`` on one rank, each step asked of ``batches_of`` when its first is."""
     for step in steps:
-        batches = loader.step(step)
+        batches = batches_of(step)
         for number, batch in enumerate(batches):
             # A function of seed, step and rows: a resumed run draws the same dropout masks, on another number of ranks,
             # too.

@@ -150,10 +150,10 @@ class KVWeight:
 
 
 def other_losses(cfg: RunConfig, metrics: Mapping[str, Tensor]) -> Tensor:
-    """All that is trained on beside the KV loss, with its weights."""
-    total = cfg.task_weight * metrics["loss/task"].float()
-    if "loss/logit_kd" in metrics:
-        total = total + cfg.logit_kd_weight * metrics["loss/logit_kd"].float()
-    if "loss/handoff" in metrics:
-        total = total + cfg.handoff_weight * metrics["loss/handoff"].float()
+    """All that is trained on beside the KV loss, with its weights; 0 where a step has nothing beside it."""
+    weights = (("task", cfg.task_weight), ("logit_kd", cfg.logit_kd_weight), ("handoff", cfg.handoff_weight))
+    parts = [weight * metrics[f"loss/{name}"].float() for name, weight in weights if f"loss/{name}" in metrics]
+    total = parts[0] if parts else torch.zeros_like(metrics["loss/kv"], dtype=torch.float32)
+    for part in parts[1:]:
+        total = total + part
     return total

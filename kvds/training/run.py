@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import sys
 import time
-import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from kvds.align import aligner_config_dict
 from kvds.checkpoint.aligner_file import ALIGNER_START_FILE, save_aligner
@@ -54,8 +52,9 @@ from kvds.training.input_feed import InputFeed, MicroBatch, make_ready, micro_ba
 from kvds.training.kv_course import KVCourse
 from kvds.training.meters import IntervalMeter, PhaseTimer
 from kvds.training.nonfinite_steps import NonfiniteSteps
+from kvds.training.on_policy import OnPolicyRows
 from kvds.training.results import RunResults
-from kvds.training.run_log import RunLog, lines_above_bars
+from kvds.training.run_log import RunLog, lines_above_bars, quiet_logs
 
 log = logging.getLogger("kvds")
 
@@ -80,25 +79,13 @@ def train(cfg: RunConfig, stop: StopRequest | None = None, *, draw_report: bool 
     with fixed_order(cfg.deterministic):
         device = init_distributed()
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-        _quiet_logs()
+        quiet_logs(main_rank=dist.get_rank() == 0)
         with lines_above_bars(), guarded(cfg, stop) as guard:
             guard.run = run = TrainingRun(cfg, raw, device, guard.stop)
             guard.stop.save_first()
             run.fit()
             run.finish(draw_report=draw_report)
     return run.output_dir
-
-
-def _quiet_logs() -> None:
-    """Rank 0 speaks; DeepSpeed and transformers only when something is wrong."""
-    level = logging.INFO if dist.get_rank() == 0 else logging.ERROR
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S", force=True)
-    log.setLevel(level)
-    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch is about to drop.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    transformers_logging.disable_progress_bar()
 
 
 class TrainingRun:
@@ -128,6 +115,9 @@ class TrainingRun:
         self.aligner_config = None if models.aligner is None else aligner_config_dict(models.aligner)
 
         self.engine = build_engine(models.module(cfg, self.tokenizer), cfg, engine_config, self.total_steps)
+        self.on_policy: OnPolicyRows | None = None
+        if cfg.on_policy_share:
+            self.on_policy = OnPolicyRows(cfg, self.loader, self.engine.module.student, self.tokenizer, device)
         self.results = RunResults(cfg, self.tokenizer, self.data, self.engine, self.inputs, device, self.stop.check)
         self.checkpoints = CheckpointWriter(self.engine, self.output_dir, keep=cfg.keep_checkpoints, identity=identity)
         self.nonfinite_steps = NonfiniteSteps(self.engine, self.output_dir, cfg.max_bad_steps)
@@ -232,7 +222,8 @@ class TrainingRun:
     def fit(self) -> None:
         """Train from ``self.step`` to the last step."""
         self._weights()  # says to the thread whether keys and values are matched still
-        with self.loader.read_ahead(range(self.step, self.total_steps), self._ready):
+        ahead = self.loader.read_ahead(range(self.step, self.total_steps), self._ready)
+        with ahead if self.on_policy is None else contextlib.nullcontext():
             self._fit()
 
     def _ready(self, batches: list[TokenBatch]) -> list[TokenBatch]:
@@ -242,7 +233,14 @@ class TrainingRun:
 
     def _feed(self, timer: PhaseTimer) -> InputFeed:
         cfg, steps = self.cfg, range(self.step, self.total_steps)
-        ordered = micro_batches(self.loader, steps, seed=cfg.seed, rank=self.rank, world_size=self.world_size)
+
+        def batches_of(step: int) -> list[TokenBatch]:
+            if self.on_policy is None:
+                return self.loader.step(step)
+            judged = self.inputs.matching or cfg.logit_kd_weight > 0
+            return self._ready(self.on_policy.step(step, timer, judged=judged))
+
+        ordered = micro_batches(batches_of, steps, seed=cfg.seed, rank=self.rank, world_size=self.world_size)
 
         def make(micro: MicroBatch) -> StepInput:
             return self.inputs(micro.batch, step=micro.step)
@@ -283,7 +281,8 @@ class TrainingRun:
                     squares = gradient_watch.squares() if gradient_watch is not None else {}
                     # All ranks together count one step, so that steps on other numbers of ranks weigh the same.
                     share = 1 / (micro.count * self.world_size)
-                    meter.update(metrics | squares, micro.tokens, share=share)
+                    figures = {} if self.on_policy is None else self.on_policy.figures
+                    meter.update(metrics | squares | figures, micro.tokens, share=share)
                     self.kv.weight.note(metrics, share)
                     self.nonfinite_steps.note(inputs.batch, metrics)
                 self.step += 1
@@ -326,9 +325,8 @@ class TrainingRun:
             metrics["grad_norm"] = float(norm)
         self.run_log.warn(self.step, self.kv.look(self.step, metrics, weights.kv))
         self.run_log.record(self.step, metrics)
-        shown = {
-            name: f"{metrics[key]:.4f}" for name, key in (("task", "loss/task"), ("kv", "loss/kv")) if key in metrics
-        }
+        told = (("task", "loss/task"), ("kv", "loss/kv"), ("generate_s", "perf/seconds_generate"))
+        shown = {name: f"{metrics[key]:.4f}" for name, key in told if key in metrics}
         bar.set_postfix(shown, refresh=False)
 
     def _evaluate_on_the_way(self) -> None:

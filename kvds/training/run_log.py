@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers.utils import logging as transformers_logging
 
 from kvds.config import RunConfig
 from kvds.config.extras import installed
@@ -19,6 +22,18 @@ from kvds.tracking.tracker import UI_PAGE, Tracker, ui_command
 from kvds.training.nonfinite_steps import NonfiniteSteps
 
 log = logging.getLogger("kvds")
+
+
+def quiet_logs(*, main_rank: bool) -> None:
+    """Rank 0 speaks; DeepSpeed and transformers only when something is wrong."""
+    level = logging.INFO if main_rank else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S", force=True)
+    log.setLevel(level)
+    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    transformers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,10 @@ REQUIRED = {"model_name": "gpt2", "output_dir": "outputs/x"}
 SHARE, RATE = "a share from 0 to below 1", "a number above 0, such as 5e-5"
 # The number on the edge, the nearest that is refused, and the answer.
 BOUNDS = {
+    "on_policy_share": [(0.0, -1e-9, "a share from 0 to 1"), (1.0, 1 + 1e-9, "a share from 0 to 1")],
+    "on_policy_max_new_tokens": [(1, 0, "a whole number, at least 1")],
+    "on_policy_temperature": [(1e-9, 0.0, "a number above 0, such as 1.0")],
+    "on_policy_top_p": [(1e-9, 0.0, "a share above 0, at most 1"), (1.0, 1 + 1e-9, "a share above 0, at most 1")],
     "lora_r": [(1, 0, "at least 1")],
     "lora_alpha": [(1, 0, "at least 1")],
     "lora_dropout": [(0.0, -1e-9, SHARE), (1 - 1e-9, 1.0, SHARE)],
@@ -74,6 +78,8 @@ BESIDE = {
     "source_layers_per_target": {"alignment_mode": "flat"},
     "attention_loss_weight": {"alignment_mode": "structural_kv"},
     "task_weight": {"kv_weight": 1.0},
+    "on_policy_share": {"kv_weight": 1.0, "task_weight": 0.0},
+    **{f"on_policy_{name}": {"on_policy_share": 0.5} for name in ("max_new_tokens", "temperature", "top_p")},
 }
 MAY_CHANGE = {
     *("output_dir", "resume", "logging_steps", "save_steps", "eval_steps", "eval_subset_size", "max_new_tokens"),

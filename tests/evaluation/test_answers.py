@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
-from kvds.data.encoding import EncodedSample, encode_examples
+from kvds.data.encoding import EncodedSample, encode_examples, prompt_length
 from kvds.data.example import Example, is_blank
 from kvds.errors import InputError
 from kvds.evaluation import model as evaluation
-from kvds.evaluation.generation import generation_budget, prompt_length
+from kvds.evaluation.generation import generation_budget
 from kvds.evaluation.model import evaluate_model, in_words
 from tests.harness.text_tokenizers import KINDS, LETTERS, NORMALIZERS, TEXT, fuzzed, made
 

@@ -9,11 +9,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kvds.cli import main
-from kvds.data.encoding import compare_rows, encode_examples
+from kvds.data.encoding import compare_rows, encode_examples, prompt_length
 from kvds.data.example import Example, written_answer
 from kvds.data.mixture import load_mixture
 from kvds.data.ready_rows import ready_rows
-from kvds.evaluation.generation import prompt_length
 from kvds.evaluation.model import evaluate_model
 from tests.harness.chat_tokenizers import chat_tokenizer, qwen2_tokenizer, turns
 

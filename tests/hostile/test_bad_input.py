@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.bad_input_files import make_files
+from tests.hostile.bad_input_recipes import DEEPSPEED, RECIPES
 from tests.hostile.bad_input_runs import CACHE_COMMANDS, COMMANDS, NOT_DRY, RUNS
-from tests.hostile.bad_input_settings import DEEPSPEED, FLAGS, INCOMPLETE, RECIPES
+from tests.hostile.bad_input_settings import FLAGS, INCOMPLETE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOOD = ["--model_name", "gpt2", "--output_dir", "outputs/x"]

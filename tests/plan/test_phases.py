@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from kvds.align import build_aligner
 from kvds.align.fitting import AlignmentMoments
 from kvds.align.mix_fitting import MixFitting
+from kvds.cli import main
 from kvds.config.alignment_modes import ALIGNMENT_MODES
 from kvds.data.encoding import EncodedSample
 from kvds.evaluation import model as evaluation
@@ -22,7 +23,16 @@ from kvds.plan import phases
 from kvds.plan.batch_shape import BatchShape
 from kvds.plan.estimate import Machine, RunPlan
 from kvds.plan.live_memory import LiveMemory
-from kvds.plan.phases import CALIBRATED_ALIGNER, CALIBRATED_WEIGHT, GENERATION, LOSSES, TRAINING, Phases, fitting_bytes
+from kvds.plan.phases import (
+    CALIBRATED_ALIGNER,
+    CALIBRATED_WEIGHT,
+    GENERATION,
+    LOSSES,
+    TRAINING,
+    WRITING,
+    Phases,
+    fitting_bytes,
+)
 from tests.harness.plan_recipe import config
 
 SMALL = "hidden_size=64,intermediate_size=160,num_attention_heads=4,head_dim=16,vocab_size=512,num_hidden_layers={}"
@@ -117,3 +127,32 @@ def test_the_forwards_take_what_is_planned(recipe: Path, monkeypatch: pytest.Mon
             completion_losses(model, [row] * 4, 0)
         beside = plan.states().held + plan.element * plan.student_size.total
         assert Phases(plan).peaks[LOSSES] - beside == pytest.approx(memory.peak, rel=0.25)
+
+
+def test_completions_take_a_copy_of_the_student_a_cache_and_their_rows(recipe: Path) -> None:
+    changes: dict[str, Any] = {"logit_kd_weight": 1.0, "kv_weight": 1.0, "batch_size": 2, "max_length": 60}
+    written = changes | {"on_policy_share": 0.5, "on_policy_max_new_tokens": 40}
+    plain, own = small_plan(recipe, **changes), small_plan(recipe, **written)
+    copy = 2 * own.student_size.total
+    assert own.states().held == plain.states().held + copy and plain.states().copy == 0
+    found = Phases(own)
+    assert list(found.peaks) == [CALIBRATED_ALIGNER, WRITING, TRAINING, LOSSES, GENERATION]
+    shape = own.planner.student_shape
+    cache = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 8 * 60
+    assert found.peaks[WRITING] >= own.states().held + cache
+    assert found.peaks[WRITING] <= own.states().held + cache + 64 * 8 * 512 + own.planner.evaluation_forward(
+        BatchShape(8, 60, 1, 0)
+    )  # fmt: skip
+    # A row is as long as its prompt and a completion; both kinds of rows have logits and a gradient of the head.
+    assert plain.rows.largest.tokens < own.rows.largest.tokens <= 60
+    assert own.step.logits > plain.step.logits
+
+
+def test_nobody_s_time_includes_completions(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["plan", str(recipe), "--set", "datasets=synthetic"]
+    main(told)
+    assert "completions" not in capsys.readouterr().out
+    main([*told, "on_policy_share=0.5"])
+    out = capsys.readouterr().out
+    assert "the student once more, to write completions" in out and "peak in completions of --on_policy_share" in out
+    assert "writing completions takes time that is not reckoned (--on_policy_share)" in out

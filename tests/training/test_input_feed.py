@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,8 +33,8 @@ class Recorded:
         self.events: list[str] = []
         self.drawn: dict[str, float] = {}
         self.timer = PhaseTimer(CPU)
-        loader: Any = SimpleNamespace(step=self._rows)
-        batches = micro_batches(loader, range(3, 5), seed=1, rank=0, world_size=1)
+        batches_of: Any = self._rows
+        batches = micro_batches(batches_of, range(3, 5), seed=1, rank=0, world_size=1)
         self.feed = InputFeed(batches, self._make, self.timer, device=device, ahead=ahead)
 
     def _rows(self, step: int) -> list[str]:

@@ -88,8 +88,7 @@ def losses(
         return make_input(micro.batch, step=micro.step)
 
     def pinned() -> Iterator[MicroBatch]:
-        source = loader(packed)
-        for micro in micro_batches(source, range(STEPS), seed=0, rank=0, world_size=1):
+        for micro in micro_batches(loader(packed).step, range(STEPS), seed=0, rank=0, world_size=1):
             batch = micro.batch.pin_memory() if device.type == "cuda" else micro.batch
             yield MicroBatch(micro.step, micro.seed, batch)
 
