@@ -239,6 +239,10 @@ class MlflowWriter:
         try:
             if self._monitor is not None:
                 self._monitor.finish()
+                # It ends without what it collected last; of a run shorter than its interval that is all.
+                self._monitor.collect_metrics()
+                self._monitor.publish_metrics(self._monitor.aggregate_metrics())
+                self._monitor.mlflow_logger.flush()
         finally:
             if self._client is not None:
                 self._client.set_terminated(self.run_id, status=status)

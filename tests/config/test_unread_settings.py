@@ -80,7 +80,7 @@ ALWAYS = {
     *("group_by_length", "pad_to_multiple_of", "on_bad_row", "max_lossy_rows", "eval_subset_size", "max_new_tokens"),
     *("alignment_mode", "kv_let_go", "task_weight", "logit_kd_weight", "handoff_weight", "batch_size", "weight_decay"),
     *("relation_kind", "relation_heads", "relation_units", "attention_loss_weight", "tokens_per_batch", "max_steps"),
-    *("source_layers_per_target", "hidden_at"),
+    *("source_layers_per_target", "hidden_at", "on_policy_share"),
     *("gradient_accumulation_steps", "lr", "optimizer", "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "seed"),
     *("load_best_model_at_end", "early_stopping_patience", "push_to_hub", "output_dir", "deepspeed_config"),
     *("logging_steps", "save_steps", "save_at_end", "resume", "change_global_batch", "keep_checkpoints"),
