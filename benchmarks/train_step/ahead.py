@@ -55,8 +55,7 @@ def running_feed(
     """
     teachers = [] if teacher is None else [teacher]
     with ReadAhead(lambda step: make_ready(build(step), teachers, device), range(steps)) as read:
-        loader: Any = SimpleNamespace(step=read.take)
-        ordered = micro_batches(loader, range(steps), seed=0, rank=0, world_size=1)
+        ordered = micro_batches(read.take, range(steps), seed=0, rank=0, world_size=1)
         ahead = copied_ahead(teacher, device)
         yield InputFeed(ordered, lambda micro: make(micro.batch), _phases(clock), device=device, ahead=ahead)
 

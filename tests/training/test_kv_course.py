@@ -102,7 +102,7 @@ def test_nothing_is_read_ahead_for_a_run_that_goes_on_without_the_loss() -> None
         yield
 
     for step in (3, 7):
-        run = SimpleNamespace(cfg=cfg, kv=kv, step=step, total_steps=8, _ready=None, _fit=lambda: None)
+        run = SimpleNamespace(cfg=cfg, kv=kv, step=step, total_steps=8, _ready=None, _fit=lambda: None, on_policy=None)
         run.loader, run._weights = SimpleNamespace(read_ahead=read_ahead), partial(TrainingRun._weights, run)  # type: ignore[arg-type]
         TrainingRun.fit(run)  # type: ignore[arg-type]
     assert asked == [True, False]
