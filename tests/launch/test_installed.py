@@ -45,7 +45,9 @@ def installed(wheel, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
     done = subprocess.run([*pip, "--disable-pip-version-check"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Tests before it, in this process, may have left a rank of theirs.
+    foreign = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in foreign}
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
 
     def run(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
