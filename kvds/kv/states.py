@@ -41,7 +41,7 @@ class KVShape:
                 have no attention to what comes before.
         """
         for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-            if getattr(config, name, None) is None:
+            if _stated(config, name) is None:
                 raise InputError(
                     f"model_type={config.model_type}: its configuration has no {name}; expected a causal language "
                     f"model such as {', '.join(sorted(FAMILIES))}"
@@ -66,7 +66,7 @@ class KVShape:
         """The shape of any configuration, for counts of work and memory where nothing is captured."""
 
         def largest(name: str) -> int:
-            value = getattr(config, name, None)
+            value = _stated(config, name)
             return max(value) if isinstance(value, list | tuple) else value or 0
 
         heads, width = max(1, largest("num_attention_heads")), largest("hidden_size")
@@ -87,13 +87,26 @@ def check_causal(config: Any) -> None:
             )
 
 
+def _stated(config: Any, name: str) -> Any:
+    """What a configuration calls ``name``, a list where it has one for each layer; None where it has none.
+
+    transformers refuses to say of a whole model what it keeps for each layer (Gemma 4's ``head_dim``).
+    """
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
+        return [getattr(layer, name) for layer in config.per_layer_config]
+    return getattr(config, name, None)
+
+
 def _same_in_all_layers(config: Any, name: str) -> Any:
     """The number called ``name``, also where a configuration lists it per layer; None where it has none."""
-    value = getattr(config, name, None)
+    value = _stated(config, name)
     if not isinstance(value, list | tuple):
         return value
     if len(set(value)) != 1:
-        raise InputError(f"{name}={list(value)}: expected the same number in every layer")
+        raise InputError(
+            f"{name}={list(value)}: expected the same number in every layer (or --alignment_mode none, which reads no "
+            "keys and values)"
+        )
     return value[0]
 
 

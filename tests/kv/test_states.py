@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Gemma4TextConfig
 
 from kvds.errors import InputError
 from kvds.kv import KVShape, KVStates
@@ -23,6 +24,17 @@ def test_shape_falls_back_to_query_heads_and_hidden_size() -> None:
 def test_layers_that_differ_are_an_input_error(name: str, values: object) -> None:
     with pytest.raises(InputError, match=f"{name}=.*the same number in every layer"):
         KVShape.from_config(SimpleNamespace(**PLAIN, **{name: values}))
+
+
+def test_layers_that_differ_by_kind_are_an_input_error_and_can_be_estimated() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma4TextConfig(**sizes, head_dim=8, global_head_dim=16, layer_types=kinds * 2, num_kv_shared_layers=0)
+    with pytest.raises(InputError, match=r"head_dim=\[8, 16, 8, 16\]: .*in every layer \(or --alignment_mode none"):
+        KVShape.from_config(config)
+    assert KVShape.estimated(config) == KVShape(4, 2, 16, 4, 32)
+    alike = Gemma4TextConfig(**sizes, head_dim=8, global_head_dim=8, layer_types=kinds * 2, num_kv_shared_layers=0)
+    assert KVShape.from_config(alike) == KVShape(4, 2, 8, 4, 32)
 
 
 def test_equal_numbers_per_layer_are_one_number() -> None:
