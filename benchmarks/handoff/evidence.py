@@ -9,7 +9,6 @@ Students that are judged already are not judged again. benchmarks/results/HANDOF
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.handoff.students import common_seeds, judged_rows, model_device, number, students_in
+from benchmarks.handoff.students import add_judging_flags, common_seeds, judge_experiment, model_device, number
 from benchmarks.records import RESULTS, markdown_table
 from kvds.data.encoding import encode_examples, prompt_ids
 from kvds.data.example import Example
@@ -131,24 +130,13 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Judge what is new, write CSV and tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", type=Path, help="folder of an experiment whose runs keep their students")
+    add_judging_flags(parser)
     parser.add_argument("--held_out", type=int, default=200, help="problems judged (200)")
-    parser.add_argument("--workers", type=int, default=1, help="students judged at a time (1)")
-    parser.add_argument("--minutes", type=float, help="begin no further student after them")
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "handoff_problems.csv", help="CSV; tables go beside it"
     )
     arguments = parser.parse_args(argv)
-    rows = judged_rows(
-        students_in(arguments.experiment), partial(judge_student, held_out=arguments.held_out), arguments.output,
-        workers=arguments.workers, minutes=arguments.minutes,
-    )  # fmt: skip
-    if not rows:
-        sys.exit(f"{arguments.experiment}: no student; expected an experiment that was run with --keep student")
-    text = report(rows)
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text)
-    return rows
+    return judge_experiment(arguments, partial(judge_student, held_out=arguments.held_out), report)
 
 
 if __name__ == "__main__":

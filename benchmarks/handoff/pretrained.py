@@ -10,7 +10,6 @@ Students that are judged already are not judged again. benchmarks/results/HANDOF
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.handoff.students import Row, common_seeds, judged_rows, model_device, number, students_in
+from benchmarks.handoff.students import Row, add_judging_flags, common_seeds, judge_experiment, model_device, number
 from benchmarks.records import markdown_table
 from kvds.data.encoding import EncodedSample, encode_examples
 from kvds.data.example import Example
@@ -134,7 +133,7 @@ def report(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Judge what is new, write CSV and tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", type=Path, help="folder of an experiment whose runs keep their students")
+    add_judging_flags(parser)
     parser.add_argument("--teacher", required=True, help="folder of the teacher")
     parser.add_argument("--data_dir", required=True, help="folder of the rows")
     parser.add_argument("--corpora", nargs="+", default=["context.jsonl", "svamp", "arc_easy"], help="fitted, others")
@@ -142,21 +141,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     numbers["batch_size"] = 100
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
-    parser.add_argument("--workers", type=int, default=1, help="students judged at a time (1)")
-    parser.add_argument("--minutes", type=float, help="begin no further student after them")
     parser.add_argument("--output", type=Path, required=True, help="CSV; tables go beside it")
     arguments = parser.parse_args(argv)
     how = {name: getattr(arguments, name) for name in ("teacher", "data_dir", "corpora", *numbers)}
-    rows = judged_rows(
-        students_in(arguments.experiment), partial(judge_student, **how), arguments.output, workers=arguments.workers,
-        minutes=arguments.minutes,
-    )  # fmt: skip
-    if not rows:
-        sys.exit(f"{arguments.experiment}: no student is judged; expected one that --keep student left, or more time")
-    text = report(rows)
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text)
-    return rows
+    return judge_experiment(arguments, partial(judge_student, **how), report)
 
 
 if __name__ == "__main__":

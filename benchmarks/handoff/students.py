@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -113,3 +115,31 @@ def common_seeds(rows: Sequence[Row]) -> list[int]:
 def number(value: Any) -> float:
     """A cell of a CSV; NaN where it is empty."""
     return float("nan") if value in ("", None) else float(value)
+
+
+def add_judging_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare which students are judged, and how long."""
+    parser.add_argument("experiment", type=Path, help="folder of an experiment whose runs keep their students")
+    parser.add_argument("--workers", type=int, default=1, help="students judged at a time (1)")
+    parser.add_argument("--minutes", type=float, help="begin no further student after them")
+
+
+def judge_experiment(
+    arguments: argparse.Namespace, judge: Callable[..., Any], tell: Callable[[Sequence[Row]], str]
+) -> list[dict[str, Any]]:
+    """Judge what is new, write CSV and tables.
+
+    Args:
+        arguments: Of :func:`add_judging_flags`, and ``output``, the CSV; tables go beside it.
+        judge: As of :func:`judged_rows`.
+        tell: From all rows to the tables.
+    """
+    rows = judged_rows(
+        students_in(arguments.experiment), judge, arguments.output, workers=arguments.workers, minutes=arguments.minutes
+    )
+    if not rows:
+        sys.exit(f"{arguments.experiment}: no student is judged; expected one that --keep student left, or more time")
+    text = tell(rows)
+    arguments.output.with_suffix(".md").write_text(text)
+    print(text)
+    return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -120,6 +120,10 @@ class KVAligner(nn.Module):
         """
         student.check(self.seen_shape(self.student_shape), side="student")
         teacher.check(self.seen_shape(self.teacher_shape), side="teacher")
+
+    def named_parts(self) -> dict[str, AlignerPart]:
+        """The maps by the name of what they map."""
+        return {name: cast(AlignerPart, part) for name, part in self.parts.items()}
 
     @classmethod
     def part_names(cls, settings: AlignmentSettings) -> tuple[str, ...]:

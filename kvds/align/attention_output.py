@@ -6,14 +6,13 @@ counts all alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from kvds.align.aligner import KVAligner
-from kvds.align.aligner_part import AlignerPart
 from kvds.align.fitting import selected_rows
 from kvds.kv import KVStates, Selection
 from kvds.kv.attention_chunks import attention_chunks
@@ -64,7 +63,7 @@ class AttentionOutputError:
         self._aligner, self._rope, self._plain_values = aligner, rope, plain_values
         self._body = backbone(target)
         self._projections = [output_projection(attention) for attention in attention_modules(target)]
-        first: AlignerPart = next(iter(aligner.parts.values()))  # type: ignore[assignment]
+        first = next(iter(aligner.named_parts().values()))
         side = 1 if first.to_teacher else 0
         self._layers = list(range(first.num_targets)) if first.pairs is None else [pair[side] for pair in first.pairs]
         device = first.target_scale.device
@@ -76,7 +75,7 @@ class AttentionOutputError:
     @staticmethod
     def measures(aligner: KVAligner, target: nn.Module) -> bool:
         """Whether ``aligner`` maps keys or values, and ``target`` has output projections that are known."""
-        maps = all(name in PARTS and part.regresses for name, part in aligner.parts.items())
+        maps = all(name in PARTS and part.regresses for name, part in aligner.named_parts().items())
         return maps and all(output_projection(attention) is not None for attention in attention_modules(target))
 
     def watch(self) -> KVCapture:
@@ -101,8 +100,7 @@ class AttentionOutputError:
             return
         everywhere = Selection(None, chosen)
         mapped: dict[str, Tensor] = {}
-        for name, part in self._aligner.parts.items():
-            assert isinstance(part, AlignerPart)
+        for name, part in self._aligner.named_parts().items():
             source, _ = part.sides(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"))
             rows = selected_rows(source, everywhere)
             mapped[name] = part.projected(rows.to(torch.promote_types(torch.float32, rows.dtype)))
@@ -122,10 +120,12 @@ class AttentionOutputError:
         values = own_values.to(wide).masked_fill(hidden, 0)  # what padding holds may be NaN
         other_values = values if mapped[1] is None else _placed(values, mapped[1], chosen)
         found = attention_chunks(own, real)
+        pairs: Iterable[tuple[tuple[slice, Tensor], tuple[slice, Tensor]]]
         if mapped[0] is None:
             pairs = ((part, part) for part in found)
         else:
-            pairs = zip(found, attention_chunks(self._with_keys(own, mapped[0], chosen), real), strict=True)  # type: ignore[assignment]
+            changed_keys = self._with_keys(own, mapped[0], chosen)
+            pairs = zip(found, attention_chunks(changed_keys, real), strict=True)
         for (asking, weights), (_, changed) in pairs:
             wanted = _mixed(weights, values)
             difference = self._output(place, _mixed(changed, other_values) - wanted)

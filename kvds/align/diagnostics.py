@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kvds.align.aligner import KVAligner
-from kvds.align.aligner_part import AlignerPart
 from kvds.align.build import ALIGNERS
 from kvds.align.loss import parts_of
 from kvds.align.structured import MapProjectionPart
@@ -90,15 +89,11 @@ def parameter_counts(student: KVShape, teacher: KVShape, settings: AlignmentSett
     return counts
 
 
-def _parts(aligner: KVAligner) -> dict[str, AlignerPart]:
-    return dict(aligner.parts.items())  # type: ignore[arg-type]
-
-
 @torch.no_grad()
 def describe_aligner(aligner: KVAligner) -> dict[str, Any]:
     """Shapes and counts of its parameters, and for each row of a mix its strongest source and its entropy in nats."""
     parts = {}
-    for name, part in _parts(aligner).items():
+    for name, part in aligner.named_parts().items():
         mix = part.layer_mix().float()
         entropy = -(mix * mix.clamp_min(1e-30).log()).sum(1)
         parts[name] = {
@@ -129,7 +124,7 @@ def save_heatmaps(aligner: KVAligner, path: str | Path) -> Path:
     to_teacher = aligner.settings.direction == "student_to_teacher"
     source, target = ("student", "teacher") if to_teacher else ("teacher", "student")
     panels: list[tuple[str, Tensor, str, str]] = []
-    for name, part in _parts(aligner).items():
+    for name, part in aligner.named_parts().items():
         row = f"{target} layer" if part.pairs is None else "student layer"
         panels.append((f"{name}: layer mix", part.layer_mix(), f"{source} layer", row))
         if isinstance(part, MapProjectionPart):

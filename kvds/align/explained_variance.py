@@ -36,8 +36,7 @@ class ExplainedVariance:
         self._aligner.check_states(student, teacher)
         losses = self._aligner(student, teacher, selection)
         own = {"key": losses.key_layers, "value": losses.value_layers}
-        for name, part in self._aligner.parts.items():
-            assert isinstance(part, AlignerPart)
+        for name, part in self._aligner.named_parts().items():
             sides = getattr(student, f"{name}s"), getattr(teacher, f"{name}s")
             layers = own.get(name)
             found = {"count": torch.tensor(float(count))}

@@ -16,7 +16,9 @@ The bias is then set so that the residual has mean zero. A shared map is fitted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,30 +33,15 @@ CHUNK = 2048  # positions in fp64 at a time
 _BLOCKS = 4  # of a row's positions, by turns in either half
 
 
-class PartMoments:
-    """Sums over positions for the keys, or the values, of one aligner.
-
-    Only what the start needs is summed, per target layer and map: at most ``xᵀx``, ``xᵀy`` or ``yᵀy`` of one head
-    (flat: of one layer), never products between layers. The mixing weights are those of the aligner as it is.
+class PartSums(ABC):
+    """What a fit sums over positions for the keys, or the values, of one aligner.
 
     Args:
         part: Read here, written by :meth:`apply` alone.
-        start: ``map_start``.
     """
 
-    def __init__(self, part: AlignerPart, start: str) -> None:
-        self._part, self._start = part, start
-        maps, *widths = part.map_shape
-        width = dict(zip("xy", widths, strict=True))
-        products = {"pca": "yy" if part.to_teacher else "xx", "procrustes": "xy", "ridge": "xx xy", "random": ""}[start]
-        # A start that is judged keeps two halves apart: [halves, L_y, maps, …].
-        halves = 2 if start == "ridge" else 1
-        self.count = torch.zeros(halves, dtype=torch.float64, device=part.target_scale.device)
-        self.sums = {
-            name: self.count.new_zeros(halves, part.num_targets, maps, *(width[side] for side in name if side in width))
-            for name in ("x", "y", "x²", "y²", *products.split())
-        }
-        self.held_out_r2: list[float] | None = None
+    def __init__(self, part: AlignerPart) -> None:
+        self._part = part
 
     def update(
         self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], selection: Selection, halves: Tensor
@@ -70,21 +57,97 @@ class PartMoments:
         """``source`` and ``target`` of the part, see :meth:`AlignerPart.sides`."""
         return self._part.sides(student, teacher)
 
-    def add_states(
-        self, source_rows: Tensor, target_rows: Tensor, halves: Tensor, weights: Tensor | None = None
-    ) -> None:
-        """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, a chunk of them in fp64 at a time.
+    @abstractmethod
+    def add_states(self, source: Tensor, target: Tensor, halves: Tensor, weights: Tensor | None = None) -> None:
+        """Add positions, a chunk of them in fp64 at a time.
 
         Args:
-            source_rows: Of the source.
-            target_rows: Of the target.
+            source: ``[L_x, N, H_x, D_x]``.
+            target: ``[L_y, N, H_y, D_y]``.
             halves: ``[N]``, 0 or 1: which half each belongs to.
             weights: ``[N]``, how much each counts; None = all alike.
         """
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Sequence[Tensor]:
+        """All sums, to be added over ranks."""
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Write into the part what the sums say."""
+
+
+_Sums = TypeVar("_Sums", bound=PartSums)
+
+
+class FitPass(Generic[_Sums]):
+    """One pass of a fit over batches: ``update`` per batch, ``reduce`` over ranks, then what there is to be written.
+
+    Args:
+        aligner: Whole (not sharded), on the device of the states.
+        parts: The sums of those of its parts that are fitted.
+    """
+
+    def __init__(self, aligner: KVAligner, parts: dict[str, _Sums]) -> None:
+        self._aligner, self.parts = aligner, parts
+
+    @torch.no_grad()
+    def update(self, student: States, teacher: States, selection: Selection, samples: Tensor | None = None) -> None:
+        """Add one batch, ``samples`` as :func:`halves_of` takes them.
+
+        Raises:
+            InputError: its shapes are not those of the configurations.
+        """
+        self._aligner.check_states(student, teacher)
+        halves = halves_of(selection.mask, samples)
+        for name, part in self.parts.items():
+            part.update(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection, halves)
+
+    def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Sum over ranks in place; every rank makes the same calls, whatever its batches held."""
+        for part in self.parts.values():
+            for tensor in part.tensors:
+                all_reduce(tensor)
+
+
+class PartMoments(PartSums):
+    """Moments of both sides, and the statistics and start that they give a part.
+
+    Only what the start needs is summed, per target layer and map: at most ``xᵀx``, ``xᵀy`` or ``yᵀy`` of one head
+    (flat: of one layer), never products between layers. The mixing weights are those of the aligner as it is.
+
+    Args:
+        part: As of :class:`PartSums`.
+        start: ``map_start``.
+    """
+
+    def __init__(self, part: AlignerPart, start: str) -> None:
+        super().__init__(part)
+        self._start = start
+        maps, *widths = part.map_shape
+        width = dict(zip("xy", widths, strict=True))
+        products = {"pca": "yy" if part.to_teacher else "xx", "procrustes": "xy", "ridge": "xx xy", "random": ""}[start]
+        # A start that is judged keeps two halves apart: [halves, L_y, maps, …].
+        halves = 2 if start == "ridge" else 1
+        self.count = torch.zeros(halves, dtype=torch.float64, device=part.target_scale.device)
+        self.sums = {
+            name: self.count.new_zeros(halves, part.num_targets, maps, *(width[side] for side in name if side in width))
+            for name in ("x", "y", "x²", "y²", *products.split())
+        }
+        self.held_out_r2: list[float] | None = None
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """As of :class:`PartSums`."""
+        return self.count, *self.sums.values()
+
+    def add_states(self, source: Tensor, target: Tensor, halves: Tensor, weights: Tensor | None = None) -> None:
+        """As of :class:`PartSums`."""
         weights = self.count.new_ones(len(halves)) if weights is None else weights.to(self.count)
         if len(self.count) == 1:
             halves = torch.zeros_like(halves)
-        for x, y, places, counts in zip(*(rows.split(CHUNK, 1) for rows in (source_rows, target_rows)),
+        for x, y, places, counts in zip(*(rows.split(CHUNK, 1) for rows in (source, target)),
                                         halves.split(CHUNK), weights.split(CHUNK), strict=True):  # fmt: skip
             rows = self._part.source_rows(x.to(self.count)), self._part.target_rows(y.to(self.count))
             for half in range(len(self.count)):
@@ -244,7 +307,7 @@ def closed_form(start: str, products: dict[str, Tensor], widths: tuple[int, int]
     return left @ right
 
 
-class AlignmentMoments:
+class AlignmentMoments(FitPass[PartMoments]):
     """Streaming moments of calibration batches: ``update`` per batch, ``reduce`` over ranks, ``apply`` once.
 
     Args:
@@ -252,29 +315,10 @@ class AlignmentMoments:
             :meth:`apply` alone.
     """
 
-    def __init__(self, aligner: KVAligner) -> None:
-        self._aligner = aligner
-        start = aligner.settings.map_start
-        with torch.no_grad():
-            self.parts = {name: PartMoments(part, start) for name, part in aligner.parts.items()}  # type: ignore[arg-type]
-
     @torch.no_grad()
-    def update(self, student: States, teacher: States, selection: Selection, samples: Tensor | None = None) -> None:
-        """Add one batch, ``samples`` as :func:`halves_of` takes them.
-
-        Raises:
-            InputError: its shapes are not those of the configurations.
-        """
-        self._aligner.check_states(student, teacher)
-        halves = halves_of(selection.mask, samples)
-        for name, part in self.parts.items():
-            part.update(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection, halves)
-
-    def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum over ranks in place; every rank makes the same calls, whatever its batches held."""
-        for part in self.parts.values():
-            for tensor in (part.count, *part.sums.values()):
-                all_reduce(tensor)
+    def __init__(self, aligner: KVAligner) -> None:
+        start = aligner.settings.map_start
+        super().__init__(aligner, {name: PartMoments(part, start) for name, part in aligner.named_parts().items()})
 
     @torch.no_grad()
     def apply(self) -> dict[str, list[float]]:

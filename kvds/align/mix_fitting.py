@@ -10,7 +10,6 @@ A mix is taken where it explains the half of the positions that it was not fitte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from kvds.align.aligner import KVAligner
 from kvds.align.aligner_part import AlignerPart
-from kvds.align.fitting import CHUNK, halves_of, selected_rows, selected_weights
+from kvds.align.fitting import CHUNK, FitPass, PartSums
 from kvds.align.ridge import ridge_map
-from kvds.kv import Selection, States
 
 SKETCH = 1024  # source layers × dimensions of a sketched row
 TARGET_SKETCH = 64
@@ -56,7 +54,7 @@ def simplex_minimum(quadratic: Tensor, linear: Tensor, start: Tensor, steps: int
     return weights
 
 
-class MixMoments:
+class MixMoments(PartSums):
     """Sums over positions of the products between sketched rows of all source layers and of all target layers.
 
     Args:
@@ -65,7 +63,7 @@ class MixMoments:
     """
 
     def __init__(self, part: AlignerPart, seed: int = 0) -> None:
-        self._part = part
+        super().__init__(part)
         self.maps, width_x, width_y = part.map_shape
         layers_x, layers_y = part.source_shape.num_hidden_layers, part.num_targets
         device = part.target_scale.device
@@ -79,24 +77,8 @@ class MixMoments:
         self.xy = self.count.new_zeros(2, self.maps, layers_x * size_x, layers_y * size_y)
         self.yy = self.count.new_zeros(2, self.maps, layers_y)
 
-    def update(
-        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], selection: Selection, halves: Tensor
-    ) -> None:
-        """Add one batch, a chunk of positions in fp64 at a time."""
-        source, target = self.sides(student, teacher)
-        rows = selected_rows(source, selection), selected_rows(target, selection)
-        self.add_states(*rows, halves, selected_weights(selection))
-
-    def sides(
-        self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """``source`` and ``target`` of the part, see :meth:`AlignerPart.sides`."""
-        return self._part.sides(student, teacher)
-
     def add_states(self, source: Tensor, target: Tensor, halves: Tensor, weights: Tensor | None = None) -> None:
-        """Add positions ``[L_x, N, H_x, D_x]`` and ``[L_y, N, H_y, D_y]``, in the halves that ``[N]`` numbers say, each
-        as much as its weight ``[N]`` (None = all alike).
-        """
+        """As of :class:`PartSums`."""
         weights = self.count.new_ones(len(halves)) if weights is None else weights.to(self.count)
         chunks = (source.split(CHUNK, 1), target.split(CHUNK, 1), halves.split(CHUNK), weights.split(CHUNK))
         for x, y, places, counts in zip(*chunks, strict=True):
@@ -292,7 +274,7 @@ def fit_mix(moments: MixMoments, start: Tensor, allowed: Tensor, *, shared: bool
     return torch.stack(candidates(parts[2]))[best, torch.arange(len(best), device=best.device)]
 
 
-class MixFitting:
+class MixFitting(FitPass[MixMoments]):
     """First pass of a fit, where a learned layer mix is to be found: ``update`` per batch, ``reduce`` over ranks,
     ``apply`` once.
 
@@ -301,26 +283,9 @@ class MixFitting:
     """
 
     def __init__(self, aligner: KVAligner) -> None:
-        self._aligner = aligner
-        self.parts = {
-            name: MixMoments(part)  # type: ignore[arg-type]
-            for name, part in aligner.parts.items()
-            if aligner.settings.map_start == "ridge" and part.layer_logits is not None
-        }
-
-    @torch.no_grad()
-    def update(self, student: States, teacher: States, selection: Selection, samples: Tensor | None = None) -> None:
-        """Add one batch, ``samples`` as :func:`kvds.align.fitting.halves_of` takes them."""
-        self._aligner.check_states(student, teacher)
-        halves = halves_of(selection.mask, samples)
-        for name, moments in self.parts.items():
-            moments.update(getattr(student, f"{name}s"), getattr(teacher, f"{name}s"), selection, halves)
-
-    def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum over ranks in place; every rank makes the same calls, whatever its batches held."""
-        for moments in self.parts.values():
-            for tensor in moments.tensors:
-                all_reduce(tensor)
+        fitted = aligner.settings.map_start == "ridge"
+        parts = {name: part for name, part in aligner.named_parts().items() if fitted and part.layer_logits is not None}
+        super().__init__(aligner, {name: MixMoments(part) for name, part in parts.items()})
 
     @torch.no_grad()
     def apply(self) -> None:

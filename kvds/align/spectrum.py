@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kvds.align.aligner import KVAligner
-from kvds.align.aligner_part import AlignerPart
 
 
 @torch.no_grad()
@@ -21,8 +20,7 @@ def map_spectra(aligner: KVAligner) -> dict[str, dict[str, Any]]:
         squared singular values' shares: how many directions carry the map). Parts without a map are left out.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name, part in aligner.parts.items():
-        assert isinstance(part, AlignerPart)
+    for name, part in aligner.named_parts().items():
         if part.projection is None:
             continue
         maps = part.projection.float().flatten(0, -3) if part.projection.dim() > 2 else part.projection.float()[None]

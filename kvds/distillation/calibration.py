@@ -101,7 +101,7 @@ def attention_output_of_batch(
 
     Args:
         aligner: Not sharded.
-        student: As for :func:`moments_of_batches`.
+        student: As for :func:`fit_to_batches`.
         teacher: Of the row itself, not of another.
         batch: On its device.
         select: From a batch and what the teacher left for the choice to the positions that count.

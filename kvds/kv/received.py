@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from kvds.kv.attention_chunks import attention_chunks
 from kvds.kv.capture import KVCapture
-from kvds.kv.families import attention_modules
+from kvds.kv.layer_captures import LayerCaptures
 from kvds.kv.observed import ObservedLayer
 
 
-class ReceivedAttention:
+class ReceivedAttention(LayerCaptures):
     """Context manager: after a forward without gradient, ``mass`` says how much attention each token received.
 
     ``mass[n, t] = mean over layers and query heads of Σ_q A[q, t]``, over the queries ``q`` of the token's own sample
@@ -29,31 +26,15 @@ class ReceivedAttention:
     """
 
     def __init__(self, backbone: nn.Module, real: Tensor, token_index: Tensor | None = None) -> None:
-        self._backbone, self._real, self._token_index = backbone, real, token_index
-        self._attentions = attention_modules(backbone)
+        super().__init__(backbone, parts=("keys",), query_rows="all")
+        self._real, self._token_index = real, token_index
         self._sums: list[Tensor] = []
-        self._stack = ExitStack()
 
-    def __enter__(self) -> ReceivedAttention:
-        for layer, attention in enumerate(self._attentions):
-            capture = KVCapture(self._backbone, layers=[layer], parts=("keys",), query_rows="all")
-            own = ExitStack()
-            own.enter_context(capture)
-
-            def add(*_: Any, capture: KVCapture = capture, own: ExitStack = own) -> None:
-                capture.states  # noqa: B018  # reads off what the hooks have caught
-                [observed] = capture.observed
-                self._sums.append(self._received(observed))
-                own.close()
-
-            handle = attention.register_forward_hook(add)
-            own.callback(handle.remove)
-            self._stack.push(own)
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        # A layer that did not run is told of by its capture.
-        self._stack.__exit__(exc_type, *rest)  # type: ignore[arg-type]
+    def take(self, capture: KVCapture) -> None:
+        """As of :class:`kvds.kv.layer_captures.LayerCaptures`."""
+        _ = capture.states  # reading them fills what is observed
+        [observed] = capture.observed
+        self._sums.append(self._received(observed))
 
     @property
     def mass(self) -> Tensor:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvds.kv.capture import KVCapture
-from kvds.kv.families import attention_layouts, attention_modules
+from kvds.kv.families import attention_layouts
 from kvds.kv.gather import gather_positions
+from kvds.kv.layer_captures import LayerCaptures
 from kvds.kv.states import KV_PARTS, KVStates
 
 
-class SelectedCapture:
+class SelectedCapture(LayerCaptures):
     """Context manager: after a forward without gradient, ``states`` holds every layer's keys and values at ``index``.
 
     As soon as a layer's attention has run, its keys and values ``[B, H, T, D]`` are gathered to ``[B, H, M, D]`` and
@@ -39,33 +38,16 @@ class SelectedCapture:
         parts: Sequence[str] = KV_PARTS,
         deliver: Callable[[Tensor], Tensor | None] = lambda gathered: gathered,
     ) -> None:
-        self._attentions = attention_modules(backbone)
+        super().__init__(backbone, rope=rope, parts=tuple(parts))
         attention_layouts(backbone)  # refuses what one layer alone does not show: a projection that serves two
-        self._backbone, self._index, self._rope, self._deliver = backbone, index, rope, deliver
+        self._index, self._deliver = index, deliver
         self._kept: dict[str, list[Tensor | None]] = {part: [] for part in parts}
-        self._stack = ExitStack()
 
-    def __enter__(self) -> SelectedCapture:
-        for layer, attention in enumerate(self._attentions):
-            capture = KVCapture(self._backbone, rope=self._rope, layers=[layer], parts=tuple(self._kept))
-            own = ExitStack()
-            own.enter_context(capture)
-
-            def gather(*_: Any, capture: KVCapture = capture, own: ExitStack = own) -> None:
-                for part, kept in self._kept.items():
-                    [states] = getattr(capture.states, part)
-                    kept.append(self._deliver(_alone(gather_positions(states, self._index))))
-                own.close()
-
-            # The closures end with their handles, and with them what the capture still holds of this layer.
-            handle = attention.register_forward_hook(gather)
-            own.callback(handle.remove)
-            self._stack.push(own)
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        # What has been gathered has left already; a layer that did not run is told of by its capture.
-        self._stack.__exit__(exc_type, *rest)  # type: ignore[arg-type]
+    def take(self, capture: KVCapture) -> None:
+        """As of :class:`kvds.kv.layer_captures.LayerCaptures`."""
+        for part, kept in self._kept.items():
+            [states] = getattr(capture.states, part)
+            kept.append(self._deliver(_alone(gather_positions(states, self._index))))
 
     @property
     def states(self) -> KVStates:
